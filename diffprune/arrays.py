@@ -1,0 +1,90 @@
+"""Latents and embeddings on disk: per shard one fp16 ``.npy``, memory-mapped, row-aligned with a table of keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from diffprune.errors import InputError
+from diffprune.files import atomic_path
+from diffprune.tables import kept_keys, read_folder, read_stage, read_table
+
+
+def write_array(path: str | Path, array: np.ndarray) -> None:
+    """Write a float16 ``.npy`` atomically."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, array.astype(np.float16), allow_pickle=False)
+
+
+class ArrayFolder:
+    """A folder that ``encode`` (latents) or ``embed`` (embeddings) wrote.
+
+    ``metadata`` says what the rows are: ``kind`` ("latents" or "embeddings"), ``shape`` of a row, ``model`` and
+    ``model_sha256`` that made them, ``latent_scale`` for latents. Rows of failed samples are NaN.
+    """
+
+    def __init__(self, folder: str | Path, kind: str | None = None) -> None:
+        self.folder = Path(folder)
+        stage = read_stage(self.folder)
+        self.metadata: dict[str, Any] = {**stage.get("config", {}), **stage.get("metadata", {})}
+        self.fingerprint: str = stage["fingerprint"]
+        self.stems: list[str] = stage["shards"]
+        found = self.metadata.get("kind")
+        if kind is not None and found != kind:
+            raise InputError(f"{folder}: expected {kind}, found {found or stage.get('stage')}")
+
+    def table(self, stem: str) -> pa.Table:
+        """The base columns of one shard's samples."""
+        return read_table(self.folder / f"{stem}.parquet")
+
+    def array(self, stem: str) -> np.ndarray:
+        """float16 [n, ...], memory-mapped, row-aligned with ``table(stem)``."""
+        path = self.folder / f"{stem}.npy"
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise InputError(
+                f"{path}: not a readable .npy file ({error}); delete {stem}.* and make it again"
+            ) from error
+        rows = read_table(self.folder / f"{stem}.parquet", ["status"]).num_rows
+        if array.dtype != np.float16 or len(array) != rows:
+            raise InputError(f"{path}: expected float16 with {rows} rows, found {array.dtype} {array.shape}")
+        return array
+
+    def load(self, kept: str | Path | None = None) -> tuple[pa.Table, np.ndarray]:
+        """All rows that are ok, in memory: (table, float32 [N, ...]), row-aligned, in shard order.
+
+        ``kept`` (a kept.parquet) restricts them to its keys; raises InputError if one of them is not here or failed,
+        or if a value is not finite.
+        """
+        table = read_folder(self.folder)
+        use = pc.equal(table["status"], "ok")
+        if kept is not None:
+            wanted = kept_keys(kept)
+            use = pc.and_(use, pc.is_in(table["key"], value_set=pa.array(sorted(wanted), pa.string())))
+            found = pc.sum(use).as_py() or 0
+            if found != len(wanted):
+                missing = min(wanted.difference(table["key"].filter(use).to_pylist()))
+                raise InputError(
+                    f"{kept}: {len(wanted) - found} of {len(wanted)} keys, {missing!r} first, are not in {self.folder} "
+                    f"or failed there; is this a selection of another data set?"
+                )
+        mask = use.to_numpy()
+        parts, start = [], 0
+        for stem in self.stems:
+            array = self.array(stem)
+            parts.append(array[mask[start : start + len(array)]].astype(np.float32))
+            start += len(array)
+        values = np.concatenate(parts) if parts else np.zeros((0, *self.metadata["shape"]), np.float32)
+        table = table.filter(use)
+        finite = np.isfinite(values.reshape(len(values), -1)).all(axis=1) if len(values) else np.ones(0, bool)
+        if not finite.all():
+            key = table["key"][int(np.flatnonzero(~finite)[0])].as_py()
+            raise InputError(
+                f"{self.folder}: {int((~finite).sum())} rows are NaN or infinite, key {key!r} first; make them again"
+            )
+        return table, values

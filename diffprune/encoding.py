@@ -1,0 +1,158 @@
+"""``encode`` and ``embed``: images -> latents or embeddings, one fp16 array per shard, written once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from diffprune.arrays import write_array
+from diffprune.checkpoints import load_vqvae
+from diffprune.decode import read_batches
+from diffprune.device import pick_device
+from diffprune.engines import run_stage
+from diffprune.errors import InputError
+from diffprune.progress import Progress
+from diffprune.shards import ShardIndex, ShardSpec, index_shards
+from diffprune.tables import base_table
+
+
+def encode(
+    shards: ShardSpec,
+    vqvae: str | Path,
+    out: str | Path,
+    *,
+    batch_size: int = 256,
+    device: str = "auto",
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Write the VQ-VAE latents of every image: ``<out>/<shard>.npy`` float16 [n, C, H, W] beside a table of keys.
+
+    ``vqvae`` is a checkpoint or a run folder of ``train vqvae``. Latents are the encoder's output before quantisation,
+    times the checkpoint's ``latent_scale``. An image that cannot be decoded is a failed row, NaN in the array. Returns
+    counts (samples, failed, ...); shards that are done are skipped.
+    """
+    model, state = load_vqvae(vqvae, pick_device(device))
+    head = {
+        "kind": "latents",
+        "model": "vqvae",
+        "model_sha256": state["sha256"],
+        "latent_scale": float(model.latent_scale),
+    }
+    network = _Network(model.encode, model.config.image_size, model.config.in_channels, head, str(vqvae))
+    return _map_images("encode", network, shards, Path(out), batch_size, pick_device(device), dry_run)
+
+
+def embed(
+    shards: ShardSpec,
+    out: str | Path,
+    *,
+    model: str,
+    batch_size: int = 256,
+    device: str = "auto",
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Write an L2-normalised embedding of every image: ``<out>/<shard>.npy`` float16 [n, D] beside a table of keys.
+
+    ``model``: ``vqvae:PATH``, the features of a trained VQ-VAE's own encoder. Failed images as in ``encode``.
+    """
+    name, _, path = model.partition(":")
+    if name != "vqvae" or not path:
+        raise InputError(
+            f"model: expected vqvae:PATH (a checkpoint or run folder of `diffprune train vqvae`), got {model!r}"
+        )
+    vqvae, state = load_vqvae(path, pick_device(device))
+    head = {"kind": "embeddings", "model": name, "model_sha256": state["sha256"]}
+
+    def features(images: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.normalize(vqvae.embed(images).double(), dim=1)
+
+    network = _Network(features, vqvae.config.image_size, vqvae.config.in_channels, head, path)
+    return _map_images("embed", network, shards, Path(out), batch_size, pick_device(device), dry_run)
+
+
+def to_model_range(images: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """uint8 [B, C, H, W] -> float32 in [-1, 1] on ``device``."""
+    return torch.as_tensor(images).to(device).float() / 127.5 - 1
+
+
+@dataclass(frozen=True)
+class _Network:
+    """A function of images [B, C, size, size] in [-1, 1], with what identifies it."""
+
+    function: Callable[[torch.Tensor], torch.Tensor]
+    size: int
+    channels: int
+    head: dict[str, Any]
+    path: str
+
+
+def _map_images(
+    stage: str, network: _Network, shards: ShardSpec, out: Path, batch_size: int, device: torch.device, dry_run: bool
+) -> dict[str, Any]:
+    if batch_size < 1:
+        raise InputError(f"batch_size: expected 1 or more, got {batch_size}")
+    indexes = {index.path.stem: index for index in index_shards(shards)}
+    with torch.inference_mode():
+        blank = torch.zeros(1, network.channels, network.size, network.size, device=device)
+        row_shape = tuple(network.function(blank).shape[1:])
+
+    def work(stem: str, bar: Progress) -> pa.Table:
+        table, array = _run(indexes[stem], network, row_shape, batch_size, device, bar)
+        write_array(out / f"{stem}.npy", array)  # before the table, whose presence means that the shard is done
+        return table
+
+    config = {
+        **network.head,
+        "shape": list(row_shape),
+        "image_size": network.size,
+        "inputs": describe(list(indexes.values())),
+    }
+    return run_stage(
+        stage,
+        out,
+        config,
+        list(indexes),
+        work,
+        total=sum(len(index.samples) for index in indexes.values()),
+        metadata={"model_path": network.path},
+        dry_run=dry_run,
+    )
+
+
+def describe(indexes: list[ShardIndex]) -> dict[str, list[int]]:
+    """What identifies a set of shards in a fingerprint: name -> [bytes, samples]."""
+    return {index.path.name: [index.size, len(index.samples)] for index in indexes}
+
+
+def _run(
+    index: ShardIndex,
+    network: _Network,
+    row_shape: tuple[int, ...],
+    batch_size: int,
+    device: torch.device,
+    bar: Progress,
+) -> tuple[pa.Table, np.ndarray]:
+    array = np.full((len(index.samples), *row_shape), np.nan, dtype=np.float16)
+    labels: list[int | None] = []
+    uids: list[str | None] = []
+    errors: list[str | None] = []
+    for batch in read_batches(index, size=network.size, channels=network.channels, batch_size=batch_size):
+        start = len(errors)
+        with torch.inference_mode():
+            values = network.function(to_model_range(batch.images, device)).float().cpu().numpy().astype(np.float16)
+        for row, error in enumerate(batch.errors):
+            if error is None and not np.isfinite(values[row]).all():
+                error = f"the {network.head['model']} gave NaN, or a value too large for float16"
+            if error is None:
+                array[start + row] = values[row]
+            errors.append(error)
+        labels += batch.labels
+        uids += batch.uids
+        bar.advance(len(batch.samples))
+    return base_table(index.path.name, index.samples, labels, uids, errors), array

@@ -1,0 +1,192 @@
+"""Score tables: parquet, one row per sample (failed ones too), keyed by sample key.
+
+A folder of tables holds one ``<shard stem>.parquet`` per shard and a ``stage.json`` that says which shards and which
+run they belong to. Tables of different runs are joined by key, never by position.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from diffprune.errors import InputError
+from diffprune.files import atomic_path, read_json
+from diffprune.shards import Sample
+
+METADATA_KEY = b"diffprune"
+STAGE_FILE = "stage.json"
+
+BASE_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("shard", pa.string()),  # the tar's file name
+        ("index", pa.int32()),
+        ("offset", pa.int64()),  # bytes of the sample's whole tar members
+        ("size", pa.int64()),
+        ("uid", pa.string()),
+        ("label", pa.int64()),
+        ("status", pa.string()),  # "ok" or "failed"
+        ("error", pa.string()),
+    ]
+)
+BASE_COLUMNS = BASE_SCHEMA.names
+
+
+def base_table(
+    shard: str,
+    samples: Sequence[Sample],
+    labels: Sequence[int | None],
+    uids: Sequence[str | None],
+    errors: Sequence[str | None],
+) -> pa.Table:
+    """The base columns of samples of one shard; a sample with an error is "failed"."""
+    columns = [
+        [sample.key for sample in samples],
+        [shard] * len(samples),
+        [sample.index for sample in samples],
+        [sample.offset for sample in samples],
+        [sample.size for sample in samples],
+        list(uids),
+        list(labels),
+        ["failed" if error else "ok" for error in errors],
+        list(errors),
+    ]
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, BASE_SCHEMA, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=BASE_SCHEMA)
+
+
+def write_table(path: str | Path, table: pa.Table, metadata: dict[str, Any]) -> None:
+    """Write a table atomically with ``metadata`` (JSON) in its schema; field metadata is kept."""
+    encoded = json.dumps(metadata, sort_keys=True, allow_nan=False).encode()
+    with atomic_path(path) as temporary:
+        pq.write_table(table.replace_schema_metadata({METADATA_KEY: encoded}), temporary)
+
+
+def table_metadata(table: pa.Table | str | Path) -> dict[str, Any]:
+    """The metadata that ``write_table`` stored; InputError if there is none."""
+    schema = table.schema if isinstance(table, pa.Table) else _read(Path(table), schema_only=True)
+    where = "table" if isinstance(table, pa.Table) else table
+    raw = (schema.metadata or {}).get(METADATA_KEY)
+    if raw is None:
+        raise InputError(f"{where}: not a table of diffprune's (its schema metadata has no 'diffprune')")
+    return json.loads(raw)
+
+
+def read_table(path: str | Path, columns: list[str] | None = None) -> pa.Table:
+    """Read one parquet file; InputError that names it if it is missing, malformed or lacks a column."""
+    path = Path(path)
+    schema = _read(path, schema_only=True)
+    missing = [name for name in columns or [] if name not in schema.names]
+    if missing:
+        raise InputError(f"{path}: no column {missing[0]!r}; it has {', '.join(schema.names)}")
+    return _read(path, columns=columns)
+
+
+def read_folder(folder: str | Path, columns: list[str] | None = None) -> pa.Table:
+    """The tables of one folder, concatenated in shard order. All its shards must be finished."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder of tables")
+    stems = read_stage(folder)["shards"]
+    missing = [stem for stem in stems if not (folder / f"{stem}.parquet").is_file()]
+    if missing:
+        raise InputError(
+            f"{folder}: {len(stems) - len(missing)} of {len(stems)} shards are done, {missing[0]} is not; "
+            f"run the command that made it again to finish the rest"
+        )
+    tables = [read_table(folder / f"{stem}.parquet", columns) for stem in stems]
+    try:
+        table = pa.concat_tables(tables)
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{folder}: its tables have different columns ({error})") from error
+    table = table.replace_schema_metadata(tables[0].schema.metadata)
+    if "key" in table.column_names and pc.count_distinct(table["key"]).as_py() != table.num_rows:
+        raise InputError(f"{folder}: a sample key stands in it twice; keys must be unique over all shards")
+    return table
+
+
+def read_tables(folders: str | Path | Sequence[str | Path], columns: list[str] | None = None) -> pa.Table:
+    """Folders of tables joined by key: base columns once, then every score column (or those in ``columns``).
+
+    Row order is the first folder's. A row is "failed" if it failed in any of them. Raises InputError if the folders
+    are of different data sets, or if two hold the same column.
+    """
+    paths = [folders] if isinstance(folders, (str, os.PathLike)) else list(folders)
+    if not paths:
+        raise InputError("expected at least one folder of score tables, got none")
+    result = read_folder(paths[0])
+    for path in paths[1:]:
+        result = _join(result, read_folder(path), paths[0], path)
+    if columns is not None:
+        missing = [name for name in columns if name not in result.column_names]
+        if missing:
+            raise InputError(
+                f"{', '.join(map(str, paths))}: no column {missing[0]!r}; there are {', '.join(score_columns(result))}"
+            )
+        result = result.select([*BASE_COLUMNS, *(name for name in columns if name not in BASE_COLUMNS)])
+    return result
+
+
+def score_columns(table: pa.Table) -> list[str]:
+    """The columns of a table that are no base columns."""
+    return [name for name in table.column_names if name not in BASE_COLUMNS]
+
+
+def read_stage(folder: str | Path) -> dict[str, Any]:
+    """What a stage wrote about itself into its folder: stage, version, fingerprint, config, shards."""
+    path = Path(folder) / STAGE_FILE
+    if not path.is_file():
+        raise InputError(
+            f"{folder}: no {STAGE_FILE}; expected a folder that diffprune's encode, embed, score or cluster wrote"
+        )
+    stage = read_json(path)
+    shards = stage.get("shards") if isinstance(stage, dict) else None
+    if not isinstance(shards, list) or not all(isinstance(s, str) and s == os.path.basename(s) and s for s in shards):
+        raise InputError(f"{path}: expected a JSON object with a list of shard names, found something else")
+    return stage
+
+
+def kept_keys(path: str | Path) -> frozenset[str]:
+    """The keys of a selection (kept.parquet)."""
+    return frozenset(read_table(path, ["key"])["key"].to_pylist())
+
+
+def _join(left: pa.Table, right: pa.Table, left_path: str | Path, right_path: str | Path) -> pa.Table:
+    rows = pc.index_in(left["key"], value_set=right["key"].combine_chunks())
+    if rows.null_count or left.num_rows != right.num_rows:
+        lost = left["key"].filter(pc.is_null(rows))
+        example = f"; key {lost[0].as_py()!r} is only in the first" if len(lost) else ""
+        raise InputError(
+            f"{right_path}: of another data set than {left_path}: {right.num_rows} and {left.num_rows} samples{example}"
+        )
+    right = right.take(rows)
+    for name in ("shard", "offset", "size"):
+        differs = pc.not_equal(left[name], right[name])
+        if pc.any(differs).as_py():
+            key = left["key"].filter(differs)[0].as_py()
+            raise InputError(f"{right_path}: of another data set than {left_path}: key {key!r} has another {name}")
+    both = [name for name in score_columns(right) if name in score_columns(left)]
+    if both:
+        raise InputError(f"{right_path}: column {both[0]!r} is in {left_path} too; give only one of the two")
+    failed = pc.or_(pc.equal(left["status"], "failed"), pc.equal(right["status"], "failed"))
+    left = left.set_column(left.column_names.index("status"), "status", pc.if_else(failed, "failed", "ok"))
+    left = left.set_column(left.column_names.index("error"), "error", pc.coalesce(left["error"], right["error"]))
+    for name in score_columns(right):
+        left = left.append_column(right.schema.field(name), right[name])
+    return left
+
+
+def _read(path: Path, *, columns: list[str] | None = None, schema_only: bool = False) -> Any:
+    try:
+        return pq.read_schema(path) if schema_only else pq.ParquetFile(path).read(columns=columns)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such table") from None
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise InputError(f"{path}: not a readable parquet file ({error})") from error
