@@ -1,0 +1,324 @@
+"""The verbs. Modules that import torch are imported by the verb that needs them, so that ``--help`` is instant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import diffprune
+from diffprune.cli.output import run
+
+app = typer.Typer(
+    name="diffprune",
+    help="Score every image of a diffusion model's training set, say which to keep, and prove it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+train = typer.Typer(help="Train the VQ-VAE or the DiT, from a TOML config and overrides.", no_args_is_help=True)
+app.add_typer(train, name="train", rich_help_panel="Models")
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say how much it would do, and do nothing.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Seed = Annotated[int, typer.Option(help="The seed of everything random.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time. Does not change the result.")]
+Shards = Annotated[
+    list[str], typer.Argument(help="Brace pattern, glob, folder, .tar or list file; several may be given.")
+]
+Kept = Annotated[Path | None, typer.Option(help="A kept.parquet: use only the samples that it keeps.")]
+Config = Annotated[Path | None, typer.Option("--config", "-c", help="A TOML config; see configs/.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override a config key: train.steps=1000. Repeatable.")]
+Resume = Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")]
+
+
+def main() -> None:
+    """Entry point of the ``diffprune`` command."""
+    app()
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"diffprune {diffprune.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(rich_help_panel="Data")
+def pack(
+    source: Annotated[str, typer.Argument(help="A folder of class folders, a Hugging Face image parquet, or mnist5k.")],
+    out: Annotated[Path | None, typer.Argument(help="The folder to write shards into.")] = None,
+    named_source: Annotated[
+        str | None, typer.Option("--source", help="SOURCE as an option: --source mnist5k OUT.")
+    ] = None,
+    prefix: Annotated[str | None, typer.Option(help="Shards are named PREFIX-000000.tar, ….")] = None,
+    shard_size: Annotated[int, typer.Option(min=1, help="Samples per shard.")] = 1000,
+    resize: Annotated[int | None, typer.Option(min=1, help="Crop to a square and resize to this side, as PNG.")] = None,
+    shuffle: Annotated[bool, typer.Option(help="Shuffle the samples over the shards.")] = True,
+    seed: Seed = 0,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Pack images into WebDataset shards: image bytes as they are, cls, and json with a uid."""
+    if named_source is not None and out is None:
+        source, out = named_source, Path(source)
+    elif named_source is not None or out is None:
+        raise typer.BadParameter("expected SOURCE OUT, or --source SOURCE OUT")
+    options = {"prefix": prefix, "shard_size": shard_size, "resize": resize, "shuffle_seed": seed if shuffle else None}
+    run(diffprune.pack, source, out, **options, dry_run=dry_run, as_json=as_json)
+
+
+@app.command(rich_help_panel="Data")
+def verify(
+    shards: Shards,
+    decode: Annotated[bool, typer.Option(help="Also decode every image, strictly.")] = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Count samples and keys, account for every byte, list all damage. Exits 1 if there is any."""
+    result = run(diffprune.verify, shards, decode=decode, dry_run=dry_run, as_json=as_json)
+    if result.get("damaged"):
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel="Data")
+def prune(
+    kept: Annotated[Path, typer.Argument(help="The selection: a kept.parquet.")],
+    shards: Shards,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder for the pruned shards.")],
+    shard_size: Annotated[int | None, typer.Option(min=1, help="Samples per shard; as the input's by default.")] = None,
+    prefix: Annotated[str | None, typer.Option(help="The shards' prefix; the input's by default.")] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Write the kept samples into new shards, byte for byte."""
+    run(diffprune.prune, kept, shards, out, shard_size=shard_size, prefix=prefix, dry_run=dry_run, as_json=as_json)
+
+
+@train.command("vqvae")
+def train_vqvae(
+    shards: Shards,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The run folder: checkpoints and log.jsonl.")],
+    config: Config = None,
+    overrides: Set = None,
+    kept: Kept = None,
+    resume: Resume = True,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Train a VQ-VAE on the images of shards."""
+
+    def call(**options: object) -> dict:
+        from diffprune.config import load_config
+
+        return diffprune.train_vqvae(load_config(config, "vqvae", overrides or []), shards, out, **options)
+
+    run(call, kept=kept, resume=resume, dry_run=dry_run, as_json=as_json)
+
+
+@train.command("dit")
+def train_dit(
+    latents: Annotated[Path, typer.Argument(help="The latents: a folder of `diffprune encode`.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The run folder: checkpoints and log.jsonl.")],
+    config: Config = None,
+    overrides: Set = None,
+    kept: Kept = None,
+    resume: Resume = True,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Train a DiT by flow matching on latents: all of them, or those of a kept.parquet."""
+
+    def call(**options: object) -> dict:
+        from diffprune.config import load_config
+
+        return diffprune.train_dit(load_config(config, "dit", overrides or []), latents, out, **options)
+
+    run(call, kept=kept, resume=resume, dry_run=dry_run, as_json=as_json)
+
+
+@app.command(rich_help_panel="Features")
+def encode(
+    shards: Shards,
+    vqvae: Annotated[Path, typer.Option(help="A VQ-VAE checkpoint or run folder.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The latents folder.")],
+    batch_size: BatchSize = 256,
+    device: Device = "auto",
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Write the latents of every image, one fp16 .npy per shard."""
+    run(diffprune.encode, shards, vqvae, out, batch_size=batch_size, device=device, dry_run=dry_run, as_json=as_json)
+
+
+@app.command(rich_help_panel="Features")
+def embed(
+    shards: Shards,
+    model: Annotated[str, typer.Option(help="vqvae:PATH, the features of a trained VQ-VAE's encoder.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The embeddings folder.")],
+    batch_size: BatchSize = 256,
+    device: Device = "auto",
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Write an L2-normalised embedding of every image, one fp16 .npy per shard."""
+    options = {"model": model, "batch_size": batch_size, "device": device}
+    run(diffprune.embed, shards, out, **options, dry_run=dry_run, as_json=as_json)
+
+
+@app.command(rich_help_panel="Selection")
+def score(
+    latents: Annotated[Path, typer.Argument(help="The latents: a folder of `diffprune encode`.")],
+    checkpoint: Annotated[
+        list[Path], typer.Option(help="The surrogate: checkpoints, or a run folder with all of its.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder of score tables.")],
+    method: Annotated[str, typer.Option(help="loss, el2n, grand, moso, monotonicity, random; several with commas.")] = (
+        "loss,el2n,grand"
+    ),
+    draws: Annotated[int, typer.Option(min=1, help="Draws of (t, noise) per sample, t stratified over them.")] = 1,
+    mode: Annotated[str, typer.Option(help="MoSo's form: paper, loo1 or authors.")] = "paper",
+    weights: Annotated[str, typer.Option(help="The surrogate's weights: model or ema.")] = "model",
+    seed: Seed = 0,
+    batch_size: BatchSize = 64,
+    device: Device = "auto",
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Score every sample with a surrogate's checkpoints."""
+    methods = tuple(name.strip() for name in method.split(",") if name.strip())
+    options = {"methods": methods, "draws": draws, "moso_mode": mode, "weights": weights, "seed": seed}
+    options |= {"batch_size": batch_size, "device": device}
+    run(diffprune.score, latents, checkpoint, out, **options, dry_run=dry_run, as_json=as_json)
+
+
+@app.command(rich_help_panel="Selection")
+def cluster(
+    embeddings: Annotated[Path, typer.Argument(help="The embeddings: a folder of `diffprune embed`.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder of score tables.")],
+    k: Annotated[int, typer.Option("-k", "--clusters", min=1, help="How many clusters.")],
+    seed: Seed = 0,
+    max_iter: Annotated[int, typer.Option(min=1, help="Rounds at most.")] = 100,
+    metric: Annotated[str, typer.Option(help="euclidean or cosine.")] = "euclidean",
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """k-means over embeddings: the columns cluster and distance."""
+    options = {"k": k, "seed": seed, "max_iter": max_iter, "metric": metric}
+    run(diffprune.cluster, embeddings, out, **options, dry_run=dry_run, as_json=as_json)
+
+
+@app.command(rich_help_panel="Selection")
+def select(
+    scores: Annotated[list[Path], typer.Argument(help="Folders of score tables; several are joined by key.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The selection to write, kept.parquet.")],
+    order: Annotated[
+        str,
+        typer.Option(
+            help="highest, lowest, middle, random; cluster-nearest, cluster-farthest, cluster-middle, cluster-random; "
+            "balanced, equal, drop-clusters; k-center, herding."
+        ),
+    ] = "highest",
+    by: Annotated[str | None, typer.Option(help="The score column, for highest, lowest and middle.")] = None,
+    prune: Annotated[float | None, typer.Option(help="The fraction to leave out, such as 0.9.")] = None,
+    keep: Annotated[float | None, typer.Option(help="The fraction to keep, such as 0.1.")] = None,
+    count: Annotated[int | None, typer.Option(help="The number to keep.")] = None,
+    within: Annotated[
+        str, typer.Option(help="Inside a cluster, for balanced and equal: nearest, farthest, middle, …")
+    ] = ("nearest"),
+    embeddings: Annotated[Path | None, typer.Option(help="The embeddings folder, for k-center and herding.")] = None,
+    seed: Seed = 0,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Choose which samples to keep, to the exact count; ties go by key."""
+    options = {"order": order, "by": by, "prune": prune, "keep": keep, "count": count, "within": within}
+    options |= {"embeddings": embeddings, "seed": seed}
+    run(diffprune.select, scores, out, **options, dry_run=dry_run, as_json=as_json)
+
+
+@app.command(rich_help_panel="Models")
+def sample(
+    checkpoint: Annotated[Path, typer.Argument(help="A DiT checkpoint or run folder.")],
+    vqvae: Annotated[Path, typer.Option(help="The VQ-VAE that its latents came from.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder for shards of generated images.")],
+    count: Annotated[int, typer.Option(min=1, help="How many images.")] = 64,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the ODE solver.")] = 50,
+    method: Annotated[str, typer.Option(help="euler or heun.")] = "euler",
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is none.")] = 1.0,
+    labels: Annotated[str, typer.Option(help="uniform, null, or class numbers with commas.")] = "uniform",
+    weights: Annotated[str, typer.Option(help="ema or model.")] = "ema",
+    grid: Annotated[Path | None, typer.Option(help="Also write the first images as one PNG.")] = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 256,
+    device: Device = "auto",
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Generate images into shards, and a grid PNG."""
+    options = {"count": count, "steps": steps, "method": method, "guidance": guidance, "labels": labels}
+    options |= {"weights": weights, "grid": grid, "seed": seed, "batch_size": batch_size, "device": device}
+    run(diffprune.sample, checkpoint, vqvae, out, **options, dry_run=dry_run, as_json=as_json)
+
+
+@app.command(rich_help_panel="Proof")
+def evaluate(
+    samples: Annotated[Path, typer.Argument(help="Embeddings of the generated images.")],
+    reference: Annotated[Path, typer.Option(help="Embeddings of the real images, by the same model.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The JSON file to write.")],
+    kept: Annotated[
+        Path | None, typer.Option(help="The selection that the model was trained on, for memorization.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="What to call this model in tables.")] = None,
+    k: Annotated[int, typer.Option(min=1, help="Neighbours, for precision and recall.")] = 3,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Fréchet distance, precision, recall, F-score, Vendi score, memorization and class balance."""
+    run(diffprune.evaluate, samples, reference, out, kept=kept, name=name, k=k, dry_run=dry_run, as_json=as_json)
+
+
+@app.command(rich_help_panel="Proof")
+def report(
+    out: Annotated[Path, typer.Argument(help="The HTML file to write.")],
+    shards: Annotated[list[str] | None, typer.Option(help="The shards, for pictures of extreme samples.")] = None,
+    scores: Annotated[list[Path] | None, typer.Option(help="Folders of score tables. Repeatable.")] = None,
+    clusters: Annotated[Path | None, typer.Option(help="The folder of `diffprune cluster`.")] = None,
+    selection: Annotated[list[str] | None, typer.Option(help="NAME=kept.parquet. Repeatable.")] = None,
+    samples: Annotated[list[str] | None, typer.Option(help="NAME=grid.png. Repeatable.")] = None,
+    metrics: Annotated[list[Path] | None, typer.Option(help="JSON files of `diffprune evaluate`. Repeatable.")] = None,
+    log: Annotated[list[str] | None, typer.Option(help="NAME=log.jsonl of a training run. Repeatable.")] = None,
+    title: Annotated[str, typer.Option(help="The page's headline.")] = "diffprune report",
+    as_json: Json = False,
+) -> None:
+    """Write one self-contained HTML page of everything that is given."""
+    options = {"title": title, "shards": shards or None, "scores": scores or [], "clusters": clusters}
+    options |= {
+        "selections": _named(selection),
+        "samples": _named(samples),
+        "metrics": metrics or [],
+        "logs": _named(log),
+    }
+    run(diffprune.report, out, **options, as_json=as_json)
+
+
+def _named(pairs: list[str] | None) -> dict[str, Path]:
+    """NAME=PATH options as a dict, in order."""
+    named = {}
+    for pair in pairs or []:
+        name, equals, path = pair.partition("=")
+        if not equals or not name or not path:
+            raise typer.BadParameter(f"expected NAME=PATH, got {pair!r}")
+        named[name] = Path(path)
+    return named

@@ -1,0 +1,74 @@
+"""How a verb's result reaches the user: a short table, or JSON; and how an error does."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from diffprune.errors import DiffpruneError
+from diffprune.progress import set_enabled
+
+INTERRUPTED = 130
+
+
+def run(function: Callable[..., dict[str, Any]], *args: Any, as_json: bool, **options: Any) -> dict[str, Any]:
+    """Call a public function and print its result. What a user can mend ends as one line and exit code 1."""
+    set_enabled(not as_json or sys.stderr.isatty())
+    try:
+        result = function(*args, **options)
+    except KeyboardInterrupt:
+        _fail("interrupted: what is finished is kept; run the same command again to finish the rest", INTERRUPTED)
+    except DiffpruneError as error:
+        _fail(str(error), 1)
+    except OSError as error:  # a full disk, a read-only folder, a file that vanished: the message names the file
+        _fail(str(error), 1)
+    if as_json:
+        print(json.dumps(result, indent=2, ensure_ascii=False, default=str))
+    else:
+        show(result)
+    return result
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the counts of a result as two aligned columns; nested values are folded to one line."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(soft_wrap=True)
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for key, value in result.items():
+        if value is not None and value != []:
+            table.add_row(f"[dim]{key.replace('_', ' ')}[/dim]", escape(_text(value)))
+    console.print(table)
+    failed = result.get("failed")
+    if failed:
+        first = result.get("first_error") or {}
+        console.print(
+            f"[yellow]{failed:,} of {result.get('samples', 0):,} samples failed[/yellow]; they are in the tables, with "
+            f"status and error. First: {escape(str(first.get('key')))}: {escape(str(first.get('error')))}"
+        )
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    if isinstance(value, dict):
+        return "  ".join(f"{key} {_text(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        shown = ", ".join(_text(item) for item in value[:10])
+        return shown + (f", … ({len(value):,} in all)" if len(value) > 10 else "")
+    return str(value)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    raise typer.Exit(code)

@@ -1,0 +1,183 @@
+"""The header index against tarfile and webdataset on good shards, and what it notices on damaged ones."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from diffprune.errors import InputError
+from diffprune.shards import ShardReader, index_shard, index_shards, list_shards
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]], fmt: int = tarfile.USTAR_FORMAT) -> Path:
+    with tarfile.open(path, "w", format=fmt) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def samples(count: int, start: int = 0) -> list[tuple[str, bytes]]:
+    members = []
+    for i in range(start, start + count):
+        members += [(f"{i:05d}.png", bytes([i % 251]) * (i * 97 % 1500)), (f"{i:05d}.cls", str(i % 10).encode())]
+    return members
+
+
+@pytest.mark.parametrize("fmt", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_index_finds_the_bytes_that_were_written(tmp_path, fmt):
+    long = "folder/" + "x" * 160
+    members = [*samples(7), (f"{long}.png", b"long" * 300), (f"{long}.cls", b"3")]
+    if fmt == tarfile.USTAR_FORMAT:
+        members = [
+            *samples(7),
+            ("f" * 90 + "/" + "x" * 80 + ".png", b"prefix"),
+            ("f" * 90 + "/" + "x" * 80 + ".cls", b"3"),
+        ]
+    index = index_shard(write_tar(tmp_path / "a.tar", members, fmt))
+    assert index.damage == []
+    with ShardReader(index.path) as reader:
+        found = [(member.name, reader.read(member)) for sample in index.samples for member in sample.members]
+    assert found == members
+    assert [sample.key for sample in index.samples] == list(dict.fromkeys(n.rsplit(".", 1)[0] for n, _ in members))
+    # a sample's span holds whole members: cut out and closed with zeros it is a tar of its own
+    for sample in index.samples:
+        with ShardReader(index.path) as reader:
+            span = reader.span(sample.offset, sample.size) + bytes(1024)
+        with tarfile.open(fileobj=io.BytesIO(span)) as tar:
+            assert tar.getnames() == [member.name for member in sample.members]
+
+
+def test_index_groups_as_webdataset_does(tmp_path):
+    import webdataset
+
+    members = [("a/b.jpg", b"1"), ("a/b.CLS", b"2"), ("c.d/e.png", b"3"), ("img.v1.jpg", b"4"), ("img.v2.jpg", b"5")]
+    path = write_tar(tmp_path / "a.tar", members)
+    expected = [
+        (s["__key__"], [k for k in s if not k.startswith("__")])
+        for s in webdataset.WebDataset(str(path), shardshuffle=False)
+    ]
+    index = index_shard(path)
+    assert [(s.key, [m.extension for m in s.members]) for s in index.samples] == expected
+    assert len(index.samples[-1].images()) == 2  # img.v1 and img.v2 merged: two images under one key
+
+
+def test_folders_links_and_meta_names_are_no_samples(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        folder = tarfile.TarInfo("a")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        link = tarfile.TarInfo("a/l.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+        for name in ("a/1.png", "__meta__/x.json"):
+            info = tarfile.TarInfo(name)
+            info.size = 3
+            tar.addfile(info, io.BytesIO(b"abc"))
+    index = index_shard(path)
+    assert [sample.key for sample in index.samples] == ["a/1"]
+    assert index.damage == []
+    assert len(index.ignored) == 1 and "a/l.png" in index.ignored[0]
+
+
+def test_a_tar_cut_anywhere_is_noticed(tmp_path):
+    whole = write_tar(tmp_path / "whole.tar", samples(4))
+    data = whole.read_bytes()
+    content_end = index_shard(whole).samples[-1].members[-1].end
+    first = index_shard(whole).samples[0]
+    cuts = {0, 1, 511, 512, 513, first.size, first.size - 1, content_end - 1, content_end, content_end + 512}
+    for cut in sorted(cuts | set(range(0, content_end, 777))):
+        path = tmp_path / "cut.tar"
+        path.write_bytes(data[:cut])
+        index = index_shard(path)
+        assert index.damage, f"cut at {cut} of {len(data)} went unnoticed"
+        intact = [s.key for s in index_shard(whole).samples if s.offset + s.size <= cut]
+        # what is whole is still found; a sample cut between its members may be found with the rest missing
+        assert [s.key for s in index.samples][: len(intact)] == intact
+    path.write_bytes(data[: content_end + 1024])
+    assert index_shard(path).damage == []
+
+
+def test_every_flipped_header_bit_is_noticed(tmp_path):
+    path = write_tar(tmp_path / "a.tar", samples(3))
+    data = bytearray(path.read_bytes())
+    header = index_shard(path).samples[1].offset
+    for byte in range(0, 512, 3):
+        damaged = bytearray(data)
+        damaged[header + byte] ^= 1 << (byte % 8)
+        path.write_bytes(damaged)
+        index = index_shard(path)
+        assert index.damage, f"a flipped bit in byte {byte} of a header went unnoticed"
+        assert [s.key for s in index.samples] == ["00000"]
+
+
+def test_a_zeroed_header_and_joined_archives_are_noticed(tmp_path):
+    path = write_tar(tmp_path / "a.tar", samples(3))
+    data = path.read_bytes()
+    header = index_shard(path).samples[1].offset
+    path.write_bytes(data[:header] + bytes(512) + data[header + 512 :])
+    assert "zeroed header" in index_shard(path).damage[0].message
+    path.write_bytes(data + write_tar(tmp_path / "b.tar", samples(2, 50)).read_bytes())
+    assert "two archives" in index_shard(path).damage[0].message
+
+
+@pytest.mark.parametrize(
+    ("names", "complaint"),
+    [
+        (["a.png", "b.png", "a.cls"], "duplicate, or interleaved"),
+        (["a.png", "a.cls", "a.png"], "second .png"),
+        (["a.png", "README"], "without an extension"),
+        (["a\nb.png"], "control characters"),
+    ],
+)
+def test_keys_that_do_not_add_up_are_damage(tmp_path, names, complaint):
+    index = index_shard(write_tar(tmp_path / "a.tar", [(name, b"x") for name in names]))
+    assert len(index.damage) == 1 and complaint in index.damage[0].message
+    with pytest.raises(InputError, match=r"a\.tar.*diffprune verify"):
+        index_shards(tmp_path)
+
+
+def test_names_that_are_not_utf8_are_damage(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", encoding="latin-1", format=tarfile.USTAR_FORMAT) as tar:
+        tar.addfile(tarfile.TarInfo("\xe9.png"), io.BytesIO(b""))
+    assert "UTF-8" in index_shard(path).damage[0].message
+
+
+def test_one_key_in_two_shards_names_both(tmp_path):
+    write_tar(tmp_path / "a.tar", samples(3))
+    write_tar(tmp_path / "b.tar", samples(3, 2))
+    with pytest.raises(InputError, match=r"b\.tar: key '00002' is also in .*a\.tar"):
+        index_shards(tmp_path)
+
+
+def test_list_shards_takes_patterns_globs_folders_and_lists(tmp_path):
+    paths = [write_tar(tmp_path / f"train-{i:04d}.tar", samples(1, i)) for i in range(12)]
+    listing = tmp_path / "list.txt"
+    listing.write_text("# a comment\ntrain-0003.tar\n\ntrain-0001.tar\n")
+    assert list_shards(f"{tmp_path}/train-{{0000..0011}}.tar") == paths
+    assert list_shards(f"{tmp_path}/train-*.tar") == paths
+    assert list_shards(tmp_path) == paths
+    assert list_shards(paths[2]) == [paths[2]]
+    assert list_shards(listing) == [paths[3], paths[1]]
+    assert list_shards([paths[4], f"{tmp_path}/train-000{{1,2}}.tar"]) == [paths[4], paths[1], paths[2]]
+
+
+def test_list_shards_errors_name_what_is_missing(tmp_path):
+    write_tar(tmp_path / "train-0000.tar", samples(1))
+    with pytest.raises(InputError, match=r"train-0001\.tar: no such shard \(2 of 3"):
+        list_shards(f"{tmp_path}/train-{{0000..0002}}.tar")
+    for nothing in (f"{tmp_path}/none-*.tar", []):
+        with pytest.raises(InputError, match="no shards"):
+            list_shards(nothing)
+    with pytest.raises(InputError, match="no such file or folder"):
+        list_shards(tmp_path / "nowhere")
+    (tmp_path / "copy").mkdir()
+    write_tar(tmp_path / "copy" / "train-0000.tar", samples(1))
+    with pytest.raises(InputError, match="the same name"):
+        list_shards([tmp_path, tmp_path / "copy"])
