@@ -44,7 +44,7 @@ def encode(
         "model_sha256": state["sha256"],
         "latent_scale": float(model.latent_scale),
     }
-    network = _Network(model.encode, model.config.image_size, model.config.in_channels, head, str(vqvae))
+    network = _Network(model.encode, model.image_size, model.in_channels, head, str(vqvae))
     return _map_images("encode", network, shards, Path(out), batch_size, pick_device(device), dry_run)
 
 
@@ -72,7 +72,7 @@ def embed(
     def features(images: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.normalize(vqvae.embed(images).double(), dim=1)
 
-    network = _Network(features, vqvae.config.image_size, vqvae.config.in_channels, head, path)
+    network = _Network(features, vqvae.image_size, vqvae.in_channels, head, path)
     return _map_images("embed", network, shards, Path(out), batch_size, pick_device(device), dry_run)
 
 
