@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from diffprune.arrays import ArrayFolder
@@ -15,7 +17,7 @@ from diffprune.engines import run_stage
 from diffprune.files import atomic_path
 from diffprune.kmeans import KMeans
 from diffprune.progress import Progress
-from diffprune.tables import BASE_COLUMNS
+from diffprune.tables import BASE_COLUMNS, read_folder
 
 CENTROIDS_FILE = "centroids.safetensors"
 
@@ -58,39 +60,36 @@ def cluster(
     }
     fitted: dict[str, Any] = {}
 
-    def fit() -> dict[str, Any]:
-        if not fitted:
-            kmeans = KMeans(k, max_iter=max_iter, metric=metric, seed=seed).fit(points)
-            keys = table["key"].to_pylist()
-            fitted["rows"] = dict(zip(keys, range(len(keys)), strict=True))
-            fitted["cluster"], fitted["distance"] = (np.asarray(a) for a in (kmeans.assignment_, kmeans.distance_))
-            fitted["inertia"], fitted["iterations"] = float(kmeans.inertia_), int(kmeans.n_iter_)
-            with atomic_path(out / CENTROIDS_FILE) as temporary:
-                save_file({"centroids": np.ascontiguousarray(kmeans.centroids_, dtype=np.float32)}, temporary)
-        return fitted
+    def fit() -> None:
+        kmeans = KMeans(k, max_iter=max_iter, metric=metric, seed=seed).fit(points)
+        keys = table["key"].to_pylist()
+        fitted["rows"] = dict(zip(keys, range(len(keys)), strict=True))
+        fitted["cluster"], fitted["distance"] = (np.asarray(a) for a in (kmeans.assignment_, kmeans.distance_))
+        # one entry: safetensors writes several in no fixed order
+        about = {"fit": json.dumps({"inertia": float(kmeans.inertia_), "iterations": int(kmeans.n_iter_)})}
+        with atomic_path(out / CENTROIDS_FILE) as temporary:
+            save_file({"centroids": np.ascontiguousarray(kmeans.centroids_, np.float32)}, temporary, metadata=about)
 
     def work(stem: str, bar: Progress) -> pa.Table:
-        result, base = fit(), folder.table(stem).select(BASE_COLUMNS)
-        rows = [result["rows"].get(key) for key in base["key"].to_pylist()]
-        clusters = [None if row is None else int(result["cluster"][row]) for row in rows]
-        distances = [None if row is None else float(result["distance"][row]) for row in rows]
+        base = folder.table(stem).select(BASE_COLUMNS)
+        rows = [fitted["rows"].get(key) for key in base["key"].to_pylist()]
+        clusters = [None if row is None else int(fitted["cluster"][row]) for row in rows]
+        distances = [None if row is None else float(fitted["distance"][row]) for row in rows]
         bar.advance(base.num_rows)
         base = base.append_column(CLUSTER_FIELD, pa.array(clusters, pa.int32()))
         return base.append_column(DISTANCE_FIELD, pa.array(distances, pa.float64()))
 
-    summary = run_stage("cluster", out, config, folder.stems, work, total=table.num_rows, dry_run=dry_run)
+    summary = run_stage("cluster", out, config, folder.stems, work, total=table.num_rows, prepare=fit, dry_run=dry_run)
     if dry_run:
         return {**summary, "k": k, "dimensions": points.shape[1]}
-    return {
-        **summary,
-        "k": k,
-        **_sizes(out, folder.stems),
-        **{n: fitted[n] for n in ("inertia", "iterations") if fitted},
-    }
+    return {**summary, "k": k, **_sizes(out), **_fit_summary(out / CENTROIDS_FILE)}
 
 
-def _sizes(out: Path, stems: list[str]) -> dict[str, int]:
-    from diffprune.tables import read_folder
+def _fit_summary(centroids: Path) -> dict[str, float]:
+    with safe_open(centroids, framework="numpy") as file:
+        return json.loads(file.metadata()["fit"])
 
+
+def _sizes(out: Path) -> dict[str, int]:
     counts = pc.value_counts(pc.drop_null(read_folder(out, ["cluster"])["cluster"])).field("counts").to_numpy(False)
     return {"smallest_cluster": int(counts.min()), "largest_cluster": int(counts.max())}

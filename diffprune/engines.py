@@ -30,14 +30,16 @@ def run_stage(
     total: int,
     unit: str = "images",
     metadata: dict[str, Any] | None = None,
+    prepare: Callable[[], None] | None = None,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Run ``work(stem, progress)`` for every shard that has no table in ``out`` yet, and write the tables.
 
     ``config`` is everything that the result depends on (inputs included, JSON-able): its fingerprint goes into the
     folder and into each table, and a folder with another one is refused with a ResumeError that names what differs.
-    ``metadata`` is told to readers but not compared. ``work`` advances the progress itself; ``total`` counts ``unit``s
-    over all shards. Returns counts: shards, shards_done_before, samples, failed, first_error, out.
+    ``metadata`` is told to readers but not compared. ``prepare`` runs once, if any shard is to be
+    done, before anything is written. ``work`` advances the progress itself; ``total`` counts ``unit``s over all
+    shards. Returns counts: shards, shards_done_before, samples, failed, first_error, out.
     """
     out = Path(out)
     stage = {
@@ -53,6 +55,8 @@ def run_stage(
     plan = {"stage": name, "shards": len(shards), "shards_done_before": len(shards) - len(todo), "out": str(out)}
     if dry_run:
         return {**plan, "dry_run": True, f"{unit}_in_all": total}
+    if todo and prepare:
+        prepare()
     out.mkdir(parents=True, exist_ok=True)
     for leftover in out.glob(TEMPORARY_PREFIX + "*"):  # of a run that was killed
         leftover.unlink()

@@ -410,7 +410,7 @@ def _padded(size: int) -> int:
 def _expand(spec: str) -> list[Path]:
     path = Path(spec)
     if path.is_dir():
-        return sorted(path.glob("*.tar"))
+        return sorted(path.glob("[!.]*.tar"))  # a hidden one is what a killed run left half-written
     if path.is_file():
         return [path] if path.suffix == ".tar" else _read_list(path)
     if "{" in spec:

@@ -158,6 +158,7 @@ def test_one_key_in_two_shards_names_both(tmp_path):
 
 def test_list_shards_takes_patterns_globs_folders_and_lists(tmp_path):
     paths = [write_tar(tmp_path / f"train-{i:04d}.tar", samples(1, i)) for i in range(12)]
+    (tmp_path / ".tmp-train-0012.tar").write_bytes(b"half a shard, of a pack that was killed")
     listing = tmp_path / "list.txt"
     listing.write_text("# a comment\ntrain-0003.tar\n\ntrain-0001.tar\n")
     assert list_shards(f"{tmp_path}/train-{{0000..0011}}.tar") == paths

@@ -1,0 +1,296 @@
+"""What a training run is: dataclasses, and the TOML files that mirror them field by field.
+
+    [model]              # VqvaeConfig or DitConfig
+    hidden_size = 128
+    [train]              # TrainConfig
+    steps = 1000
+
+Defaults are those of the MNIST demo (``DiT``'s own are the published ones). Every value is checked on construction.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from diffprune.errors import InputError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@dataclass(frozen=True)
+class VqvaeConfig:
+    """A VQ-VAE's architecture: the arguments of ``models.vqvae.VQVAE``."""
+
+    image_size: int = 32
+    """Height and width in pixels, a multiple of 2 ** len(channel_multipliers)."""
+    in_channels: int = 1
+    """1 for luminance, 3 for RGB."""
+    base_channels: int = 8
+    """Channels at full resolution."""
+    channel_multipliers: tuple[int, ...] = (2, 6)
+    """One entry per halving of the resolution: channels there, over base_channels."""
+    blocks_per_level: int = 1
+    """Residual blocks at each of these resolutions, in the encoder and in the decoder."""
+    latent_channels: int = 4
+    """Channels of a latent, which is also the length of a code."""
+    codebook_size: int = 512
+    """Number of codes."""
+    commitment_weight: float = 0.25
+    """β of the VQ-VAE paper, equation 3."""
+    codebook_decay: float = 0.99
+    """γ of the codebook's moving average, per step."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "base_channels", "blocks_per_level", "latent_channels", "codebook_size"):
+            _expect(getattr(self, name) >= 1, self, name, "at least 1")
+        _expect(self.in_channels in (1, 3), self, "in_channels", "1 or 3")
+        multipliers = self.channel_multipliers
+        _expect(multipliers and min(multipliers) >= 1, self, "channel_multipliers", "numbers of at least 1")
+        halvings = 2 ** len(multipliers)
+        _expect(self.image_size % halvings == 0, self, "image_size", f"a multiple of {halvings}")
+        _expect(self.commitment_weight >= 0, self, "commitment_weight", "at least 0")
+        _expect(0 < self.codebook_decay < 1, self, "codebook_decay", "between 0 and 1")
+
+
+@dataclass(frozen=True)
+class DitConfig:
+    """A DiT's architecture: the arguments of ``models.dit.DiT``, with the published names."""
+
+    input_size: int = 8
+    """Height and width of a latent, a multiple of patch_size."""
+    patch_size: int = 2
+    """Height and width of the patch that makes one token."""
+    in_channels: int = 4
+    """Channels of a latent."""
+    hidden_size: int = 128
+    """Length of a token, a multiple of num_heads and of 4."""
+    depth: int = 4
+    """Number of blocks."""
+    num_heads: int = 4
+    """Attention heads."""
+    mlp_ratio: float = 4.0
+    """Inner size of a block's MLP, over hidden_size."""
+    class_dropout_prob: float = 0.1
+    """How often training replaces a label by the null label; 0 makes a model without one (no guidance)."""
+    num_classes: int = 10
+    """Number of labels; 0 makes an unconditional model."""
+    learn_sigma: bool = False
+    """Have C output channels more, as published checkpoints do; nothing uses them."""
+    time_scale: float = 1000.0
+    """What t in [0, 1] is multiplied by before its embedding: 1 in published SiTs. A small model learns faster with
+    1000, where the embedding's frequencies (up to 1) tell times apart."""
+    label_init_std: float = 0.2
+    """Standard deviation of the label table's initial values: 0.02 as published. A narrow model learns faster with
+    more."""
+
+    def __post_init__(self) -> None:
+        for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads"):
+            _expect(getattr(self, name) >= 1, self, name, "at least 1")
+        patch, heads = self.patch_size, self.num_heads
+        _expect(self.input_size % patch == 0, self, "input_size", f"a multiple of patch_size {patch}")
+        _expect(self.hidden_size % heads == 0, self, "hidden_size", f"a multiple of num_heads {heads}")
+        _expect(self.hidden_size % 4 == 0, self, "hidden_size", "a multiple of 4")
+        _expect(self.hidden_size * self.mlp_ratio >= 1, self, "mlp_ratio", "a positive number")
+        _expect(0 <= self.class_dropout_prob < 1, self, "class_dropout_prob", "at least 0 and below 1")
+        _expect(self.num_classes >= 0, self, "num_classes", "at least 0")
+        _expect(0 < self.time_scale < math.inf, self, "time_scale", "a positive number")
+        _expect(0 <= self.label_init_std < math.inf, self, "label_init_std", "at least 0")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained."""
+
+    steps: int = 1000
+    """Optimizer steps in all. A run can be resumed with more."""
+    batch_size: int = 64
+    """Samples per step."""
+    lr: float = 1e-3
+    """AdamW's learning rate η, constant after the warm-up."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly to lr."""
+    weight_decay: float = 0.0
+    """AdamW's."""
+    grad_clip: float = 1.0
+    """Largest L2 norm of a step's gradient; 0 does not clip."""
+    ema_decay: float = 0.9999
+    """Of the moving average of the weights, min(ema_decay, (1 + step) / (10 + step)); 0 keeps none."""
+    seed: int = 0
+    """Of the initial weights, the order of samples, times, noise and label dropout."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; the last step always has one."""
+    log_every: int = 10
+    """Steps between lines of log.jsonl."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of activations; auto is bfloat16 on a GPU that has it, else float32. Weights are float32."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
+            _expect(getattr(self, name) >= 1, self, name, "at least 1")
+        for name in ("warmup_steps", "weight_decay", "grad_clip"):
+            _expect(getattr(self, name) >= 0, self, name, "at least 0")
+        _expect(0 < self.lr < math.inf, self, "lr", "a positive number")
+        _expect(0 <= self.ema_decay < 1, self, "ema_decay", "at least 0 and below 1")
+        _expect(0 <= self.seed < 2**32, self, "seed", "at least 0 and below 2**32")
+
+
+@dataclass(frozen=True)
+class VqvaeRun:
+    """All that ``train_vqvae`` needs to know beside the data."""
+
+    model: VqvaeConfig = field(default_factory=VqvaeConfig)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(ema_decay=0.0))
+
+    def __post_init__(self) -> None:
+        if self.train.ema_decay:
+            raise InputError(
+                f"train.ema_decay: expected 0 for a VQ-VAE, whose codebook follows its own weights, "
+                f"got {self.train.ema_decay}"
+            )
+
+
+@dataclass(frozen=True)
+class DitRun:
+    """All that ``train_dit`` needs to know beside the data."""
+
+    model: DitConfig = field(default_factory=DitConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+Run = VqvaeRun | DitRun
+Changes = dict[tuple[str, str], Any]
+_RUNS = {"vqvae": VqvaeRun, "dit": DitRun}
+
+
+def load_config(path: str | Path | None, kind: Literal["vqvae", "dit"], overrides: Iterable[str] = ()) -> Run:
+    """Read a TOML file and apply overrides; what neither names keeps its default.
+
+    Args:
+        path: the TOML file, or None for the defaults.
+        kind: what is trained.
+        overrides: ``section.field=value`` with a TOML value, such as ``train.steps=100`` or
+            ``model.channel_multipliers=[1, 2]``; a bare word is a string. Later ones win.
+
+    Raises:
+        InputError: no such file, malformed TOML, an unknown section or field, a value of another type or out of
+            range; it names the file or override and what was expected.
+    """
+    run = _run_type(kind)()
+    changes: list[Changes] = []
+    if path is not None:
+        changes.append(_changes(run, _read_toml(Path(path)), str(path)))
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        section, dot, key = name.strip().partition(".")
+        if not equals or not dot:
+            raise InputError(f"override {override!r}: expected section.field=value, such as train.steps=100")
+        changes.append(_changes(run, {section: {key: _toml_value(text.strip())}}, f"override {override!r}"))
+    return _apply(run, changes, "config" if path is None else str(path))
+
+
+def to_dict(run: Run) -> dict[str, dict[str, Any]]:
+    """A run as JSON-able ``{"model": {...}, "train": {...}}``; ``from_dict`` turns it back."""
+    sections = dataclasses.asdict(run)
+    return {
+        section: {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        for section, values in sections.items()
+    }
+
+
+def from_dict(kind: Literal["vqvae", "dit"], sections: Any, where: str) -> Run:
+    """A run from what ``to_dict`` gave; ``where`` (a file) is named in the InputError if it does not fit."""
+    run = _run_type(kind)()
+    return _apply(run, [_changes(run, sections, where)], where)
+
+
+def _run_type(kind: str) -> type[Run]:
+    if kind not in _RUNS:
+        raise InputError(f"kind: expected {' or '.join(_RUNS)}, got {kind!r}")
+    return _RUNS[kind]
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such config file") from None
+    except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
+        raise InputError(f"{path}: not a readable TOML file ({error})") from error
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _changes(run: Run, sections: Any, where: str) -> Changes:
+    """The (section, key) -> value of a TOML document, each checked against the field's declared type."""
+    changes = {}
+    for section, values in _named(sections, run, where, "section"):
+        config = getattr(run, section)
+        types = typing.get_type_hints(type(config))
+        for key, value in _named(values, config, f"{where}: [{section}]", "key"):
+            changes[section, key] = _convert(value, types[key], f"{where}: {section}.{key}")
+    return changes
+
+
+def _apply(run: Run, changes: Iterable[Changes], where: str) -> Run:
+    """All at once, because one field's range may depend on another's value."""
+    merged = {name: value for part in changes for name, value in part.items()}
+    try:
+        for section in dict.fromkeys(section for section, _ in merged):
+            values = {key: value for (owner, key), value in merged.items() if owner == section}
+            run = dataclasses.replace(run, **{section: dataclasses.replace(getattr(run, section), **values)})
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    return run
+
+
+def _named(values: Any, owner: Any, where: str, what: str) -> Iterable[tuple[str, Any]]:
+    """The items of a table, whose keys must be fields of ``owner``."""
+    if not isinstance(values, Mapping):
+        raise InputError(f"{where}: expected a table, found {values!r}")
+    known = [f.name for f in dataclasses.fields(owner)]
+    for key in values:
+        if key not in known:
+            raise InputError(f"{where}: unknown {what} {key!r}; known: {', '.join(known)}")
+    return values.items()
+
+
+def _convert(value: Any, expected: Any, where: str) -> Any:
+    if expected is float and type(value) in (int, float):
+        return float(value)
+    if expected in (int, bool, str) and type(value) is expected:
+        return value
+    if typing.get_origin(expected) is Literal and value in typing.get_args(expected):
+        return value
+    if typing.get_origin(expected) is tuple and isinstance(value, list):
+        return tuple(_convert(item, typing.get_args(expected)[0], where) for item in value)
+    raise InputError(f"{where}: expected {_described(expected)}, found {value!r}")
+
+
+def _described(expected: Any) -> str:
+    if typing.get_origin(expected) is Literal:
+        return " or ".join(map(repr, typing.get_args(expected)))
+    if typing.get_origin(expected) is tuple:
+        return f"a list of {typing.get_args(expected)[0].__name__}"
+    return f"a{'n' if expected is int else ''} {expected.__name__}"
+
+
+def _expect(condition: Any, config: Any, name: str, expected: str) -> None:
+    if not condition:
+        raise InputError(f"{type(config).__name__}.{name}: expected {expected}, got {getattr(config, name)!r}")

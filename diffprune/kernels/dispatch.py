@@ -1,0 +1,79 @@
+"""Which implementation of an op runs, and why the others refused.
+
+An implementation is a module ``kernels/<name>/<op>.py`` with ``run(*args)`` and, unless it takes every input the op
+takes, ``refuse(*args) -> str | None``: the reason it cannot take this one. ``kernels/<name>/__init__.py`` has
+``unavailable() -> str | None``: the reason none of its modules can run on this machine; they are not imported then.
+A new implementation is a new file: nothing is edited.
+"""
+
+from __future__ import annotations
+
+from functools import cache, cached_property
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+PREFERENCE = ("cuda", "triton", "cpu", "reference")
+"""Names of implementations; ``impl="auto"`` takes the first that does not refuse and is not emulated."""
+
+_ops: dict[str, Op] = {}
+
+
+def report() -> dict[str, dict[str, str | None]]:
+    """Per op, the implementations that exist: None if it can run on this machine, else the reason why it cannot."""
+    return {
+        name: {n: module if isinstance(module, str) else None for n, module in op.implementations.items()}
+        for name, op in sorted(_ops.items())
+    }
+
+
+class Op:
+    """One op and its implementations. Calling it runs one of them."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        _ops[name] = self
+
+    def __call__(self, impl: str, *args: Any) -> Any:
+        """Run ``impl`` on ``args``; see ``choose``."""
+        return self.choose(impl, *args).run(*args)
+
+    def choose(self, impl: str, *args: Any) -> ModuleType:
+        """The implementation ``impl``, or with "auto" the first in order of preference that takes ``args``.
+
+        Raises ValueError for an unknown name, and NotImplementedError, with the reason of each implementation, if
+        ``impl`` cannot run: a named implementation is never replaced by another.
+        """
+        if impl not in ("auto", *PREFERENCE):
+            raise ValueError(f"{self.name}: expected impl to be one of auto, {', '.join(PREFERENCE)}, got {impl!r}")
+        for name in [n for n in PREFERENCE if not _emulated(n)] if impl == "auto" else [impl]:
+            if self.refusal(name, *args) is None:
+                return self.implementations[name]
+        reasons = "\n".join(f"  {name}: {self.refusal(name, *args) or 'would run'}" for name in PREFERENCE)
+        raise NotImplementedError(f"{self.name}: impl={impl!r} cannot run this\n{reasons}")
+
+    def refusal(self, name: str, *args: Any) -> str | None:
+        """Why implementation ``name`` cannot run ``args``; None if it can."""
+        module = self.implementations.get(name, "does not exist for this op")
+        if isinstance(module, str):
+            return module
+        refuse = getattr(module, "refuse", None)
+        return refuse(*args) if refuse else None
+
+    @cached_property
+    def implementations(self) -> dict[str, ModuleType | str]:
+        """The implementations that exist, in order of preference: the module, or why it cannot run on this machine."""
+        found: dict[str, ModuleType | str] = {}
+        for name in PREFERENCE:
+            package = f"{__package__}.{name}"
+            if find_spec(package) and find_spec(f"{package}.{self.name}"):
+                reason = import_module(package).unavailable()
+                found[name] = reason if reason else import_module(f"{package}.{self.name}")
+        return found
+
+
+@cache
+def _emulated(name: str) -> bool:
+    package = f"{__package__}.{name}"
+    return find_spec(package) is not None and getattr(import_module(package), "emulated", lambda: False)()

@@ -1,0 +1,56 @@
+"""The op ``kmeans_assign``: the nearest centroid of each point."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffprune.kernels.checks import compute_dtype, expect, expect_equal, expect_finite
+from diffprune.kernels.dispatch import Op
+
+_implementations = Op("kmeans_assign")
+
+
+def kmeans_assign(points: Tensor, centroids: Tensor, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """The nearest centroid of each point, and the squared Euclidean distance to it.
+
+    Args:
+        points: [N, D], float16, bfloat16, float32 or float64; N may be 0. A point that holds a NaN or an infinity gets
+            a distance that is not finite; its assignment means nothing.
+        centroids: [K, D], any of these dtypes, on the same device; K and D at least 1; finite.
+        impl: "auto", or the implementation to run, see ``dispatch``.
+
+    Returns:
+        assignment: [N] int32. Exact: the smallest float64 distance of the given values, up to the rounding of float64;
+            ties go to the smallest index.
+        sqdistance: [N] float32 (float64 if an input is), Σ(x − c)² over the differences: exactly 0 where the point
+            equals its centroid.
+
+    Never holds an N×K matrix, except in ``reference``. Not differentiable.
+    Raises ValueError for another rank, shape, dtype or device, and for centroids that are not finite.
+    """
+    return _op(points.detach(), centroids.detach(), impl)
+
+
+@torch.library.custom_op("diffprune::kmeans_assign", mutates_args=())
+def _op(points: Tensor, centroids: Tensor, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    _check(points, centroids)
+    expect_finite("centroids", centroids)
+    return _implementations(impl, points, centroids)
+
+
+@_op.register_fake
+def _fake(points: Tensor, centroids: Tensor, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    _check(points, centroids)
+    rows = points.shape[0]
+    sqdistance = points.new_empty(rows, dtype=compute_dtype(points, centroids))
+    return points.new_empty(rows, dtype=torch.int32), sqdistance
+
+
+def _check(points: Tensor, centroids: Tensor) -> None:
+    expect("points", points, "N, D")
+    expect("centroids", centroids, "K, D")
+    expect_equal("D", "points and centroids", points.shape[1], centroids.shape[1])
+    expect_equal("device", "points and centroids", points.device, centroids.device)
+    if centroids.shape[0] == 0 or centroids.shape[1] == 0:
+        raise ValueError(f"expected centroids [K, D] with K and D at least 1, got {tuple(centroids.shape)}")

@@ -1,0 +1,69 @@
+"""The op ``kmeans_update``: the sum and the number of the points of each centroid."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffprune.kernels.checks import FLOATING, expect, expect_equal
+from diffprune.kernels.dispatch import Op
+
+_implementations = Op("kmeans_update")
+
+
+def kmeans_update(
+    points: Tensor, assignment: Tensor, k: int, weights: Tensor | None = None, *, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The sum of the points assigned to each centroid, and how many they are: sums / counts are the new centroids.
+
+    Args:
+        points: [N, D], float16, bfloat16, float32 or float64; N may be 0. A NaN or an infinity reaches the sum of its
+            own centroid only.
+        assignment: [N] int32, from 0 to k - 1.
+        k: number of centroids, at least 1.
+        weights: [N] of a floating dtype: sum w·x and Σw instead.
+        impl: "auto", or the implementation to run, see ``dispatch``.
+
+    Returns:
+        sums: [K, D] float64; 0 for a centroid without points.
+        counts: [K] int64; with weights [K] float64, the total weight.
+
+    Deterministic: each sum adds its points one by one in row order in float64, so that the bytes are the same whatever
+    the number of threads. Not differentiable.
+    Raises ValueError for another rank, shape, dtype or device, and for an assignment out of range.
+    """
+    return _op(points.detach(), assignment, k, None if weights is None else weights.detach(), impl)
+
+
+@torch.library.custom_op("diffprune::kmeans_update", mutates_args=())
+def _op(
+    points: Tensor, assignment: Tensor, k: int, weights: Tensor | None = None, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    _check(points, assignment, k, weights)
+    if len(assignment) > 0:
+        lowest, highest = (int(value) for value in assignment.aminmax())
+        if lowest < 0 or highest >= k:
+            raise ValueError(f"expected assignment from 0 to {k - 1}, got {lowest} to {highest}")
+    return _implementations(impl, points, assignment, k, weights)
+
+
+@_op.register_fake
+def _fake(
+    points: Tensor, assignment: Tensor, k: int, weights: Tensor | None = None, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    _check(points, assignment, k, weights)
+    counts_dtype = torch.int64 if weights is None else torch.float64
+    return points.new_empty(k, points.shape[1], dtype=torch.float64), points.new_empty(k, dtype=counts_dtype)
+
+
+def _check(points: Tensor, assignment: Tensor, k: int, weights: Tensor | None) -> None:
+    expect("points", points, "N, D")
+    expect("assignment", assignment, "N", (torch.int32,))
+    expect_equal("N", "points and assignment", points.shape[0], assignment.shape[0])
+    expect_equal("device", "points and assignment", points.device, assignment.device)
+    if weights is not None:
+        expect("weights", weights, "N", FLOATING)
+        expect_equal("N", "points and weights", points.shape[0], weights.shape[0])
+        expect_equal("device", "points and weights", points.device, weights.device)
+    if k < 1:
+        raise ValueError(f"expected k of at least 1, got {k}")

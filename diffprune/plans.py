@@ -1,0 +1,47 @@
+"""An output folder belongs to one plan: a run that was stopped goes on, another run is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffprune.errors import InputError, ResumeError
+from diffprune.files import TEMPORARY_PREFIX, fingerprint, read_json, write_json
+
+
+def claim_folder(
+    out: str | Path, manifest: str, plan: dict[str, Any], paths: Sequence[Path], *, extra: Sequence[str], dry_run: bool
+) -> set[Path]:
+    """Reserve ``out`` for one plan by a manifest file in it, and say which of ``paths`` are not there yet.
+
+    Raises:
+        InputError: ``out`` holds files that are not this plan's.
+        ResumeError: ``out`` holds the manifest of another plan; the settings that differ are named.
+    """
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: expected a folder, found a file")
+    found = {path.name.removeprefix(TEMPORARY_PREFIX) for path in out.iterdir()} if out.exists() else set()
+    if (out / manifest).exists():
+        theirs = read_json(out / manifest)
+        theirs = theirs.get("plan") if isinstance(theirs, dict) else None
+        if not isinstance(theirs, dict):
+            raise InputError(f"{out / manifest}: expected the plan of a run, found something else; remove the folder")
+        if different := sorted(name for name in plan if plan[name] != theirs.get(name)):
+            told = "; ".join(f"{name}: {theirs.get(name)!r} there, {plan[name]!r} now" for name in different)
+            raise ResumeError(
+                f"{out / manifest}: begun with other settings ({told}); "
+                "finish it with the same settings or write into another folder"
+            )
+        ours = {manifest, *extra, *(path.name for path in paths)}
+    else:
+        ours = {manifest}  # a shard without its manifest is somebody else's, whatever its name
+    if foreign := sorted(found - ours):
+        raise InputError(
+            f"{out}: expected an empty folder, found {len(foreign)} other file(s), first {foreign[0]!r}; "
+            "write into another folder"
+        )
+    if not dry_run:
+        write_json(out / manifest, {"fingerprint": fingerprint(plan), "plan": plan})
+    return {path for path in paths if not path.exists()}

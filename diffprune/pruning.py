@@ -1,0 +1,234 @@
+"""``prune``: the samples of a selection into new shards, whole tar members copied byte for byte."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+
+from diffprune.errors import InputError
+from diffprune.files import atomic_path
+from diffprune.packing import BLOCK, brace_pattern, check_prefix
+from diffprune.plans import claim_folder
+from diffprune.progress import progress
+from diffprune.shards import Sample, ShardSpec, index_shard, list_shards
+from diffprune.tables import read_table
+
+_COPY_BYTES = 4 << 20
+
+
+def prune(
+    kept: str | Path,
+    shards: ShardSpec,
+    out: str | Path,
+    *,
+    shard_size: int | None = None,
+    prefix: str | None = None,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Copy the samples of ``kept`` from ``shards`` into new shards in ``out``.
+
+    Headers (extended ones too), names and data stay as they are, whatever the extensions; samples stay in the order
+    of the input. The same inputs give the same bytes, and a run that was stopped goes on where it was.
+
+    Args:
+        kept: a selection (kept.parquet) with columns key, shard, offset and size.
+        shards: the shards that it was made from: a brace pattern, glob, folder, list file or several of them.
+        shard_size: samples per new shard; by default that of the largest input shard.
+        prefix: new shards are named ``<prefix>-<number>.tar``; by default like the input, with as many digits.
+        dry_run: check the selection against the shards, say how much would be copied and write nothing.
+
+    ``prune.json`` (the plan) is written beside the new shards, and ``classes.json`` is copied where there is one.
+
+    Returns counts and paths: ``count`` (samples), ``bytes`` (of the new shards), ``shards`` (paths), ``pattern``,
+    ``shard_size``, ``written`` and ``present`` (shards), ``samples_in`` and ``shards_in``, ``out``.
+
+    Raises:
+        InputError: a shard that is missing or damaged; a key that is not where the selection says (a selection of
+            another data set); an ``out`` that holds other files.
+        ResumeError: ``out`` was begun with another selection, other shards or settings.
+    """
+    if shard_size is not None and shard_size < 1:
+        raise InputError(f"shard_size: expected at least 1 sample, got {shard_size}")
+    sources = list_shards(shards)
+    selection = _Selection.read(kept, sources)
+    sizes = _check_samples(kept, selection, sources)
+    shard_size = shard_size or max(sizes)
+    number = -(-len(selection.keys) // shard_size)
+    paths = [Path(out) / name for name in _names(sources, prefix, number)]
+    plan = {
+        "selection": selection.digest(),
+        "shards": _listing(sources),
+        "shard_size": shard_size,
+        "prefix": prefix,
+    }
+    report = {
+        "count": len(selection.keys),
+        "bytes": int(selection.sizes.sum()) + number * 2 * BLOCK,
+        "samples_in": sum(sizes),
+        "shards_in": len(sources),
+        "shard_size": shard_size,
+        "shards": [str(path) for path in paths],
+        "pattern": brace_pattern(paths),
+        "out": str(out),
+    }
+    classes = _classes(sources)
+    missing = claim_folder(out, "prune.json", plan, paths, extra=["classes.json"], dry_run=dry_run)
+    report |= {"written": len(missing), "present": len(paths) - len(missing), "dry_run": dry_run}
+    if dry_run:
+        return report
+    if classes is not None:
+        with atomic_path(Path(out) / "classes.json") as temporary:
+            temporary.write_bytes(classes)
+    wanted = [(path, range(len(selection.keys))[i * shard_size :][:shard_size]) for i, path in enumerate(paths)]
+    wanted = [(path, rows) for path, rows in wanted if path in missing]
+    with progress("prune", total=sum(len(rows) for _, rows in wanted), unit="samples") as bar:
+        for path, rows in wanted:
+            with atomic_path(path) as temporary, open(temporary, "wb") as file:
+                for source, spans in groupby(selection.spans(rows), key=lambda span: span[0]):
+                    _copy(sources[source], [span[1:] for span in spans], file)
+                file.write(bytes(2 * BLOCK))
+            bar.advance(len(rows), note=path.name)
+    return report
+
+
+@dataclass
+class _Selection:
+    """The rows of a kept.parquet in the order of the input: by shard, then by offset."""
+
+    keys: list[str]
+    shards: np.ndarray  # [N] int64, positions in the list of input shards
+    offsets: np.ndarray  # [N] int64, bytes
+    sizes: np.ndarray  # [N] int64, bytes
+
+    @classmethod
+    def read(cls, kept: str | Path, sources: Sequence[Path]) -> _Selection:
+        table = read_table(kept, ["key", "shard", "offset", "size"])
+        if not table.num_rows:
+            raise InputError(f"{kept}: expected samples to keep, found none")
+        if any(table[name].null_count for name in table.column_names):
+            raise InputError(f"{kept}: expected key, shard, offset and size in every row, found nulls; select again")
+        position = {path.name: number for number, path in enumerate(sources)}
+        names = table["shard"].combine_chunks().dictionary_encode()
+        if absent := [name for name in names.dictionary.to_pylist() if name not in position]:
+            raise InputError(
+                f"{kept}: {len(absent)} of its {len(names.dictionary)} shards, first {min(absent)!r}, are not among "
+                f"the {len(sources)} shards given; give the shards that the selection was made from"
+            )
+        shards = np.array([position[name] for name in names.dictionary.to_pylist()])[names.indices.to_numpy()]
+        offsets, sizes = (table[name].cast(pa.int64()).to_numpy() for name in ("offset", "size"))
+        order = np.lexsort((offsets, shards))
+        keys = table["key"].take(pa.array(order)).to_pylist()
+        if len(set(keys)) != len(keys):
+            [(twice, _)] = Counter(keys).most_common(1)
+            raise InputError(f"{kept}: key {twice!r} stands in it twice; select again")
+        return cls(keys, shards[order], offsets[order], sizes[order])
+
+    def digest(self) -> str:
+        digest = hashlib.blake2b("\0".join(self.keys).encode(), digest_size=16)
+        for column in (self.shards, self.offsets, self.sizes):
+            digest.update(column.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def spans(self, rows: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+        """(shard, begin, end) in bytes of these rows, neighbours joined."""
+        span: tuple[int, int, int] | None = None
+        for row in rows:
+            shard, begin = int(self.shards[row]), int(self.offsets[row])
+            end = begin + int(self.sizes[row])
+            if span is not None and span[0] == shard and span[2] == begin:
+                span = (shard, span[1], end)
+                continue
+            if span is not None:
+                yield span
+            span = (shard, begin, end)
+        if span is not None:
+            yield span
+
+
+def _check_samples(kept: str | Path, selection: _Selection, sources: Sequence[Path]) -> list[int]:
+    """How many samples each shard has; InputError unless each key lies just where the selection says."""
+    bounds = np.searchsorted(selection.shards, np.arange(len(sources) + 1))
+    counts = []
+    with progress("check", total=len(sources), unit="shards") as bar:
+        for path, start, stop in zip(sources, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+            index = index_shard(path)
+            if index.damage:
+                damage = index.damage[0]
+                raise InputError(
+                    f"{path}: damaged at byte {damage.offset} (key {damage.key!r}): {damage.message}; "
+                    "fetch or pack this shard again"
+                )
+            found = {sample.key: sample for sample in index.samples}
+            for row in range(start, stop):
+                key, offset, size = selection.keys[row], int(selection.offsets[row]), int(selection.sizes[row])
+                sample = found.get(key)
+                if sample is None or (sample.offset, sample.size) != (offset, size):
+                    raise _misplaced(kept, path, key, offset, size, sample, index.samples)
+            counts.append(len(index.samples))
+            bar.advance()
+    return counts
+
+
+def _misplaced(
+    kept: str | Path, path: Path, key: str, offset: int, size: int, sample: Sample | None, samples: list[Sample]
+) -> InputError:
+    there = next((f"key {other.key!r}" for other in samples if other.offset == offset), "no sample")
+    where = (
+        "and the key nowhere in it" if sample is None else f"and the key at byte {sample.offset} ({sample.size} bytes)"
+    )
+    return InputError(
+        f"{path}: expected key {key!r} at byte {offset} ({size} bytes), as {kept} says; found {there} there {where}; "
+        "the selection is of another data set: give the shards that it was made from"
+    )
+
+
+def _copy(source: Path, spans: Sequence[tuple[int, int]], target: BinaryIO) -> None:
+    with open(source, "rb") as file:
+        for begin, end in spans:
+            file.seek(begin)
+            while begin < end:
+                data = file.read(min(_COPY_BYTES, end - begin))
+                if not data:
+                    raise InputError(f"{source}: expected bytes up to {end}, found its end at {begin}: it was changed")
+                target.write(data)
+                begin += len(data)
+
+
+def _names(sources: Sequence[Path], prefix: str | None, number: int) -> list[str]:
+    """File names like the input's: what stands before the number, and as many digits."""
+    parts = [re.fullmatch(r"(.*?)(\d*)", path.stem, re.DOTALL).groups() for path in sources]
+    width = max(len(digits) for _, digits in parts) or 6
+    begins = sorted({begin for begin, _ in parts})
+    if prefix is None and len(begins) > 1:
+        raise InputError(f"the shards' names begin in {len(begins)} ways ({', '.join(begins[:3])}); give a prefix")
+    if prefix is not None:
+        check_prefix(prefix)
+    begin = f"{prefix}-" if prefix is not None else begins[0] if parts[0][1] else f"{begins[0]}-"
+    width = max(width, len(str(number - 1)))
+    return [f"{begin}{index:0{width}d}.tar" for index in range(number)]
+
+
+def _listing(sources: Sequence[Path]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sources:
+        about = path.stat()
+        digest.update(f"{path.name}\0{about.st_size}\0{about.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _classes(sources: Sequence[Path]) -> bytes | None:
+    """The classes.json beside the shards, if there is one."""
+    found = {path.parent / "classes.json": None for path in sources}
+    texts = {path: path.read_bytes() for path in found if path.is_file()}
+    if len(set(texts.values())) > 1:
+        raise InputError(f"{' and '.join(map(str, texts))} name different classes; prune their shards one by one")
+    return next(iter(texts.values()), None)

@@ -1,0 +1,276 @@
+"""The command line from a folder of images to a pruned set, and what it says when the input is bad."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from conftest import DIT_OVERRIDES, VQVAE_OVERRIDES, write_digits
+from test_encoding import damage_image
+from typer.testing import CliRunner
+
+from diffprune.cli.app import app
+from diffprune.shards import index_shard
+from diffprune.tables import read_folder
+
+runner = CliRunner()
+
+
+def invoke(*arguments: object, code: int = 0):
+    """Run the command line in this process and check its exit code."""
+    result = runner.invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, f"{arguments}\n{result.output}\n{result.stderr}\n{result.exception!r}"
+    return result
+
+
+def sets(overrides: list[str]) -> list[str]:
+    return [part for override in overrides for part in ("--set", override)]
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_the_whole_road(tmp_path):
+    write_digits(tmp_path / "images", count=60)
+    shards, vqvae, latents = tmp_path / "shards", tmp_path / "vqvae", tmp_path / "latents"
+    packed = json.loads(invoke("pack", tmp_path / "images", shards, "--shard-size", 25, "--json").stdout)
+    assert packed["count"] == 60 and len(packed["shards"]) == 3
+    verified = json.loads(invoke("verify", packed["pattern"], "--decode", "--json").stdout)
+    assert (verified["samples"], verified["damaged"]) == (60, 0)
+    assert verified["classes"] == {str(label): 6 for label in range(10)}
+
+    invoke("train", "vqvae", shards, "-o", vqvae, *sets(VQVAE_OVERRIDES))
+    invoke("encode", shards, "--vqvae", vqvae, "-o", latents)
+    invoke("embed", shards, "--model", f"vqvae:{vqvae}", "-o", tmp_path / "embeddings")
+    invoke("train", "dit", latents, "-o", tmp_path / "surrogate", *sets(DIT_OVERRIDES))
+    scores, clusters, kept = tmp_path / "scores", tmp_path / "clusters", tmp_path / "kept.parquet"
+    methods = "random,loss,el2n,grand,moso,monotonicity"
+    invoke("score", latents, "--checkpoint", tmp_path / "surrogate", "--method", methods, "-o", scores)
+    invoke("cluster", tmp_path / "embeddings", "-k", 4, "-o", clusters)
+    table = read_folder(scores)
+    assert set(methods.split(",")) <= set(table.column_names) and table.num_rows == 60
+
+    invoke("select", scores, clusters, "--by", "grand", "--prune", 0.9, "-o", kept)
+    top = table.sort_by([("grand", "descending")])["key"].to_pylist()[:6]
+    assert sorted(pq.read_table(kept)["key"].to_pylist()) == sorted(top)
+
+    invoke("prune", kept, shards, "-o", tmp_path / "pruned")
+    originals = {s.key: (p, s) for p in shards.glob("*.tar") for s in index_shard(p).samples}
+    pruned = {s.key: (p, s) for p in (tmp_path / "pruned").glob("*.tar") for s in index_shard(p).samples}
+    assert sorted(pruned) == sorted(top)
+    for key, (path, sample) in pruned.items():
+        original, there = originals[key]
+        assert _span(path, sample) == _span(original, there)
+
+    invoke("train", "dit", latents, "--kept", kept, "-o", tmp_path / "model", *sets(DIT_OVERRIDES))
+    sampled, grid = tmp_path / "sampled", tmp_path / "grid.png"
+    options = ["--count", 12, "--steps", 2, "--guidance", 2, "--grid", grid]
+    invoke("sample", tmp_path / "model", "--vqvae", vqvae, "-o", sampled, *options)
+    assert grid.read_bytes()[:4] == b"\x89PNG"
+    assert json.loads(invoke("verify", sampled, "--decode", "--json").stdout)["samples"] == 12
+    invoke("embed", sampled, "--model", f"vqvae:{vqvae}", "-o", tmp_path / "sampled-embeddings")
+    metrics, page = tmp_path / "metrics.json", tmp_path / "report.html"
+    reference = ["--reference", tmp_path / "embeddings", "--kept", kept]
+    invoke("evaluate", tmp_path / "sampled-embeddings", *reference, "-o", metrics, "--name", "GraNd")
+    assert json.loads(metrics.read_text())["metrics"]["frechet_distance"] > 0
+    given = ["--shards", shards, "--scores", scores, "--clusters", clusters, "--metrics", metrics]
+    named = ["--selection", f"GraNd={kept}", "--samples", f"GraNd={grid}", "--log", f"GraNd={tmp_path}/model/log.jsonl"]
+    invoke("report", page, *given, *named)
+    html = page.read_text()
+    assert "GraNd" in html and 'src="http' not in html and 'href="http' not in html
+    assert not [name for name in files(tmp_path) if "/.tmp-" in name or name.startswith(".tmp-")]
+
+
+def _span(path: Path, sample) -> bytes:
+    return path.read_bytes()[sample.offset : sample.offset + sample.size]
+
+
+def test_help_does_not_import_torch():
+    code = "import sys; from diffprune.cli.app import app; sys.exit('torch' in sys.modules or 'pyarrow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    for command in ([], ["pack"], ["train", "dit"], ["select"]):
+        assert "Usage" in invoke(*command, "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["verify", "{root}/nothing-*.tar"], "no shards"),
+        (["verify", "{root}/none.tar"], "none.tar: no such shard"),
+        (["encode", "{root}/none-{{0..3}}.tar", "--vqvae", "{run}/vqvae", "-o", "{out}"], "none-0.tar: no such shard"),
+        (["pack", "{root}/missing", "{out}"], "missing"),
+        (["train", "dit", "{run}/latents", "-o", "{out}", "--set", "train.stepz=3"], "stepz"),
+        (["train", "dit", "{run}/latents", "-o", "{out}", "--set", "train.steps=many"], "steps"),
+        (["train", "dit", "{run}/embeddings", "-o", "{out}"], "expected latents, found embeddings"),
+        (["score", "{run}/latents", "--checkpoint", "{run}/shards", "-o", "{out}"], "shards"),
+        (["score", "{run}/latents", "--checkpoint", "{run}/surrogate", "--method", "grade", "-o", "{out}"], "grade"),
+        (
+            [
+                "score",
+                "{run}/latents",
+                "--checkpoint",
+                "{run}/surrogate",
+                "--method",
+                "moso",
+                "--mode",
+                "x",
+                "-o",
+                "{out}",
+            ],
+            "loo1",
+        ),
+        (["cluster", "{run}/embeddings", "-k", "119", "--metric", "manhattan", "-o", "{out}"], "cosine"),
+        (["select", "{run}/scores", "--by", "quality", "--keep", "0.1", "-o", "{out}"], "quality"),
+        (["select", "{run}/scores", "--order", "balanced", "--keep", "0.1", "-o", "{out}"], "cluster"),
+        (["select", "{run}/scores", "--by", "grand", "-o", "{out}"], "exactly one of keep, prune and count"),
+        (["select", "{run}/scores", "--by", "grand", "--count", "121", "-o", "{out}"], "121"),
+        (["select", "{run}/scores", "{run}/scores", "--by", "grand", "--count", "12", "-o", "{out}"], "only one"),
+        (["prune", "{run}/scores/stage.json", "{run}/shards", "-o", "{out}"], "stage.json"),
+        (["evaluate", "{run}/latents", "--reference", "{run}/embeddings", "-o", "{out}"], "latents"),
+        (["sample", "{run}/vqvae", "--vqvae", "{run}/vqvae", "-o", "{out}"], "vqvae"),
+    ],
+)
+def test_bad_input_is_told_and_leaves_nothing(small_run, tmp_path, arguments, complaint):
+    out = tmp_path / "out"
+    filled = [a.format(root=tmp_path, run=small_run.root, out=out) for a in arguments]
+    result = invoke(*filled, code=1)
+    assert result.stderr.startswith("error: ") and complaint in result.stderr, result.stderr
+    assert "Traceback" not in result.output
+    assert not out.exists() and files(tmp_path) == []
+
+
+def test_damaged_and_duplicate_shards_name_file_and_key(small_run, tmp_path):
+    shards = tmp_path / "shards"
+    shutil.copytree(small_run.shards, shards)
+    first, second = sorted(shards.glob("*.tar"))[:2]
+    whole = first.read_bytes()
+    first.write_bytes(whole[: len(whole) // 2])
+    for verb in (
+        ["encode", shards, "--vqvae", small_run.vqvae],
+        ["embed", shards, "--model", f"vqvae:{small_run.vqvae}"],
+    ):
+        told = invoke(*verb, "-o", tmp_path / "out", code=1).stderr
+        assert first.name in told and "cut" in told and "diffprune verify" in told
+        assert not (tmp_path / "out").exists()
+    told = json.loads(invoke("verify", shards, "--json", code=1).stdout)
+    assert told["damaged"] >= 1 and first.name in told["damage"][0]["shard"]
+    first.write_bytes(second.read_bytes())
+    key = index_shard(second).samples[0].key
+    told = invoke("embed", shards, "--model", f"vqvae:{small_run.vqvae}", "-o", tmp_path / "out", code=1).stderr
+    assert key in told and first.name in told and second.name in told
+    assert "the same key" in invoke("verify", shards, "--json", code=1).stdout
+
+
+def test_failed_samples_are_counted_at_the_end(small_run, tmp_path):
+    shards = tmp_path / "shards"
+    shutil.copytree(small_run.shards, shards)
+    key = damage_image(sorted(shards.glob("*.tar"))[0])
+    told = invoke("encode", shards, "--vqvae", small_run.vqvae, "-o", tmp_path / "latents").stdout
+    assert "1 of 120 samples failed" in told and key in told
+    assert "damaged" in json.loads(invoke("verify", shards, "--decode", "--json", code=1).stdout)["damage"][0]["error"]
+
+
+def test_missing_labels_are_told_before_a_conditional_model_trains(small_run, tmp_path):
+    images = tmp_path / "images"
+    write_digits(images, count=20)
+    invoke("pack", images, tmp_path / "packed")
+    from diffprune.packing import PackedSample, write_shards
+
+    with_label = index_shard(next((tmp_path / "packed").glob("*.tar")))
+    data = with_label.path.read_bytes()
+    samples = []
+    for sample in with_label.samples:
+        image = sample.images()[0]
+        samples.append(PackedSample(sample.key, {"png": data[image.data_offset : image.data_offset + image.size]}))
+    write_shards(samples, tmp_path / "unlabelled", prefix="u")
+    invoke("encode", tmp_path / "unlabelled", "--vqvae", small_run.vqvae, "-o", tmp_path / "latents")
+    told = invoke("train", "dit", tmp_path / "latents", "-o", tmp_path / "run", *sets(DIT_OVERRIDES), code=1).stderr
+    assert "label" in told and samples[0].key in told
+    options = ["--set", "model.num_classes=0", "--set", "model.class_dropout_prob=0"]
+    invoke("train", "dit", tmp_path / "latents", "-o", tmp_path / "run", *sets(DIT_OVERRIDES), *options)
+
+
+def test_nan_scores_and_foreign_tables_cannot_be_selected(small_run, tmp_path):
+    import pyarrow as pa
+
+    from diffprune.tables import table_metadata, write_table
+
+    scores = tmp_path / "scores"
+    shutil.copytree(small_run.scores, scores)
+    path = sorted(scores.glob("*.parquet"))[0]
+    table, metadata = pq.read_table(path), table_metadata(path)
+    column = table.column_names.index("grand")
+    values = table["grand"].to_pylist()
+    values[3] = float("nan")
+    write_table(path, table.set_column(column, table.schema.field("grand"), pa.array(values, pa.float64())), metadata)
+    told = invoke("select", scores, "--by", "grand", "--keep", 0.5, "-o", tmp_path / "kept.parquet", code=1).stderr
+    assert "grand" in told and table["key"][3].as_py() in told
+    (scores / path.name).unlink()
+    told = invoke("select", scores, "--by", "grand", "--keep", 0.5, "-o", tmp_path / "kept.parquet", code=1).stderr
+    assert "2 of 3 shards are done" in told
+    assert not (tmp_path / "kept.parquet").exists()
+
+
+def test_resume_with_another_config_is_refused(small_run, tmp_path):
+    scores = tmp_path / "scores"
+    shutil.copytree(small_run.scores, scores)
+    base = ["score", small_run.latents, "--checkpoint", small_run.surrogate, "-o", scores]
+    told = invoke(*base, "--method", "random,loss,el2n,grand,moso,monotonicity", "--seed", 5, code=1).stderr
+    assert "seed was 0, is now 5" in told
+    run = tmp_path / "surrogate"
+    shutil.copytree(small_run.surrogate, run)
+    told = invoke(
+        "train", "dit", small_run.latents, "-o", run, *sets(DIT_OVERRIDES), "--set", "train.lr=5", code=1
+    ).stderr
+    assert "lr" in told
+
+
+def test_dry_run_writes_nothing(small_run, tmp_path):
+    out = tmp_path / "out"
+    plans = [
+        ["pack", small_run.images, out],
+        ["verify", small_run.shards],
+        ["train", "vqvae", small_run.shards, "-o", out, *sets(VQVAE_OVERRIDES)],
+        ["encode", small_run.shards, "--vqvae", small_run.vqvae, "-o", out],
+        ["embed", small_run.shards, "--model", f"vqvae:{small_run.vqvae}", "-o", out],
+        ["train", "dit", small_run.latents, "-o", out, *sets(DIT_OVERRIDES)],
+        ["score", small_run.latents, "--checkpoint", small_run.surrogate, "-o", out],
+        ["cluster", small_run.embeddings, "-k", 3, "-o", out],
+        ["select", small_run.scores, "--by", "grand", "--prune", 0.9, "-o", out],
+        ["sample", small_run.surrogate, "--vqvae", small_run.vqvae, "-o", out],
+        ["evaluate", small_run.embeddings, "--reference", small_run.embeddings, "-o", out],
+    ]
+    for plan in plans:
+        assert json.loads(invoke(*plan, "--dry-run", "--json").stdout)["dry_run"] is True, plan
+    assert files(tmp_path) == [] and not out.exists()
+
+
+def test_interrupted_scoring_keeps_what_is_finished_and_finishes_the_rest(small_run, tmp_path):
+    latents, out = small_run.latents, tmp_path / "scores"
+    base = ["score", str(latents), "--checkpoint", str(small_run.surrogate), "--draws", "8", "--method", "loss,grand"]
+    command = [sys.executable, "-m", "diffprune", *base, "-o", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while not list(out.glob("[!.]*.parquet")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "run the same command again" in told, told
+    assert 1 <= len(list(out.glob("[!.]*.parquet"))) < 3
+    assert not [name for name in files(out) if ".tmp-" in name]
+    finished = {path.name: path.read_bytes() for path in out.glob("[!.]*.parquet")}
+    result = json.loads(invoke(*base, "-o", out, "--json").stdout)
+    assert result["shards_done_before"] == len(finished)
+    invoke(*base, "-o", tmp_path / "undisturbed")
+    for path in sorted((tmp_path / "undisturbed").glob("[!.]*.parquet")):
+        assert path.read_bytes() == (out / path.name).read_bytes()
+    assert pc.count(read_folder(out)["grand"]).as_py() == 120

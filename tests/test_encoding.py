@@ -1,0 +1,113 @@
+"""Latents and embeddings are what the model gives, row-aligned with their keys, whatever the batch size."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import diffprune
+from diffprune.arrays import ArrayFolder, write_array
+from diffprune.checkpoints import load_vqvae
+from diffprune.decode import load_images
+from diffprune.errors import InputError, ResumeError
+from diffprune.tables import read_folder
+
+
+def damage_image(shard, key: bytes = b".png") -> str:
+    """Flip a bit in the middle of the third image of a shard; returns its key."""
+    from diffprune.shards import index_shard
+
+    sample = index_shard(shard).samples[2]
+    member = sample.images()[0]
+    data = bytearray(shard.read_bytes())
+    data[member.data_offset + member.size // 2] ^= 1
+    shard.write_bytes(data)
+    return sample.key
+
+
+def test_latents_are_the_encoders_row_by_row(small_run):
+    model, _ = load_vqvae(small_run.vqvae, torch.device("cpu"))
+    table, images = load_images(small_run.shards, size=16, channels=1)
+    folder = ArrayFolder(small_run.latents, kind="latents")
+    rows, latents = folder.load()
+    assert rows["key"].to_pylist() == table["key"].to_pylist()
+    assert rows["label"].to_pylist() == table["label"].to_pylist()
+    for row in (0, 1, 57, 119):
+        with torch.inference_mode():
+            expected = model.encode(torch.from_numpy(images[row : row + 1]).float() / 127.5 - 1)[0].numpy()
+        assert np.abs(latents[row] - expected).max() < 2e-3 * max(1, np.abs(expected).max())
+    assert folder.metadata["latent_scale"] == pytest.approx(float(model.latent_scale))
+    assert abs(latents.std() - 1) < 0.2  # what latent_scale is for
+
+
+def test_embeddings_are_unit_vectors_and_tell_digits_apart(small_run):
+    _, embeddings = ArrayFolder(small_run.embeddings, kind="embeddings").load()
+    assert np.allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-3)
+    assert len({row.tobytes() for row in embeddings}) > 100
+    with pytest.raises(InputError, match="expected latents, found embeddings"):
+        ArrayFolder(small_run.embeddings, kind="latents")
+
+
+def test_batch_size_and_a_second_run_change_nothing(small_run, tmp_path):
+    diffprune.encode(small_run.shards, small_run.vqvae, tmp_path / "a", batch_size=7)
+    diffprune.encode(small_run.shards, small_run.vqvae, tmp_path / "b", batch_size=7)
+    for stem in ArrayFolder(small_run.latents).stems:
+        first = (tmp_path / "a" / f"{stem}.npy").read_bytes()
+        assert first == (tmp_path / "b" / f"{stem}.npy").read_bytes()
+        a, b = ArrayFolder(tmp_path / "a").array(stem), ArrayFolder(small_run.latents).array(stem)
+        assert np.abs(a.astype(np.float32) - b).max() <= 2e-3  # one float16 rounding step apart at most
+
+
+def test_a_damaged_image_is_a_failed_row_and_the_rest_stands(small_run, tmp_path):
+    shards = tmp_path / "shards"
+    shutil.copytree(small_run.shards, shards)
+    key = damage_image(sorted(shards.glob("*.tar"))[1])
+    result = diffprune.encode(shards, small_run.vqvae, tmp_path / "latents")
+    assert (result["samples"], result["failed"], result["first_error"]["key"]) == (120, 1, key)
+    folder = ArrayFolder(tmp_path / "latents")
+    table, latents = folder.load()
+    assert len(latents) == 119 and key not in table["key"].to_pylist()
+    full = read_folder(tmp_path / "latents")
+    row = full["key"].to_pylist().index(key)
+    assert full["status"][row].as_py() == "failed" and "damaged" in full["error"][row].as_py()
+    stem = folder.stems[1]
+    assert np.isnan(folder.array(stem)[2]).all() and np.isfinite(folder.array(stem)[:2]).all()
+    # and it stays failed, not lost, down the road
+    scores = diffprune.score(tmp_path / "latents", small_run.surrogate, tmp_path / "scores", methods=("loss",))
+    assert (scores["samples"], scores["failed"]) == (120, 1)
+    kept = diffprune.select(tmp_path / "scores", tmp_path / "kept.parquet", by="loss", keep=1.0)
+    assert kept["count"] == 119
+
+
+def test_another_vqvae_or_other_shards_are_refused(small_run, tmp_path):
+    out = tmp_path / "latents"
+    shutil.copytree(small_run.latents, out)
+    checkpoints = sorted(small_run.vqvae.glob("step_*"))
+    with pytest.raises(ResumeError, match="model_sha256"):
+        diffprune.encode(small_run.shards, checkpoints[0], out)
+    one = sorted(small_run.shards.glob("*.tar"))[0]
+    with pytest.raises(ResumeError, match="inputs"):
+        diffprune.encode(one, small_run.vqvae, out)
+
+
+def test_arrays_that_do_not_fit_their_table_are_refused(small_run, tmp_path):
+    out = tmp_path / "latents"
+    shutil.copytree(small_run.latents, out)
+    stem = ArrayFolder(out).stems[0]
+    write_array(out / f"{stem}.npy", np.zeros((3, 4)))
+    with pytest.raises(InputError, match=r"expected float16 with 50 rows, found float16 \(3, 4\)"):
+        ArrayFolder(out).load()
+    np.save(out / f"{stem}.npy", np.array([{"a": 1}]), allow_pickle=True)
+    with pytest.raises(InputError, match="not a readable"):
+        ArrayFolder(out).load()
+
+
+def test_an_unknown_embedder_and_a_batch_of_nothing_are_told(small_run, tmp_path):
+    with pytest.raises(InputError, match="vqvae:PATH"):
+        diffprune.embed(small_run.shards, tmp_path / "e", model="inception")
+    with pytest.raises(InputError, match="batch_size"):
+        diffprune.encode(small_run.shards, small_run.vqvae, tmp_path / "e", batch_size=0)
+    assert not (tmp_path / "e").exists()

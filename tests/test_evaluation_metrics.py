@@ -1,0 +1,301 @@
+"""Every metric against an independent float64 computation: scipy's matrix root, N×N brute force, numpy eigenvalues."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from diffprune.errors import InputError
+from diffprune.evaluation import (
+    class_balance,
+    frechet_distance,
+    knn_classes,
+    memorization,
+    precision_recall,
+    vendi_score,
+)
+from diffprune.evaluation import features as features_module
+
+
+def gaussian_rows(n: int, d: int, seed: int, *, shift: float = 0.0, unit: bool = False) -> torch.Tensor:
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, d)) @ rng.normal(size=(d, d)) * 0.3 + shift
+    if unit:
+        x /= np.linalg.norm(x, axis=1, keepdims=True)
+    return torch.from_numpy(x.astype(np.float16).astype(np.float32))
+
+
+def brute_distances(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
+    x, y = a.double().numpy(), b.double().numpy()
+    return np.sqrt(((x[:, None] - y[None]) ** 2).sum(-1))
+
+
+def brute_own_radii(x: torch.Tensor, k: int) -> np.ndarray:
+    distances = brute_distances(x, x)
+    np.fill_diagonal(distances, np.inf)
+    return np.sort(distances, axis=1)[:, k - 1]
+
+
+# --- Fréchet distance ------------------------------------------------------------------------------------------
+
+
+def scipy_frechet(a: torch.Tensor, b: torch.Tensor) -> float:
+    x, y = a.double().numpy(), b.double().numpy()
+    s1, s2 = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    root = scipy.linalg.sqrtm(s1 @ s2)
+    return float(((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(s1 + s2 - 2 * np.real(root)))
+
+
+@pytest.mark.parametrize(("n", "m", "d"), [(301, 207, 17), (64, 99, 33), (9001, 8500, 5)])
+def test_frechet_distance_equals_the_matrix_square_root(n, m, d):
+    a, b = gaussian_rows(n, d, 1), gaussian_rows(m, d, 2, shift=0.2)
+    assert frechet_distance(a, b) == pytest.approx(scipy_frechet(a, b), rel=1e-9)
+
+
+def test_frechet_distance_of_axis_aligned_gaussians_is_the_closed_form():
+    # Two points ±s per axis have variance 2s² (unbiased, N=2 in 1-D): (μ₁−μ₂)² + (σ₁−σ₂)².
+    a, b = torch.tensor([[-1.0], [1.0]]), torch.tensor([[2.0], [8.0]])
+    sigma_a, sigma_b = math.sqrt(2), math.sqrt(18)
+    assert frechet_distance(a, b) == pytest.approx(25 + (sigma_a - sigma_b) ** 2, rel=1e-12)
+
+
+def test_frechet_distance_with_fewer_rows_than_dimensions():
+    a, b = gaussian_rows(12, 40, 3), gaussian_rows(21, 40, 4, shift=0.1)
+    x, y = a.double().numpy(), b.double().numpy()
+    # tr((Σ₁Σ₂)^½) is the nuclear norm of X̃₁X̃₂ᵀ, which needs no root of a singular matrix.
+    x0, y0 = (x - x.mean(0)) / math.sqrt(11), (y - y.mean(0)) / math.sqrt(20)
+    nuclear = np.linalg.svd(x0 @ y0.T, compute_uv=False).sum()
+    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + (x0**2).sum() + (y0**2).sum() - 2 * nuclear
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-5)
+
+
+def test_frechet_distance_of_a_set_to_itself_is_zero_and_to_a_shifted_copy_the_squared_shift():
+    a = gaussian_rows(200, 9, 5)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(a, a + 0.5) == pytest.approx(9 * 0.25, rel=1e-5)
+
+
+# --- precision, recall, density, coverage ----------------------------------------------------------------------
+
+
+def brute_precision_recall(a: torch.Tensor, b: torch.Tensor, k: int) -> dict[str, float]:
+    cross = brute_distances(a, b)  # [samples, reference]
+    in_reference = cross <= brute_own_radii(b, k)[None, :]
+    in_samples = cross <= brute_own_radii(a, k)[:, None]
+    precision, recall = in_reference.any(1).mean(), in_samples.any(0).mean()
+    return {
+        "precision": precision,
+        "recall": recall,
+        "f_score": 2 / (1 / precision + 1 / recall) if precision and recall else 0.0,
+        "density": in_reference.sum() / (k * len(a)),
+        "coverage": in_reference.any(0).mean(),
+    }
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize(("n", "m", "shift", "unit"), [(120, 77, 0.6, False), (53, 201, 0.3, True)])
+def test_precision_recall_equals_brute_force(n, m, shift, unit, k, monkeypatch):
+    monkeypatch.setattr(features_module, "TILE_BYTES", 8 * m * 7)  # several tiles, the last one short
+    a, b = gaussian_rows(n, 4, 6, unit=unit), gaussian_rows(m, 4, 7, shift=shift, unit=unit)
+    found, expected = precision_recall(a, b, k), brute_precision_recall(a, b, k)
+    assert found == pytest.approx(expected, abs=1e-12)
+    assert 0 < found["precision"] < 1 and 0 < found["recall"] < 1  # the case tells something
+
+
+def test_precision_is_about_samples_and_recall_about_the_reference():
+    reference = torch.cat([gaussian_rows(100, 3, 8), gaussian_rows(100, 3, 8) + 50])
+    samples = gaussian_rows(100, 3, 8)  # right, but only half of the modes
+    found = precision_recall(samples, reference)
+    assert found["precision"] == 1 and found["recall"] == 0.5 and found["coverage"] == pytest.approx(0.5)
+
+
+def test_precision_recall_balls_are_closed_and_duplicates_have_radius_zero():
+    line = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
+    assert precision_recall(line + 1, line, k=1)["precision"] == 1  # 4 is at distance 1 of 3, whose radius is 1
+    point = torch.full((5, 2), 0.5)
+    assert precision_recall(point, point, k=3) == {
+        "precision": 1,
+        "recall": 1,
+        "f_score": 1,
+        "density": pytest.approx(5 / 3),
+        "coverage": 1,
+    }
+    assert precision_recall(point, point + 1, k=3)["f_score"] == 0
+
+
+# --- Vendi score -----------------------------------------------------------------------------------------------
+
+
+def numpy_vendi(x: torch.Tensor, q: float) -> float:
+    unit = x.double().numpy()
+    unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
+    p = np.linalg.eigvalsh(unit @ unit.T / len(unit))
+    p = p[p > 1e-13]
+    if q == 1:
+        return float(np.exp(-(p * np.log(p)).sum()))
+    if q == math.inf:
+        return float(1 / p.max())
+    return float((p**q).sum() ** (1 / (1 - q)))
+
+
+@pytest.mark.parametrize("q", [0, 0.5, 1, 2, 7.5, math.inf])
+@pytest.mark.parametrize(("n", "d"), [(23, 60), (60, 23), (31, 31)])
+def test_vendi_score_equals_numpy_on_the_full_kernel(n, d, q):
+    x = gaussian_rows(n, d, 9, shift=0.1)
+    assert vendi_score(x, q) == pytest.approx(numpy_vendi(x, q), rel=1e-9)
+
+
+@pytest.mark.parametrize("q", [0, 0.5, 1, 3, math.inf])
+def test_vendi_score_counts_equally_frequent_orthogonal_images(q):
+    x = torch.eye(6)[torch.arange(30) % 5] * torch.arange(1, 31)[:, None]  # five images, of any length
+    assert vendi_score(x, q) == pytest.approx(5, rel=1e-9)
+    assert vendi_score(torch.ones(7, 3), q) == pytest.approx(1, rel=1e-9)
+
+
+@pytest.mark.parametrize(("n", "d"), [(50, 7), (7, 50)])
+def test_vendi_score_decomposes_the_smaller_of_the_two_kernels(n, d, monkeypatch):
+    seen = []
+    solve = torch.linalg.eigvalsh
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda kernel: seen.append(tuple(kernel.shape)) or solve(kernel))
+    vendi_score(gaussian_rows(n, d, 24))
+    assert seen == [(7, 7)]
+
+
+def test_vendi_score_near_order_one_is_continuous():
+    x = gaussian_rows(40, 12, 10)
+    assert vendi_score(x, 1 + 1e-6) == pytest.approx(vendi_score(x), rel=1e-5)
+
+
+# --- memorization ----------------------------------------------------------------------------------------------
+
+
+def test_memorization_against_held_out_images():
+    training, held_out, samples = (gaussian_rows(n, 5, seed) for n, seed in ((90, 11), (71, 12), (83, 13)))
+    found = memorization(samples, training, held_out)
+    nearest = brute_distances(samples, training).min(1)
+    baseline = brute_distances(held_out, training).min(1)
+    assert found["baseline"] == "held-out" and found["baseline_count"] == 71
+    assert found["median_distance"] == pytest.approx(np.median(nearest), rel=1e-12)
+    assert found["baseline_p1"] == pytest.approx(np.quantile(baseline, 0.01), rel=1e-12)
+    assert found["median_ratio"] == pytest.approx(np.median(nearest) / np.median(baseline), rel=1e-12)
+    assert found["share_below_p1"] == (nearest < np.quantile(baseline, 0.01)).mean()
+    row, training_row, distance = found["closest_pairs"][0]
+    assert row == nearest.argmin() and training_row == brute_distances(samples, training)[row].argmin()
+    assert distance == pytest.approx(nearest.min(), rel=1e-12)
+
+
+def test_memorization_without_held_out_images_leaves_each_training_image_out():
+    training, samples = gaussian_rows(64, 5, 14), gaussian_rows(50, 5, 15)
+    found = memorization(samples, training, training[:0], closest=3)
+    baseline = brute_own_radii(training, 1)
+    assert found["baseline"] == "leave-one-out" and len(found["closest_pairs"]) == 3
+    assert found["baseline_median"] == pytest.approx(np.median(baseline), rel=1e-12)
+
+
+def test_memorization_sees_copies():
+    training, held_out = gaussian_rows(80, 6, 16), gaussian_rows(80, 6, 17)
+    copied = memorization(training[:40], training, held_out)
+    assert copied["share_below_p1"] == 1 and copied["median_ratio"] == 0
+    mixed = memorization(torch.cat([training[:10], gaussian_rows(30, 6, 18) + 9]), training, held_out)
+    assert mixed["share_below_p1"] == 0.25 and mixed["median_ratio"] > 1
+    same = torch.ones(4, 2)
+    assert memorization(same, same)["median_ratio"] is None  # 0/0 is not a ratio
+
+
+# --- classes ---------------------------------------------------------------------------------------------------
+
+
+def brute_vote(query: np.ndarray, points: np.ndarray, labels: np.ndarray, k: int) -> int:
+    order = np.argsort(((points - query) ** 2).sum(1), kind="stable")[:k]
+    counts = Counter(labels[order].tolist())
+    return next(label for label in labels[order].tolist() if counts[label] == max(counts.values()))
+
+
+@pytest.mark.parametrize("k", [1, 4, 5])
+def test_knn_classes_equal_brute_force(k):
+    rng = np.random.default_rng(19)
+    points, queries = gaussian_rows(101, 3, 20), gaussian_rows(57, 3, 21)
+    labels = torch.from_numpy(rng.integers(0, 4, 101)) * 10 + 3
+    found = knn_classes(queries, points, labels, k=k)
+    expected = [brute_vote(q, points.double().numpy(), labels.numpy(), k) for q in queries.double().numpy()]
+    assert found.tolist() == expected
+    own = knn_classes(points, points, labels, k=k, exclude_self=True)
+    others = [np.delete(np.arange(101), i) for i in range(101)]
+    data = points.double().numpy()
+    assert own.tolist() == [brute_vote(data[i], data[rest], labels.numpy()[rest], k) for i, rest in enumerate(others)]
+
+
+def test_tied_votes_go_to_the_nearest():
+    points, labels = torch.tensor([[1.0], [2.0], [-3.0], [-4.0], [9.0]]), torch.tensor([7, 2, 2, 7, 1])
+    assert knn_classes(torch.zeros(1, 1), points, labels, k=4).tolist() == [7]
+    assert knn_classes(torch.full((1, 1), 2.1), points, labels, k=4).tolist() == [2]
+    assert knn_classes(torch.zeros(1, 1), points, labels, k=99).tolist() == [7]
+
+
+def test_class_balance_of_separated_classes():
+    centres = torch.tensor([[0.0, 0], [100, 0], [0, 100]])
+    counts = [40, 40, 20]
+    labels = torch.repeat_interleave(torch.tensor([0, 4, 9]), torch.tensor(counts))
+    reference = torch.repeat_interleave(centres, torch.tensor(counts), dim=0) + gaussian_rows(100, 2, 22)
+    asked = torch.tensor([0] * 6 + [4] * 2)
+    samples = centres[[0] * 7 + [1]] + gaussian_rows(8, 2, 23)  # one of the fours came out as a zero
+    found = class_balance(samples, reference, labels, sample_labels=asked)
+    assert found["shares"] == {"0": 7 / 8, "4": 1 / 8, "9": 0}
+    assert found["reference_shares"] == {"0": 0.4, "4": 0.4, "9": 0.2}
+    p = np.array([7 / 8, 1 / 8])
+    assert found["kl_uniform"] == pytest.approx((p * np.log(p * 3)).sum())
+    assert found["kl_reference"] == pytest.approx((p * np.log(p / 0.4)).sum())
+    assert found["label_agreement"] == 7 / 8 and found["reference_accuracy"] == 1
+    assert class_balance(samples, reference, labels)["label_agreement"] is None
+
+
+def test_reference_accuracy_leaves_each_image_out():
+    reference = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
+    found = class_balance(reference, reference, torch.tensor([0, 1, 0, 1]), k=1)
+    assert found["reference_accuracy"] == 0  # each one's nearest other is of the other class
+    assert found["kl_reference"] == 0  # while the samples, being the reference, find themselves
+
+
+# --- bad input -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        lambda x: frechet_distance(x, torch.ones(5, 3)),
+        lambda x: precision_recall(x, torch.ones(5, 3)),
+        lambda x: vendi_score(x),
+        lambda x: memorization(x, torch.ones(5, 3)),
+        lambda x: class_balance(x, torch.ones(5, 3), torch.arange(5)),
+    ],
+    ids=["frechet", "precision_recall", "vendi", "memorization", "classes"],
+)
+def test_metrics_refuse_nan_integers_and_wrong_shapes(metric):
+    nan = torch.ones(6, 3)
+    nan[4, 1] = float("nan")
+    with pytest.raises(InputError, match="row 4 has NaN"):
+        metric(nan)
+    with pytest.raises(InputError, match=r"\[N, D\]"):
+        metric(torch.ones(6, 3, 2))
+    with pytest.raises(InputError, match="floating-point"):
+        metric(torch.ones(6, 3, dtype=torch.int64))
+    with pytest.raises(InputError, match="at least"):
+        metric(torch.ones(0, 3))
+
+
+def test_metrics_refuse_what_they_cannot_compute():
+    with pytest.raises(InputError, match="one dimension"):
+        frechet_distance(torch.ones(5, 3), torch.ones(5, 4))
+    with pytest.raises(InputError, match="at least 4 rows, got 3"):
+        precision_recall(torch.ones(3, 2), torch.ones(9, 2), k=3)
+    with pytest.raises(InputError, match="row 1 is zero"):
+        vendi_score(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
+    with pytest.raises(InputError, match="q >= 0"):
+        vendi_score(torch.ones(2, 2), q=-1)
+    with pytest.raises(InputError, match=r"reference_labels: expected \[5\]"):
+        class_balance(torch.ones(5, 2), torch.ones(5, 2), torch.arange(4))

@@ -1,0 +1,267 @@
+"""``KMeans``: exact, deterministic, never an empty cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from diffprune.errors import InputError
+from diffprune.kmeans import KMeans, _plus_plus
+
+
+def blobs(n: int = 600, k: int = 5, d: int = 8, spread: float = 0.3, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(k, d, generator=generator)
+    labels = torch.randint(0, k, (n,), generator=generator)
+    return centres[labels] + spread * torch.randn(n, d, generator=generator)
+
+
+def check(model: KMeans, points: Tensor) -> None:
+    """The results belong together: every label is the float64 nearest of the final centroids, no cluster is empty."""
+    assert model.centroids_.dtype == model.distance_.dtype == torch.float32
+    assert model.assignment_.dtype == torch.int32
+    distances = torch.cdist(points.double(), model.centroids_.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    chosen = distances.gather(1, model.assignment_.long()[:, None])[:, 0]
+    torch.testing.assert_close(chosen, distances.amin(dim=1), rtol=1e-13, atol=0)
+    torch.testing.assert_close(model.distance_.double(), chosen, rtol=1e-6, atol=1e-20)
+    assert model.inertia_ == pytest.approx(float(chosen.square().sum()), rel=1e-6)
+    assert model.assignment_.unique().tolist() == list(range(model.k))
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 40])
+@pytest.mark.parametrize("max_iter", [1, 100])
+def test_results_belong_together(k: int, max_iter: int) -> None:
+    points = blobs()
+    model = KMeans(k, max_iter=max_iter).fit(points)
+    check(model, points)
+    assert 1 <= model.n_iter_ <= max_iter
+
+
+def test_converged_centroids_are_the_means() -> None:
+    points = blobs() + 1e3
+    model = KMeans(6, tol=0).fit(points)
+    assert model.n_iter_ < 100
+    for cluster in range(6):
+        mean = points[model.assignment_ == cluster].double().mean(dim=0)
+        assert torch.equal(model.centroids_[cluster], mean.float())
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_finds_separate_blobs(metric: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    centres = torch.eye(6)[:4] * 10
+    labels = torch.arange(200) % 4
+    points = centres[labels] + 0.1 * torch.randn(200, 6, generator=generator)
+    model = KMeans(4, metric=metric, n_init=3).fit(points)
+    assert len({(a, b) for a, b in zip(labels.tolist(), model.assignment_.tolist(), strict=True)}) == 4
+
+
+def test_same_bytes_for_a_seed_and_any_number_of_threads() -> None:
+    points = blobs(5000, k=9, d=12, spread=0.8)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 1, 2, 3):
+            torch.set_num_threads(threads)
+            model = KMeans(15, seed=4, max_iter=20).fit(points)
+            results.append((model.centroids_.numpy().tobytes(), model.distance_.numpy().tobytes(), model.inertia_))
+    finally:
+        torch.set_num_threads(before)
+    assert results[1:] == results[:1] * 3
+    assert KMeans(15, seed=5, max_iter=20).fit(points).centroids_.numpy().tobytes() != results[0][0]
+
+
+def test_leaves_the_global_random_state_alone() -> None:
+    state = torch.get_rng_state()
+    KMeans(3).fit(blobs(50))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_n_init_keeps_the_best_start() -> None:
+    points = blobs(300, k=8, spread=0.1)
+    one, many = (KMeans(8, seed=3, n_init=n).fit(points) for n in (1, 8))
+    assert many.inertia_ < one.inertia_
+    check(many, points)
+
+
+def test_tol_is_relative_to_the_variance() -> None:
+    points = blobs(1000, k=5, spread=1.0)
+    rounds = [KMeans(10, tol=tol, seed=1).fit(points).n_iter_ for tol in (0.0, 1e-2, 1e9)]
+    assert rounds[0] > rounds[1] > rounds[2] == 1
+    assert KMeans(10, tol=1e-2, seed=1).fit(points * 1024).n_iter_ == rounds[1]
+
+
+def test_kmeans_plus_plus_samples_by_squared_distance() -> None:
+    """Two points in 0, one in 1, one in 3. With the first centroid in 0 (half the seeds) 3 follows with 9/10."""
+    points = torch.tensor([[0.0], [0.0], [1.0], [3.0]])
+    starts = [_plus_plus(points, 2, torch.Generator().manual_seed(seed)).flatten().tolist() for seed in range(1000)]
+    assert all(first != second for first, second in starts)
+    seconds = [second for first, second in starts if first == 0]
+    assert abs(len(seconds) / 1000 - 1 / 2) < 0.05
+    assert abs(seconds.count(3.0) / len(seconds) - 9 / 10) < 0.04
+    seconds = [second for first, second in starts if first == 3]
+    assert abs(seconds.count(0.0) / len(seconds) - 18 / 22) < 0.07
+
+
+def test_empty_clusters_restart_at_the_farthest_point() -> None:
+    points = torch.tensor([[0.0], [1.0], [2.0], [10.0], [11.0], [50.0], [50.0]])
+    init = torch.tensor([[0.0], [99.0], [-500.0], [-600.0]])
+    model = KMeans(4, init=init, max_iter=1).fit(points)
+    check(model, points)
+    # The 50s are 49 from 99: -500 restarts there. The next farthest, 11 at 11 from 0, gets -600.
+    # Then 99 has lost all its points and restarts at 2. Means: 0.5, 2, 50, 10.5.
+    assert model.centroids_.flatten().tolist() == [0.5, 2.0, 50.0, 10.5]
+    assert model.assignment_.tolist() == [0, 0, 1, 3, 3, 2, 2]
+
+
+def test_same_init_for_all_still_fills_every_cluster() -> None:
+    points = blobs(100)
+    model = KMeans(20, init=points[:1].expand(20, -1)).fit(points)
+    check(model, points)
+
+
+def test_every_distinct_point_its_own_cluster() -> None:
+    points = blobs(30).repeat(3, 1)
+    model = KMeans(30).fit(points)
+    check(model, points)
+    assert torch.equal(model.distance_, torch.zeros(90))
+    assert model.inertia_ == 0
+
+
+@pytest.mark.parametrize("init", ["k-means++", torch.arange(31 * 8.0).view(31, 8)])
+def test_more_clusters_than_distinct_points(init: Any) -> None:
+    points = blobs(30).repeat(3, 1)
+    with pytest.raises(InputError, match=r"at least k=31 distinct points, got 30 \(90 rows\)"):
+        KMeans(31, init=init).fit(points)
+
+
+def test_more_clusters_than_rows() -> None:
+    with pytest.raises(InputError, match=r"at least k=4 distinct points, got 2 \(3 rows\)"):
+        KMeans(4).fit(torch.tensor([[1.0], [2.0], [1.0]]))
+    with pytest.raises(InputError, match=r"at least k=1 distinct points, got 0 \(0 rows\)"):
+        KMeans(1).fit(torch.empty(0, 3))
+
+
+def test_cosine() -> None:
+    points = blobs(300, d=5) * (1 + 100 * torch.rand(300, 1, generator=torch.Generator().manual_seed(1)))
+    model = KMeans(6, metric="cosine").fit(points)
+    torch.testing.assert_close(model.centroids_.double().norm(dim=1), torch.ones(6).double(), rtol=1e-6, atol=0)
+    unit = points.double() / points.double().norm(dim=1, keepdim=True)
+    cosine = unit @ model.centroids_.double().T
+    assert torch.equal(cosine.argmax(dim=1).int(), model.assignment_)
+    torch.testing.assert_close(model.distance_.double(), (2 - 2 * cosine.amax(dim=1)).sqrt(), rtol=1e-4, atol=1e-6)
+    assert torch.equal(model.predict(points * 7), model.assignment_)
+
+
+def test_cosine_of_vectors_that_cancel_or_are_tiny() -> None:
+    points = torch.tensor([[1e-30, 0.0], [-2e30, 0.0]])
+    model = KMeans(1, metric="cosine").fit(points)
+    assert model.centroids_.norm() == 1
+    assert sorted(model.distance_.tolist()) == [0, 2]
+    assert KMeans(2, metric="cosine").fit(points).distance_.tolist() == [0, 0]
+
+
+def test_predict() -> None:
+    points, others = blobs(), blobs(seed=9)
+    model = KMeans(5).fit(points)
+    assert torch.equal(model.predict(points), model.assignment_)
+    distances = torch.cdist(others.double(), model.centroids_.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    assert torch.equal(model.predict(others).long(), distances.argmin(dim=1))
+    with pytest.raises(InputError, match=r"expected points \[M, 8\], got \(3, 2\)"):
+        model.predict(torch.ones(3, 2))
+    with pytest.raises(InputError, match="call fit first"):
+        KMeans(5).predict(points)
+
+
+@pytest.mark.filterwarnings("error")
+def test_numpy_in_numpy_out(tmp_path: Path) -> None:
+    points = blobs(200)
+    expected = KMeans(4).fit(points.half())
+    np.save(tmp_path / "points.npy", points.half().numpy())
+    model = KMeans(4).fit(np.load(tmp_path / "points.npy", mmap_mode="r"))
+    assert isinstance(model.centroids_, np.ndarray)
+    assert isinstance(model.predict(points.numpy()), np.ndarray)
+    assert (model.assignment_.dtype, model.distance_.dtype) == (np.int32, np.float32)
+    np.testing.assert_array_equal(model.centroids_, expected.centroids_.numpy())
+    np.testing.assert_array_equal(model.assignment_, expected.assignment_.numpy())
+
+
+def test_half_points_are_taken_at_their_own_values() -> None:
+    points = blobs(200).half()
+    half, single = KMeans(4).fit(points), KMeans(4).fit(points.float())
+    assert torch.equal(half.centroids_, single.centroids_)
+    assert torch.equal(half.distance_, single.distance_)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_points_that_are_not_finite(metric: str) -> None:
+    points = blobs(50)
+    points[[3, 17], 2] = torch.nan
+    points[40, 0] = -torch.inf
+    with pytest.raises(InputError, match="3 of 50 points have NaN or infinity: rows 3, 17, 40; leave them out"):
+        KMeans(2, metric=metric).fit(points)
+
+
+def test_cosine_refuses_zero_vectors() -> None:
+    points = blobs(50)
+    points[::4] = 0
+    with pytest.raises(InputError, match=r"13 of 50 points have length 0.*: rows 0, 4, 8, .*36, \.\.\.; leave"):
+        KMeans(2, metric="cosine").fit(points)
+
+
+@pytest.mark.parametrize(("scale", "message"), [(1e25, "overflow float32"), (1e-30, "vanish in float32")])
+def test_distances_that_leave_float32(scale: float, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        KMeans(2).fit(blobs(20) * scale)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 0}, "got 0, 100, 1"),
+        ({"k": 2, "max_iter": 0}, "got 2, 0, 1"),
+        ({"k": 2, "n_init": 0}, "got 2, 100, 0"),
+        ({"k": 2, "tol": -1.0}, "expected tol of at least 0, got -1.0"),
+        ({"k": 2, "tol": float("nan")}, "expected tol of at least 0, got nan"),
+        ({"k": 2, "metric": "l1"}, "expected metric to be one of euclidean, cosine, got 'l1'"),
+        ({"k": 2, "init": "random"}, "expected init to be 'k-means\\+\\+' or centroids \\[k, D\\], got 'random'"),
+        ({"k": 2, "init": torch.ones(2, 8), "n_init": 2}, "expected n_init 1, got 2"),
+        ({"k": 2, "init": torch.ones(3, 8)}, r"expected init \[2, 8\], got \[3, 8\]"),
+        ({"k": 2, "init": torch.full((2, 8), torch.nan)}, "2 of 2 init have NaN or infinity: rows 0, 1"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        KMeans(**options).fit(blobs(50))
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        (torch.ones(3), r"expected points \[N, D\] of a floating dtype, got \[3\] torch.float32"),
+        (torch.ones(3, 0), r"got \[3, 0\] torch.float32"),
+        (torch.ones(3, 2, dtype=torch.int64), r"got \[3, 2\] torch.int64"),
+        ([[1.0]], "expected a torch tensor or a NumPy array, got list"),
+    ],
+)
+def test_bad_points(points: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        KMeans(1).fit(points)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_agrees_with_scikit_learn(seed: int) -> None:
+    cluster = pytest.importorskip("sklearn.cluster")
+    points = blobs(800, k=6, spread=0.6, seed=seed)
+    init = points[torch.randperm(800, generator=torch.Generator().manual_seed(seed))[:9]]
+    ours = KMeans(9, init=init, tol=0, max_iter=500).fit(points)
+    theirs = cluster.KMeans(9, init=init.numpy(), n_init=1, tol=0, max_iter=500, algorithm="lloyd").fit(
+        points.double().numpy()
+    )
+    assert ours.inertia_ == pytest.approx(theirs.inertia_, rel=1e-6)
+    np.testing.assert_array_equal(ours.assignment_.numpy(), theirs.labels_)
