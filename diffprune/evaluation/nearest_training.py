@@ -1,0 +1,62 @@
+"""Memorization: are generated images nearer to the training images than other real images are?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from diffprune.evaluation.features import check_features
+from diffprune.evaluation.neighbours import nearest
+
+BASELINE_QUANTILE = 0.01
+
+
+def memorization(
+    samples: torch.Tensor, training: torch.Tensor, held_out: torch.Tensor | None = None, *, closest: int = 16
+) -> dict[str, Any]:
+    """Distances of ``samples`` [N, D] to their nearest ``training`` image [M, D], beside a baseline's.
+
+    The baseline is what real images that were not trained on do: ``held_out`` [H, D] to its nearest training image.
+    Without held-out images it is each training image to its nearest other one (``"leave-one-out"``); then M >= 2.
+    Held-out images left out by a score differ from the kept ones, so a baseline from a pruned set leans high where
+    the kept images are typical.
+
+    Returns ``baseline`` ("held-out" or "leave-one-out"), ``baseline_count``, ``median_distance`` of the samples,
+    ``baseline_median``, ``baseline_p1`` (its 1st percentile, linearly interpolated), ``median_ratio`` (samples over
+    baseline; under 1 is nearer than real images; null if the baseline's median is 0), ``share_below_p1`` (samples
+    strictly nearer than the baseline's 1st percentile: 0.01 is what real images would give), and ``closest_pairs``:
+    the ``closest`` nearest (sample row, training row, distance). Raises InputError for other shapes or NaN.
+    """
+    check_features(1, samples=samples, training=training)
+    squared, indices = nearest(samples, training, 1)
+    distances = squared[:, 0].sqrt()
+    if held_out is not None and len(held_out):
+        check_features(1, training=training, held_out=held_out)
+        kind, baseline = "held-out", nearest(held_out, training, 1)[0]
+    else:
+        check_features(2, training=training)
+        kind, baseline = "leave-one-out", nearest(training, training, 1, exclude_self=True)[0]
+    baseline = baseline[:, 0].sqrt()
+    median, baseline_median = float(_quantile(distances, 0.5)), float(_quantile(baseline, 0.5))
+    p1 = _quantile(baseline, BASELINE_QUANTILE)
+    order = distances.sort(stable=True).indices[:closest].tolist()
+    return {
+        "baseline": kind,
+        "baseline_count": len(baseline),
+        "median_distance": median,
+        "baseline_median": baseline_median,
+        "baseline_p1": float(p1),
+        "median_ratio": median / baseline_median if baseline_median else None,
+        "share_below_p1": float((distances < p1).double().mean()),
+        "closest_pairs": [(row, int(indices[row, 0]), float(distances[row])) for row in order],
+    }
+
+
+def _quantile(values: torch.Tensor, q: float) -> torch.Tensor:
+    """Linear interpolation, as ``torch.quantile`` does, which refuses more than 2²⁴ values."""
+    ordered = values.sort().values
+    position = q * (len(ordered) - 1)
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return torch.lerp(ordered[low], ordered[high], position - low)
