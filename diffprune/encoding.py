@@ -17,6 +17,7 @@ from diffprune.decode import read_batches
 from diffprune.device import pick_device
 from diffprune.engines import run_stage
 from diffprune.errors import InputError
+from diffprune.files import read_json
 from diffprune.progress import Progress
 from diffprune.shards import ShardIndex, ShardSpec, index_shards
 from diffprune.tables import base_table
@@ -120,9 +121,16 @@ def _map_images(
         list(indexes),
         work,
         total=sum(len(index.samples) for index in indexes.values()),
-        metadata={"model_path": network.path},
+        metadata={"model_path": network.path, "sampled": _how_sampled(indexes)},
         dry_run=dry_run,
     )
+
+
+def _how_sampled(indexes: dict[str, ShardIndex]) -> dict[str, Any] | None:
+    """What ``sample`` wrote about images that it generated: steps, guidance, seed and checkpoint."""
+    manifests = {index.path.parent / "sample.json" for index in indexes.values()}
+    manifest = manifests.pop()
+    return read_json(manifest).get("plan") if not manifests and manifest.is_file() else None
 
 
 def describe(indexes: list[ShardIndex]) -> dict[str, list[int]]:

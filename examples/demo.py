@@ -80,14 +80,13 @@ def run_demo(source: str, out: Path) -> list[dict]:
             with step(f"train on {name}, as many steps as on full data"):
                 diffprune.train_dit(dit_config, latents, runs[name], kept=kept)
 
-    grids, results = {}, []
+    sampled, results = {}, []
     for name, kept in training_sets.items():
         folder = out / "samples" / slug(name)
-        grids[name] = folder / "grid.png"
+        sampled[name] = folder / "shards"
         with step(f"sample and evaluate: {name}"):
-            if not grids[name].is_file():
-                diffprune.sample(runs[name], vqvae, folder / "shards", count=SAMPLES, guidance=1.5, grid=grids[name])
-            diffprune.embed(folder / "shards", folder / "embeddings", model=f"vqvae:{vqvae}")
+            diffprune.sample(runs[name], vqvae, sampled[name], count=SAMPLES, guidance=1.5, grid=folder / "grid.png")
+            diffprune.embed(sampled[name], folder / "embeddings", model=f"vqvae:{vqvae}")
             metrics = folder / "metrics.json"
             results.append(diffprune.evaluate(folder / "embeddings", embeddings, metrics, kept=kept, name=name))
     with step("write the report"):
@@ -98,7 +97,7 @@ def run_demo(source: str, out: Path) -> list[dict]:
             scores=[scores],
             clusters=clusters,
             selections={name: kept for name, kept in training_sets.items() if kept is not None},
-            samples=grids,
+            samples=sampled,
             metrics=[out / "samples" / slug(name) / "metrics.json" for name in training_sets],
             logs={name: run / "log.jsonl" for name, run in runs.items()},
         )

@@ -282,11 +282,15 @@ def evaluate(
     ] = None,
     name: Annotated[str | None, typer.Option(help="What to call this model in tables.")] = None,
     k: Annotated[int, typer.Option(min=1, help="Neighbours, for precision and recall.")] = 3,
+    limit: Annotated[int, typer.Option(min=2, help="Images of each side, at most, for the k-NN metrics.")] = 50_000,
+    seed: Seed = 0,
+    device: Device = "auto",
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Fréchet distance, precision, recall, F-score, Vendi score, memorization and class balance."""
-    run(diffprune.evaluate, samples, reference, out, kept=kept, name=name, k=k, dry_run=dry_run, as_json=as_json)
+    options = {"kept": kept, "name": name, "k": k, "limit": limit, "seed": seed, "device": device}
+    run(diffprune.evaluate, samples, reference, out, **options, dry_run=dry_run, as_json=as_json)
 
 
 @app.command(rich_help_panel="Proof")
@@ -296,10 +300,13 @@ def report(
     scores: Annotated[list[Path] | None, typer.Option(help="Folders of score tables. Repeatable.")] = None,
     clusters: Annotated[Path | None, typer.Option(help="The folder of `diffprune cluster`.")] = None,
     selection: Annotated[list[str] | None, typer.Option(help="NAME=kept.parquet. Repeatable.")] = None,
-    samples: Annotated[list[str] | None, typer.Option(help="NAME=grid.png. Repeatable.")] = None,
+    samples: Annotated[
+        list[str] | None, typer.Option(help="NAME=grid.png, or NAME=folder of sampled shards. Repeatable.")
+    ] = None,
     metrics: Annotated[list[Path] | None, typer.Option(help="JSON files of `diffprune evaluate`. Repeatable.")] = None,
     log: Annotated[list[str] | None, typer.Option(help="NAME=log.jsonl of a training run. Repeatable.")] = None,
     title: Annotated[str, typer.Option(help="The page's headline.")] = "diffprune report",
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Write one self-contained HTML page of everything that is given."""
@@ -310,7 +317,7 @@ def report(
         "metrics": metrics or [],
         "logs": _named(log),
     }
-    run(diffprune.report, out, **options, as_json=as_json)
+    run(diffprune.report, out, **options, dry_run=dry_run, as_json=as_json)
 
 
 def _named(pairs: list[str] | None) -> dict[str, Path]:

@@ -1,0 +1,191 @@
+"""Checkpoints: one folder per step, safetensors and JSON, there whole or not at all.
+
+    <run>/step_00000400/model.safetensors       weights and buffers
+                        ema.safetensors         moving average of the weights (not for a VQ-VAE)
+                        optimizer.safetensors   AdamW's moments, by parameter name
+                        state.json              what made it: step, config, data, a sha256 of each file above
+
+There is no state of a random generator in it: all of training's randomness is a function of (seed, step).
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from diffprune._version import __version__
+from diffprune.config import DitConfig, from_dict
+from diffprune.errors import InputError
+from diffprune.files import atomic_dir, read_json, sha256_file, write_json
+from diffprune.models.dit import DiT
+from diffprune.models.vqvae import VQVAE
+
+FORMAT_VERSION = 1
+STATE_FILE = "state.json"
+_STATE_TYPES = {"kind": str, "step": int, "total_steps": int, "lr": float, "images_seen": int, "seed": int}
+_STATE_TYPES.update({"config": dict, "data": dict, "files": dict})
+_STEP = re.compile(r"step_(\d{8,})")
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def load_dit(
+    checkpoint: str | Path, weights: Literal["ema", "model"] = "ema", device: torch.device | str = "cpu"
+) -> tuple[DiT, dict[str, Any]]:
+    """The DiT of a checkpoint, or of a run folder's last one, and the checkpoint's state.
+
+    The state is ``state.json``'s content and "sha256" (of the weights' file) and "path" (of the checkpoint).
+
+    Raises:
+        InputError: no checkpoint there, one of a VQ-VAE, damaged files, or tensors that do not fit the config.
+    """
+    if weights not in ("ema", "model"):
+        raise InputError(f"weights: expected ema or model, got {weights!r}")
+    return _load(checkpoint, "dit", lambda config: DiT(**asdict(config)), weights, device)
+
+
+def load_vqvae(checkpoint: str | Path, device: torch.device | str = "cpu") -> tuple[VQVAE, dict[str, Any]]:
+    """The VQ-VAE of a checkpoint, or of a run folder's last one, and the checkpoint's state, as ``load_dit``."""
+    return _load(checkpoint, "vqvae", VQVAE, "model", device)
+
+
+def load_foreign_dit(path: str | Path, config: DitConfig, device: torch.device | str = "cpu") -> DiT:
+    """A DiT from another program's ``.pt`` file: a state dict, or a dict with one under "ema".
+
+    Such files are Python pickles: only tensors and plain containers are accepted (``weights_only=True``), never
+    code. ``config`` must describe the model; for the published 256×256 ones it is ``configs/dit-xl-2-imagenet.toml``.
+
+    Raises:
+        InputError: no such file, one that holds anything else, or tensors that do not fit ``config``.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{path}: expected a state dict of tensors and nothing else ({reason})") from error
+    if isinstance(tensors, dict) and isinstance(tensors.get("ema"), dict):
+        tensors = tensors["ema"]
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise InputError(f"{path}: expected a state dict of tensors, found {type(tensors).__name__}")
+    return _filled(lambda: DiT(**asdict(config)), tensors, path).to(device)
+
+
+def list_checkpoints(path: str | Path) -> list[Path]:
+    """The checkpoints of a run folder by step, or the one that ``path`` is; InputError if there is none."""
+    path = Path(path)
+    if (path / STATE_FILE).is_file():
+        return [path]
+    found = find_checkpoints(path)
+    if not found:
+        what = "no checkpoint in this folder" if path.is_dir() else "no such folder"
+        raise InputError(f"{path}: {what}; expected a run folder of `diffprune train` or one of its step_* folders")
+    return found
+
+
+def find_checkpoints(run_folder: str | Path) -> list[Path]:
+    """The checkpoints of a run folder by step; none if there are none."""
+    folder = Path(run_folder)
+    names = [entry.name for entry in folder.iterdir() if entry.is_dir()] if folder.is_dir() else []
+    steps = sorted((int(match[1]), name) for name in names if (match := _STEP.fullmatch(name)))
+    return [folder / name for _, name in steps]
+
+
+def save_checkpoint(
+    run_folder: str | Path, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]
+) -> Path:
+    """Write ``<run_folder>/step_<state["step"]>`` atomically and return it.
+
+    Args:
+        state: kind, step, total_steps, lr, images_seen, seed, config, data, latents.
+        tensors: file name without suffix ("model", ...) -> tensor name -> tensor.
+    """
+    folder = Path(run_folder) / f"step_{state['step']:08d}"
+    with atomic_dir(folder) as temporary:
+        files = {}
+        for name, values in tensors.items():
+            path = temporary / f"{name}.safetensors"
+            save_file({key: value.detach().cpu().contiguous() for key, value in values.items()}, path)
+            files[path.name] = sha256_file(path)
+        head = {"format_version": FORMAT_VERSION, "version": __version__, "files": files}
+        write_json(temporary / STATE_FILE, {**state, **head})
+    return folder
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """``state.json`` of a checkpoint folder, its fields' presence and types checked; InputError otherwise."""
+    path = checkpoint / STATE_FILE
+    state = read_json(path)
+    if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION:
+        found = state.get("format_version") if isinstance(state, dict) else type(state).__name__
+        raise InputError(f"{path}: expected a checkpoint of format_version {FORMAT_VERSION}, found {found!r}")
+    for name, expected in _STATE_TYPES.items():
+        if type(state.get(name)) is not expected:
+            raise InputError(f"{path}: {name}: expected {expected.__name__}, found {state.get(name)!r}")
+    return state
+
+
+def read_tensors(checkpoint: Path, state: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+    """The tensors of ``<name>.safetensors`` on the CPU; InputError if it is missing or not the file that was saved."""
+    path = checkpoint / f"{name}.safetensors"
+    expected = state["files"].get(path.name)
+    if expected is None:
+        raise InputError(f"{checkpoint}: has no {path.name}; it has {', '.join(sorted(state['files']))}")
+    if not path.is_file():
+        raise InputError(f"{path}: no such file, although {STATE_FILE} lists it; use another checkpoint")
+    if (found := sha256_file(path)) != expected:
+        raise InputError(f"{path}: damaged: expected sha256 {expected}, found {found}; use another checkpoint")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
+    """Raise InputError, naming the file and tensor, unless names, shapes and dtypes are those of ``expected``."""
+    for name, want in expected.items():
+        if name not in tensors:
+            raise InputError(f"{path}: tensor {name!r} is missing: expected {_describe(want)}")
+        got = tensors[name]
+        if got.shape != want.shape or got.dtype != want.dtype:
+            raise InputError(f"{path}: tensor {name!r}: expected {_describe(want)}, found {_describe(got)}")
+    for name, got in tensors.items():
+        if name not in expected:
+            raise InputError(f"{path}: tensor {name!r} {_describe(got)} is not part of this model's config")
+
+
+def _load(
+    checkpoint: str | Path, kind: str, build: Callable[[Any], Model], weights: str, device: torch.device | str
+) -> tuple[Model, dict[str, Any]]:
+    folder = list_checkpoints(checkpoint)[-1]
+    state = read_state(folder)
+    if state["kind"] != kind:
+        raise InputError(f"{folder}: expected a checkpoint of a {kind}, found one of a {state['kind']}")
+    run = from_dict(kind, state["config"], str(folder / STATE_FILE))
+    tensors = read_tensors(folder, state, weights)
+    file = f"{weights}.safetensors"
+    model = _filled(lambda: build(run.model), tensors, folder / file)
+    return model.to(device).eval(), {**state, "sha256": state["files"][file], "path": str(folder)}
+
+
+def _filled(build: Callable[[], Model], tensors: dict[str, Tensor], path: Path) -> Model:
+    with torch.device("meta"):  # no memory and no time spent on initial weights
+        model = build()
+    check_tensors(tensors, model.state_dict(), path)
+    model.load_state_dict(tensors, assign=True)
+    return model.eval()
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
