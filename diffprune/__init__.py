@@ -33,6 +33,7 @@ _PUBLIC = {
     "sample": "diffprune.sampling",
     "evaluate": "diffprune.evaluation",
     "report": "diffprune.reporting",
+    "doctor": "diffprune.diagnosis",
     "KMeans": "diffprune.kmeans",
     "per_sample_gradients": "diffprune.per_sample",
     "DiffpruneError": "diffprune.errors",

@@ -164,13 +164,15 @@ class PerSampleGradients:
         else:
             layer.total = {key: torch.zeros_like(p, dtype=torch.float64) for key, p in layer.parameters.items()}
             layer.sqnorm = layer.dot = next(iter(layer.total.values())).new_zeros(samples)
+        for call in layer.calls:  # the graph holds on to the call: let go of what is large
+            call.input = call.gradient = None
         layer.calls, layer.done = [], True
 
 
 @dataclass
 class _Call:
     module: nn.Module
-    input: Tensor
+    input: Tensor | None
     version: int
     gradient: Tensor | None = None
 

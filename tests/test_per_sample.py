@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from diffprune.errors import InputError
-from diffprune.per_sample import per_sample_gradients
+from diffprune.per_sample import _Call, per_sample_gradients
 
 B = 4
 
@@ -233,6 +234,15 @@ def test_train_mode_and_a_forward_without_grad_inside():
     assert torch.equal(inside, grads.sqnorm) and model.training
     reference = sample_gradients(model, list(x.split(1)))
     assert torch.allclose(inside, torch.stack([sum(g.square().sum() for g in r.values()) for r in reference]))
+
+
+def test_what_a_layer_saw_is_let_go_once_its_sums_are_made():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with per_sample_gradients(model):
+        loss = model(torch.ones(3, 4)).sum()  # keeps the graph, and with it its hooks
+        loss.backward()
+        calls = [thing for thing in gc.get_objects() if type(thing) is _Call]
+        assert len(calls) == 2 and all(call.input is call.gradient is None for call in calls)
 
 
 def test_keyword_calls_and_other_peoples_hooks():

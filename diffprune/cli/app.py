@@ -294,6 +294,12 @@ def evaluate(
 
 
 @app.command(rich_help_panel="Proof")
+def doctor(as_json: Json = False) -> None:
+    """What this machine has, and which implementation of each op can run here, or why not."""
+    run(diffprune.doctor, as_json=as_json)
+
+
+@app.command(rich_help_panel="Proof")
 def report(
     out: Annotated[Path, typer.Argument(help="The HTML file to write.")],
     shards: Annotated[list[str] | None, typer.Option(help="The shards, for pictures of extreme samples.")] = None,

@@ -8,20 +8,31 @@ A new implementation is a new file: nothing is edited.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import cache, cached_property
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
+import torch
+
 PREFERENCE = ("cuda", "triton", "cpu", "reference")
-"""Names of implementations; ``impl="auto"`` takes the first that does not refuse and is not emulated."""
+"""Names of implementations; ``impl="auto"`` takes the first that does not refuse and is neither unconfirmed nor
+emulated. An op may have another order: where PyTorch's own op is there too, and nothing here has been measured to be
+faster, that comes first."""
+
+UNCONFIRMED = frozenset({"cuda", "triton"})
+"""Implementations that no GPU has run yet: they run when asked for by name, and "auto" passes them over."""
 
 _ops: dict[str, Op] = {}
 
 
 def report() -> dict[str, dict[str, str | None]]:
-    """Per op, the implementations that exist: None if it can run on this machine, else the reason why it cannot."""
+    """Per op, the implementations that exist: None if it can run on this machine, else the reason why it cannot.
+
+    In the order in which "auto" tries them.
+    """
     return {
         name: {n: module if isinstance(module, str) else None for n, module in op.implementations.items()}
         for name, op in sorted(_ops.items())
@@ -31,13 +42,15 @@ def report() -> dict[str, dict[str, str | None]]:
 class Op:
     """One op and its implementations. Calling it runs one of them."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, preference: tuple[str, ...] = PREFERENCE) -> None:
+        self.name, self.preference = name, preference
         _ops[name] = self
 
     def __call__(self, impl: str, *args: Any) -> Any:
-        """Run ``impl`` on ``args``; see ``choose``."""
-        return self.choose(impl, *args).run(*args)
+        """Run ``impl`` on ``args``, their GPU being the current one; see ``choose``."""
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.is_cuda]
+        with torch.cuda.device_of(tensors[0]) if tensors else nullcontext():
+            return self.choose(impl, *args).run(*args)
 
     def choose(self, impl: str, *args: Any) -> ModuleType:
         """The implementation ``impl``, or with "auto" the first in order of preference that takes ``args``.
@@ -45,12 +58,14 @@ class Op:
         Raises ValueError for an unknown name, and NotImplementedError, with the reason of each implementation, if
         ``impl`` cannot run: a named implementation is never replaced by another.
         """
-        if impl not in ("auto", *PREFERENCE):
-            raise ValueError(f"{self.name}: expected impl to be one of auto, {', '.join(PREFERENCE)}, got {impl!r}")
-        for name in [n for n in PREFERENCE if not _emulated(n)] if impl == "auto" else [impl]:
+        if impl not in ("auto", *self.preference):
+            names = ", ".join(("auto", *self.preference))
+            raise ValueError(f"{self.name}: expected impl to be one of {names}, got {impl!r}")
+        candidates = [n for n in self.preference if n not in UNCONFIRMED and not _emulated(n)]
+        for name in candidates if impl == "auto" else [impl]:
             if self.refusal(name, *args) is None:
                 return self.implementations[name]
-        reasons = "\n".join(f"  {name}: {self.refusal(name, *args) or 'would run'}" for name in PREFERENCE)
+        reasons = "\n".join(f"  {name}: {self.refusal(name, *args) or 'would run'}" for name in self.preference)
         raise NotImplementedError(f"{self.name}: impl={impl!r} cannot run this\n{reasons}")
 
     def refusal(self, name: str, *args: Any) -> str | None:
@@ -65,7 +80,7 @@ class Op:
     def implementations(self) -> dict[str, ModuleType | str]:
         """The implementations that exist, in order of preference: the module, or why it cannot run on this machine."""
         found: dict[str, ModuleType | str] = {}
-        for name in PREFERENCE:
+        for name in self.preference:
             package = f"{__package__}.{name}"
             if find_spec(package) and find_spec(f"{package}.{self.name}"):
                 reason = import_module(package).unavailable()

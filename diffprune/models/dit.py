@@ -194,8 +194,8 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, t: Tensor) -> Tensor:
-        # At least float32 here: bfloat16 has too few digits for the phase t·ω.
-        t = t.to(torch.promote_types(t.dtype, torch.float32)) * self.time_scale
+        # In float64: the phase t·ω reaches time_scale radians, where float32 and bfloat16 have too few digits left.
+        t = t.double() * self.time_scale
         half = self.frequencies // 2
         omega = torch.exp(torch.arange(half, dtype=t.dtype, device=t.device) * (-math.log(10000) / half))
         phase = t[:, None] * omega

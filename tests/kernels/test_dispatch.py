@@ -62,7 +62,14 @@ def test_report_of_the_library() -> None:
 def test_an_implementation_says_which_device_it_wanted() -> None:
     points = torch.empty(3, 2, device="meta")
     with pytest.raises(NotImplementedError, match="cpu: needs CPU tensors, got meta"):
-        dispatch._ops["kmeans_assign"]("cpu", points, points)
+        dispatch._ops["kmeans_update"]("cpu", points, points[:, 0], 1, None)
+
+
+@pytest.mark.parametrize("name", sorted(dispatch.UNCONFIRMED))
+def test_what_no_gpu_has_confirmed_runs_only_when_asked_for(op, name) -> None:
+    op.implementations = {**op.implementations, name: SimpleNamespace(run=lambda x: (name, x))}
+    assert op("auto", 3) == ("cpu", 3)
+    assert op(name, 3) == (name, 3)
 
 
 def test_op_through_the_public_function() -> None:

@@ -1,4 +1,8 @@
-"""Blocked forms for the CPU: bounded memory, and fewer operations than the definition."""
+"""Blocked forms in plain PyTorch: bounded memory, and fewer operations than the definition.
+
+They are made for the CPU. Those without a ``refuse`` are right on a GPU too, and are what "auto" takes there until a
+kernel is confirmed.
+"""
 
 from __future__ import annotations
 

@@ -6,13 +6,7 @@ import torch
 from torch import Tensor
 
 from diffprune.kernels.checks import compute_dtype
-from diffprune.kernels.cpu import refuse_device
 from diffprune.kernels.cpu.search import BLOCK, Search, pair_sqdistances, smallest_per_row
-
-
-def refuse(points: Tensor, centroids: Tensor) -> str | None:
-    """Only CPU tensors."""
-    return refuse_device(points, centroids)
 
 
 def run(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,13 +26,13 @@ def run(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
 
 def _nearest(search: Search, centred: Tensor, block: Tensor) -> Tensor:
     if len(centred) == 1:
-        return torch.zeros(len(block), dtype=torch.int64)
+        return block.new_zeros(len(block), dtype=torch.int64)
     x, bound = search.queries(block)
     v = torch.addmm(search.sqnorms, x, centred.T, alpha=-2)  # [b, K]
     row, column = (~(v > v.amin(dim=1, keepdim=True) + 2 * bound)).nonzero().unbind(dim=1)
     if len(row) == len(block):
         return column
     several = (row.bincount(minlength=len(block)) > 1)[row]
-    value = torch.zeros(len(row), dtype=torch.float64)
+    value = x.new_zeros(len(row), dtype=torch.float64)
     value[several] = pair_sqdistances(block, search.points, row[several], column[several])
     return column[smallest_per_row(row, value, k=1)]

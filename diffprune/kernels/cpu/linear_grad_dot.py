@@ -6,15 +6,9 @@ import torch
 from torch import Tensor
 
 from diffprune.kernels.checks import compute_dtype
-from diffprune.kernels.cpu import refuse_device
 
 BLOCK = 2**23
 """Elements of one [b, T, min(I, O)] temporary, or of the samples it is made from: 32 MiB in float32."""
-
-
-def refuse(input: Tensor, grad_output: Tensor, direction: Tensor, bias_direction: Tensor | None) -> str | None:
-    """Only CPU tensors."""
-    return refuse_device(input, grad_output, direction, bias_direction)
 
 
 def run(input: Tensor, grad_output: Tensor, direction: Tensor, bias_direction: Tensor | None) -> Tensor:

@@ -6,18 +6,12 @@ import torch
 from torch import Tensor
 
 from diffprune.kernels.checks import compute_dtype
-from diffprune.kernels.cpu import refuse_device
 
 BLOCK = 2**23
 """Elements of one [b, T, T] or [b, O, I] temporary: 32 MiB in float32."""
 
 CANCELLATION = 100
 """Gram sums whose terms are this much larger than the sum are not trusted: see ``_gram``."""
-
-
-def refuse(input: Tensor, grad_output: Tensor, bias: bool) -> str | None:
-    """Only CPU tensors."""
-    return refuse_device(input, grad_output)
 
 
 def run(input: Tensor, grad_output: Tensor, bias: bool) -> Tensor:

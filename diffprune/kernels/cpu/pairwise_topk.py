@@ -6,16 +6,10 @@ import torch
 from torch import Tensor
 
 from diffprune.kernels.checks import compute_dtype
-from diffprune.kernels.cpu import refuse_device
 from diffprune.kernels.cpu.search import BLOCK, Search, pair_sqdistances, smallest_per_row
 
 TILE = 4096
 """Points per tile, for BLOCK / TILE queries."""
-
-
-def refuse(queries: Tensor, points: Tensor, k: int, exclude_self: bool) -> str | None:
-    """Only CPU tensors."""
-    return refuse_device(queries, points)
 
 
 def run(queries: Tensor, points: Tensor, k: int, exclude_self: bool) -> tuple[Tensor, Tensor]:
@@ -36,8 +30,8 @@ def _nearest(search: Search, block: Tensor, k: int, self_from: int | None) -> tu
     """Squared distances [b, k] float64 and indices; row i does not see point ``self_from + i``."""
     x, bound = search.queries(block)
     lowest = x.new_full((len(block), k), torch.inf)  # the k smallest products so far
-    row = column = torch.empty(0, dtype=torch.int64)
-    squared = torch.empty(0, dtype=torch.float64)
+    row = column = x.new_empty(0, dtype=torch.int64)
+    squared = x.new_empty(0, dtype=torch.float64)
     for start in range(0, len(search.points), TILE):
         own = slice(start, start + TILE)
         v = torch.addmm(search.sqnorms[own], x, search.centred(search.points[own]).T, alpha=-2)

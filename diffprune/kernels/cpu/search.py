@@ -55,7 +55,8 @@ class Search:
         dimensions = self.points.shape[1]
         numbers = torch.finfo(self.dtype)
         relative = 1.01 * (dimensions + 8) * numbers.eps / 2
-        if self.dtype == torch.float32 and torch.backends.mkldnn.matmul.fp32_precision in ("tf32", "bf16"):
+        backend = torch.backends.cuda if self.points.is_cuda else torch.backends.mkldnn
+        if self.dtype == torch.float32 and backend.matmul.fp32_precision in ("tf32", "bf16"):
             relative += 2**-6  # operands rounded to 8 bits: two errors of 2^-8 each, and as much to spare
         reach = torch.minimum(2 * norms + self.kth_norm, self.largest_norm)
         return relative * (2 * norms * reach + reach.square()) + (dimensions + 8) * numbers.tiny
