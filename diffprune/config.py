@@ -41,7 +41,7 @@ class VqvaeConfig:
     """One entry per halving of the resolution: channels there, over base_channels."""
     blocks_per_level: int = 1
     """Residual blocks at each of these resolutions, in the encoder and in the decoder."""
-    latent_channels: int = 4
+    latent_channels: int = 2
     """Channels of a latent, which is also the length of a code."""
     codebook_size: int = 512
     """Number of codes."""
@@ -70,13 +70,13 @@ class DitConfig:
     """Height and width of a latent, a multiple of patch_size."""
     patch_size: int = 2
     """Height and width of the patch that makes one token."""
-    in_channels: int = 4
+    in_channels: int = 2
     """Channels of a latent."""
-    hidden_size: int = 128
+    hidden_size: int = 64
     """Length of a token, a multiple of num_heads and of 4."""
-    depth: int = 4
+    depth: int = 5
     """Number of blocks."""
-    num_heads: int = 4
+    num_heads: int = 2
     """Attention heads."""
     mlp_ratio: float = 4.0
     """Inner size of a block's MLP, over hidden_size."""
@@ -210,9 +210,17 @@ def to_dict(run: Run) -> dict[str, dict[str, Any]]:
 
 
 def from_dict(kind: Literal["vqvae", "dit"], sections: Any, where: str) -> Run:
-    """A run from what ``to_dict`` gave; ``where`` (a file) is named in the InputError if it does not fit."""
+    """A run from what ``to_dict`` gave, every field of it: a default of today must not stand in for what was used.
+
+    ``where`` (a file) is named in the InputError if it does not fit.
+    """
     run = _run_type(kind)()
-    return _apply(run, [_changes(run, sections, where)], where)
+    changes = _changes(run, sections, where)
+    for section, values in to_dict(run).items():
+        for key in values:
+            if (section, key) not in changes:
+                raise InputError(f"{where}: {section}.{key} is missing")
+    return _apply(run, [changes], where)
 
 
 def _run_type(kind: str) -> type[Run]:

@@ -36,7 +36,11 @@ def test_overrides_are_checked_together_not_one_by_one():
 def test_a_run_survives_json():
     for kind, overrides in [("dit", ["train.lr=0.1"]), ("vqvae", ["model.channel_multipliers=[3, 1]"])]:
         run = load_config(None, kind, overrides)
-        assert from_dict(kind, json.loads(json.dumps(to_dict(run))), "x") == run
+        saved = json.loads(json.dumps(to_dict(run)))
+        assert from_dict(kind, saved, "x") == run
+        del saved["train"]["seed"]
+        with pytest.raises(InputError, match=r"x: train.seed is missing"):
+            from_dict(kind, saved, "x")
 
 
 @pytest.mark.parametrize("path, kind", [(p, "vqvae" if "vqvae" in p.name else "dit") for p in CONFIGS.glob("*.toml")])

@@ -23,19 +23,26 @@ from diffprune.config import load_config
 from diffprune.decode import load_images
 from diffprune.errors import DiffpruneError, InputError, ResumeError
 from diffprune.models.dit import DiT
+from diffprune.models.vqvae import VQVAE
 from diffprune.tables import read_table, table_metadata, write_table
 from diffprune.training_loop import batch_rows, learning_rate, step_generator
 
-DIT = ["model.input_size=4", "model.hidden_size=16", "model.depth=1", "model.num_heads=2", "train.batch_size=8"]
-VQVAE = ["model.image_size=16", "model.base_channels=4", "model.codebook_size=16", "train.batch_size=8"]
+DIT_OVERRIDES = [
+    "model.input_size=4",
+    "model.hidden_size=16",
+    "model.depth=1",
+    "model.num_heads=2",
+    "train.batch_size=8",
+]
+VQVAE_OVERRIDES = ["model.image_size=16", "model.base_channels=4", "model.codebook_size=16", "train.batch_size=8"]
 
 
 def dit_config(*overrides: str):
-    return load_config(None, "dit", [*DIT, *overrides])
+    return load_config(None, "dit", [*DIT_OVERRIDES, *overrides])
 
 
 def vqvae_config(*overrides: str):
-    return load_config(None, "vqvae", [*VQVAE, *overrides])
+    return load_config(None, "vqvae", [*VQVAE_OVERRIDES, *overrides])
 
 
 def same_bytes(one: Path, two: Path) -> bool:
@@ -133,6 +140,19 @@ def test_both_models_learn(small_run, tmp_path):
         values = [line[measure] for line in logged(tmp_path / run)]
         assert np.mean(values[-10:]) < share * np.mean(values[:10]), run
     assert logged(tmp_path / "vqvae")[-1]["code_perplexity"] > 4
+
+
+def test_a_step_of_a_vqvae_moves_its_codebook_by_its_batch(small_run, tmp_path):
+    config = vqvae_config("train.steps=1", "train.seed=4")
+    diffprune.train_vqvae(config, small_run.shards, tmp_path / "run")
+    found, _ = load_vqvae(tmp_path / "run")
+    _, images = load_images(small_run.shards, size=16, channels=1)
+    expected = VQVAE(config.model, seed=4)
+    batch = torch.from_numpy(images)[batch_rows(120, 8, 4, 0)].float() / 127.5 - 1
+    output = expected(batch)
+    expected.update_codebook(output.latents, output.codes, step_generator(4, "step", 0))
+    torch.testing.assert_close(found.codebook, expected.codebook)
+    torch.testing.assert_close(found.code_counts, expected.code_counts)
 
 
 def test_latent_scale_makes_the_latents_standard(small_run, tmp_path):
@@ -307,8 +327,8 @@ def test_a_bad_label_is_told_and_a_selection_without_it_trains(small_run, tmp_pa
 
 
 def test_data_that_cannot_be_trained_on_are_told(small_run, tmp_path):
-    with pytest.raises(InputError, match=r"expected latents \[4, 8, 8\] .*, found \[4, 4, 4\]"):
-        diffprune.train_dit(load_config(None, "dit", ["model.in_channels=4"]), small_run.latents, tmp_path / "run")
+    with pytest.raises(InputError, match=r"expected latents \[3, 8, 8\] .*, found \[2, 4, 4\]"):
+        diffprune.train_dit(load_config(None, "dit", ["model.in_channels=3"]), small_run.latents, tmp_path / "run")
     kept = write_kept(small_run, tmp_path / "kept.parquet", slice(0, 0))
     with pytest.raises(InputError, match=r"kept.parquet: expected samples to train on, found none"):
         diffprune.train_dit(dit_config(), small_run.latents, tmp_path / "run", kept=kept)
