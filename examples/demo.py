@@ -135,7 +135,7 @@ def print_table(results: list[dict]) -> None:
         table.add_row(result["name"], *cells)
     console = Console(width=max(100, Console().width))
     console.print(table)
-    console.print(LEGEND, style="dim", highlight=False)
+    console.print(LEGEND.replace("\n", " "), style="dim", highlight=False)
 
 
 def slug(name: str) -> str:
