@@ -217,7 +217,7 @@ def _decode_pillow(data: bytes, channels: int) -> np.ndarray:
                 image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
             pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
     except UnidentifiedImageError:
-        raise DecodeError(f"damaged, or no JPEG, PNG or WebP: {len(data):,} bytes that begin with {data[:8]!r}") from None
+        raise DecodeError(f"damaged, or no JPEG, PNG or WebP: {len(data):,} bytes, first {data[:8]!r}") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DecodeError(f"damaged image: {error}") from error
     return pixels.reshape(*pixels.shape[:2], channels)
