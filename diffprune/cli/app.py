@@ -252,7 +252,7 @@ def select(
 def sample(
     checkpoint: Annotated[Path, typer.Argument(help="A DiT checkpoint or run folder.")],
     vqvae: Annotated[Path, typer.Option(help="The VQ-VAE that its latents came from.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder for shards of generated images.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The folder for shards of generated images.")] = None,
     count: Annotated[int, typer.Option(min=1, help="How many images.")] = 64,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the ODE solver.")] = 50,
     method: Annotated[str, typer.Option(help="euler or heun.")] = "euler",
