@@ -1,0 +1,236 @@
+"""``linear_grad_sqnorm`` by Gram tiles, direct tiles or, for one token, the product of two norms.
+
+Gram form, Σ(A·Aᵀ + 1)∘(G·Gᵀ): a program makes one tile of both Gram matrices in registers and multiplies them. Only
+tiles on and above the diagonal are made (those above count twice), and a tile on it reads its rows once. Samples of few
+tokens share a tile, whose terms of two samples are dropped. The direct form is in ``linear_grad_sqnorm_direct.py``. The
+form with fewer operations runs (``form_of``). Tiles leave partial sums and no float is added atomically: the same bits
+each time.
+
+Bound, DiT-XL/2's qkv (I=1152, O=3456, T=256) in bfloat16 by the Gram form: three tiles of 128 take 0.45 GFLOP per
+sample, and A and G are 2.36 MB: 0.57 µs at 790 TFLOP/s, 0.79 µs at 3.0 TB/s on an H100. Memory-bound, by little.
+
+Cancellation: float32 errors are relative to the terms, not to their sum. Where a sample's terms sum up to less than
+1/CANCELLATION of their absolute values (inputs that share a mean, gradients that sum to 0 over the tokens), a second
+kernel redoes that sample by the direct form, which loses only the root of that. It is always launched, looks at one
+flag per sample and ends if none is set, so the host never waits.
+
+float16 and bfloat16 are multiplied on tensor cores with float32 sums, float32 exactly (``input_precision="ieee"``).
+
+Norm and dot with a direction in one pass are not offered: it does not pay at T=256. The Gram form shares with
+``linear_grad_dot`` only the reads of A and G, which the dot, compute-bound, hides anyway. The direct form would share
+the product Gᵀ·A, for DiT-XL/2 228 GFLOP per sample in place of 34 to 51 (Gram) + 228, 13 to 18% less; but in tiles of
+depth 256 (four steps) in place of 1152 to 4608, and starting and ending them costs more than that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from diffprune.kernels.triton import Case, Gpu, gpu, refuse_inputs
+from diffprune.kernels.triton.linear_grad_sqnorm_direct import direct, direct_tile
+from diffprune.kernels.triton.tiles import Tile, describable, load, matrix, refuse_rows, source
+
+CANCELLATION = 100
+"""A Gram sum whose terms are this many times larger is replaced by the direct form's."""
+
+QUICK = ("XL/2 qkv bfloat16 bfloat16", "XL/2 patch bfloat16 bfloat16", "XL/2 qkv float32 float32")
+"""Cases of the default test run."""
+
+
+def refuse(input: Tensor, grad_output: Tensor, bias: bool) -> str | None:
+    """Only CUDA tensors of float16, bfloat16 or float32."""
+    return refuse_inputs(input, grad_output) or refuse_rows(input)
+
+
+def run(input: Tensor, grad_output: Tensor, bias: bool) -> Tensor:
+    """See ``kernels/linear_grad_sqnorm.py``."""
+    samples, tokens = input.shape[:2]
+    a, g = matrix(input), matrix(grad_output)
+    if len(a) == 0:
+        return torch.zeros(samples, dtype=torch.float32, device=a.device)
+    if tokens == 1:
+        return outer(a, g, bias)
+    return form_of(a, g, samples, tokens)(a, g, samples, tokens, bias)
+
+
+def form_of(a: Tensor, g: Tensor, samples: int, tokens: int) -> Callable[..., Tensor]:
+    """``gram`` or ``direct``: whichever takes fewer multiply-adds, padding of the tiles included."""
+    side = gram_tile(a, g, samples, tokens, gpu(a)).rows
+    _, groups, pairs = gram_tiles(samples, tokens, side)
+    high, wide, _, _ = direct_tile(a, g, samples, tokens, gpu(a))
+    whole = triton.cdiv(g.shape[1], high) * high * triton.cdiv(a.shape[1], wide) * wide
+    return gram if groups * pairs * side**2 * (a.shape[1] + g.shape[1]) < samples * tokens * whole else direct
+
+
+def outer(a: Tensor, g: Tensor, bias: bool) -> Tensor:
+    """‖a‖²‖g‖² (+ ‖g‖²) of a [B, I] and g [B, O]: one token per sample."""
+    sqnorm = torch.empty(len(a), dtype=torch.float32, device=a.device)
+    sizes = a.shape[1], g.shape[1], a.stride(0), g.stride(0)
+    _outer_kernel[(len(a),)](a, g, sqnorm, *sizes, BIAS=bias, BLOCK=1024, num_warps=4)
+    return sqnorm
+
+
+def gram(a: Tensor, g: Tensor, samples: int, tokens: int, bias: bool) -> Tensor:
+    """Σ(A·Aᵀ + 1)∘(G·Gᵀ) of a [B·T, I] and g [B·T, O], and the direct form where its terms cancel."""
+    side, _, step, options = gram_tile(a, g, samples, tokens, gpu(a))
+    per, groups, pairs = gram_tiles(samples, tokens, side)
+    described = a.element_size() == g.element_size() == 2 and describable(gpu(a), a, g)
+    partial = torch.empty(2, groups, pairs, side, dtype=torch.float32, device=a.device)
+    _gram_kernel[(groups * pairs,)](
+        source(a, (side, step), described),
+        source(g, (side, step), described),
+        partial,
+        len(a),
+        tokens,
+        per * tokens,
+        pairs,
+        a.shape[1],
+        g.shape[1],
+        a.stride(0),
+        g.stride(0),
+        BIAS=bias,
+        DESCRIBED=described,
+        SIDE=side,
+        STEP=step,
+        **options,
+    )
+    if per > 1:
+        partial = partial[:, :, 0, : per * tokens].reshape(2, groups * per, tokens)[:, :samples]
+    sqnorm, size = partial.flatten(2).sum(dim=2)
+    cancelled = size > CANCELLATION * sqnorm
+    return torch.where(cancelled, direct(a, g, samples, tokens, bias, cancelled), sqnorm)
+
+
+def gram_tile(a: Tensor, g: Tensor, samples: int, tokens: int, gpu: Gpu) -> Tile:
+    """How the Gram matrices are tiled: squares of 128, or of 64 where those are too few or too large."""
+    if max(a.element_size(), g.element_size()) == 4:
+        return Tile(64, 64, 16, {"num_warps": 4, "num_stages": 2})
+    _, groups, pairs = gram_tiles(samples, tokens, 128)
+    if tokens > 64 and groups * pairs >= gpu.processors:
+        return Tile(128, 128, 64 if gpu.capability >= 90 else 32, {"num_warps": 8, "num_stages": 4})
+    return Tile(64, 64, 64, {"num_warps": 4, "num_stages": 4})
+
+
+def gram_tiles(samples: int, tokens: int, side: int) -> tuple[int, int, int]:
+    """Whole samples per tile (at least 1), groups of that many samples, and tiles per group, upper ones only."""
+    per = max(1, side // tokens)
+    across = triton.cdiv(per * tokens, side)
+    return per, triton.cdiv(samples, per), across * (across + 1) // 2
+
+
+def aot_cases() -> Iterator[Case]:
+    """DiT-S/2's and DiT-XL/2's layers, 64 samples of 256 tokens; adaLN's one token; 1024 tokens; and mixed inputs."""
+    layers = {"S/2 qkv": (256, 384, 1152), "XL/2 qkv": (256, 1152, 3456), "XL/2 proj": (256, 1152, 1152)}
+    layers |= {"XL/2 fc1": (256, 1152, 4608), "XL/2 fc2": (256, 4608, 1152), "XL/2 adaLN": (1, 1152, 6912)}
+    layers |= {"XL/2 final": (256, 1152, 32), "XL/2 patch": (256, 16, 1152), "S/2 proj T=1024": (1024, 384, 384)}
+    half, brain, full = torch.float16, torch.bfloat16, torch.float32
+    for dtypes in ((half, half), (brain, brain), (full, full), (full, brain)):
+        for name, (tokens, *widths) in layers.items():
+            a, g = (
+                torch.empty(64, tokens, width, dtype=dtype, device="meta")
+                for width, dtype in zip(widths, dtypes, strict=True)
+            )
+            label = f"{name} {dtypes[0]} {dtypes[1]}".replace("torch.", "")
+            yield Case(label, (a, g, True), quick=label in QUICK)
+
+
+@triton.jit
+def _gram_kernel(
+    input,  # A: [rows, wide]
+    grad_output,  # G: [rows, high]
+    partial_ptr,  # [2, groups, pairs, SIDE]
+    rows,
+    tokens,
+    span,  # rows of a group of samples
+    pairs,
+    wide,
+    high,
+    input_stride,
+    grad_stride,
+    BIAS: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    SIDE: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Row sums of one tile of (A·Aᵀ + 1)∘(G·Gᵀ), twice those of a tile off the diagonal; and of its absolute values."""
+    program = tl.program_id(0)
+    pair = program % pairs
+    j = ((tl.sqrt(8.0 * pair + 1) - 1) / 2).to(tl.int32)
+    j += ((j + 1) * (j + 2) // 2 <= pair).to(tl.int32)
+    j -= (j * (j + 1) // 2 > pair).to(tl.int32)
+    i = pair - j * (j + 1) // 2
+    first = program // pairs * span
+
+    own = _gram_tile(input, first + i * SIDE, first + j * SIDE, rows, wide, input_stride, SIDE, STEP, DESCRIBED)
+    if BIAS:
+        own += 1.0
+    own *= _gram_tile(grad_output, first + i * SIDE, first + j * SIDE, rows, high, grad_stride, SIDE, STEP, DESCRIBED)
+
+    r, c = i * SIDE + tl.arange(0, SIDE), j * SIDE + tl.arange(0, SIDE)
+    inside = (c < span)[None, :] & ((r // tokens)[:, None] == (c // tokens)[None, :])  # so r < span as well
+    terms = tl.where(inside, own, 0.0)
+    weight = tl.where(i == j, 1.0, 2.0)
+    places = partial_ptr + program.to(tl.int64) * SIDE + tl.arange(0, SIDE)
+    tl.store(places, weight * tl.sum(terms, axis=1))
+    tl.store(places + tl.num_programs(0).to(tl.int64) * SIDE, weight * tl.sum(tl.abs(terms), axis=1))
+
+
+@triton.jit
+def _gram_tile(
+    x,  # [rows, width]
+    row,
+    column,
+    rows,
+    width,
+    stride,
+    SIDE: tl.constexpr,
+    STEP: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+):
+    """[SIDE, SIDE] of X·Xᵀ from (row, column)."""
+    tile = tl.zeros((SIDE, SIDE), dtype=tl.float32)
+    if row == column:
+        for k in range(0, width, STEP):
+            left = load(x, row, k, rows, width, stride, SIDE, STEP, DESCRIBED)
+            tile = tl.dot(left, left.T, tile, input_precision="ieee")
+    else:
+        for k in range(0, width, STEP):
+            left = load(x, row, k, rows, width, stride, SIDE, STEP, DESCRIBED)
+            right = load(x, column, k, rows, width, stride, SIDE, STEP, DESCRIBED)
+            tile = tl.dot(left, right.T, tile, input_precision="ieee")
+    return tile
+
+
+@triton.jit
+def _outer_kernel(
+    input_ptr,  # A: [samples, wide]
+    grad_ptr,  # G: [samples, high]
+    sqnorm_ptr,  # [samples]
+    wide,
+    high,
+    input_stride,
+    grad_stride,
+    BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """‖a‖²‖g‖² (+ ‖g‖²), one sample."""
+    sample = tl.program_id(0).to(tl.int64)
+    own = _sqnorm(input_ptr + sample * input_stride, wide, BLOCK)
+    if BIAS:
+        own += 1.0
+    tl.store(sqnorm_ptr + sample, own * _sqnorm(grad_ptr + sample * grad_stride, high, BLOCK))
+
+
+@triton.jit
+def _sqnorm(row_ptr, width, BLOCK: tl.constexpr):
+    squares = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, width, BLOCK):
+        c = start + tl.arange(0, BLOCK)
+        x = tl.load(row_ptr + c, mask=c < width, other=0.0).to(tl.float32)
+        squares += x * x
+    return tl.sum(squares)
