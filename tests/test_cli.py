@@ -274,3 +274,11 @@ def test_interrupted_scoring_keeps_what_is_finished_and_finishes_the_rest(small_
     for path in sorted((tmp_path / "undisturbed").glob("[!.]*.parquet")):
         assert path.read_bytes() == (out / path.name).read_bytes()
     assert pc.count(read_folder(out)["grand"]).as_py() == 120
+
+
+def test_doctor_says_what_runs_and_why_the_rest_does_not():
+    found = json.loads(invoke("doctor", "--json").stdout)
+    assert found["packages"]["torch"] and found["device"].split(":")[0] in ("cpu", "cuda")
+    for op, implementations in found["ops"].items():
+        assert implementations["reference"] == "runs", op
+    assert "kmeans_assign" in invoke("doctor").stdout

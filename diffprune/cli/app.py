@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import diffprune
-from diffprune.cli.output import run
+from diffprune.cli.output import run, show_doctor
 
 app = typer.Typer(
     name="diffprune",
@@ -296,7 +296,7 @@ def evaluate(
 @app.command(rich_help_panel="Proof")
 def doctor(as_json: Json = False) -> None:
     """What this machine has, and which implementation of each op can run here, or why not."""
-    run(diffprune.doctor, as_json=as_json)
+    run(diffprune.doctor, as_json=as_json, display=show_doctor)
 
 
 @app.command(rich_help_panel="Proof")

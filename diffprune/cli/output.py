@@ -15,7 +15,13 @@ from diffprune.progress import set_enabled
 INTERRUPTED = 130
 
 
-def run(function: Callable[..., dict[str, Any]], *args: Any, as_json: bool, **options: Any) -> dict[str, Any]:
+def run(
+    function: Callable[..., dict[str, Any]],
+    *args: Any,
+    as_json: bool,
+    display: Callable[[dict[str, Any]], None] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
     """Call a public function and print its result. What a user can mend ends as one line and exit code 1."""
     set_enabled(not as_json or sys.stderr.isatty())
     try:
@@ -29,7 +35,7 @@ def run(function: Callable[..., dict[str, Any]], *args: Any, as_json: bool, **op
     if as_json:
         print(json.dumps(result, indent=2, ensure_ascii=False, default=str))
     else:
-        show(result)
+        (display or show)(result)
     return result
 
 
@@ -52,6 +58,31 @@ def show(result: dict[str, Any]) -> None:
             f"[yellow]{failed:,} of {result.get('samples', 0):,} samples failed[/yellow]; they are in the tables, with "
             f"status and error. First: {escape(str(first.get('key')))}: {escape(str(first.get('error')))}"
         )
+
+
+def show_doctor(found: dict[str, Any]) -> None:
+    """Print what ``doctor`` found: the machine, then a row per op; reasons that recur are numbered below the table."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    show({name: value for name, value in found.items() if name != "ops"})
+    names = list(dict.fromkeys(name for implementations in found["ops"].values() for name in implementations))
+    reasons: list[str] = []
+    table = Table("op", *names, box=None, pad_edge=False, header_style="bold")
+    for op, implementations in found["ops"].items():
+        cells = []
+        for name in names:
+            said = implementations.get(name, "")
+            if said not in ("", "runs") and said not in reasons:
+                reasons.append(said)
+            cells.append(said if said in ("", "runs") else f"no ({reasons.index(said) + 1})")
+        table.add_row(op, *cells)
+    console = Console(soft_wrap=True)
+    console.print()
+    console.print(table)
+    for number, reason in enumerate(reasons, start=1):
+        console.print(f"[dim]({number}) {escape(reason)}[/dim]")
 
 
 def _text(value: Any) -> str:

@@ -22,7 +22,7 @@ def rows() -> list[Compiled]:
     """Compiled in another process: this one decorated the kernels for the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "diffprune.kernels.aot", "--quick", "--json"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
     assert done.stdout, done.stderr
     names = {field.name for field in fields(Compiled)}
     return [Compiled(**{name: row[name] for name in names}) for row in json.loads(done.stdout)]
