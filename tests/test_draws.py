@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffprune.draws import draw_noise, draw_pair, draw_times, hash_keys, key_hash, philox_4x32, uniform
+from diffprune.draws import draw_noise, draw_pair, draw_times, hash_keys, key_hash, uniform
+from diffprune.kernels.philox import _box_muller, philox_4x32
 
 KEYS = [f"mnist/{i:05d}" for i in range(37)] + ["", "ключ", "a" * 500]
 
@@ -110,7 +111,7 @@ def test_a_draw_does_not_depend_on_batch_or_order():
 
 def test_chunks_change_no_bit(monkeypatch):
     whole = draw_noise(7, KEYS, 0, (11,))
-    monkeypatch.setattr("diffprune.draws._CHUNK", 1)
+    monkeypatch.setattr("diffprune.kernels.philox._CHUNK", 1)
     assert torch.equal(whole, draw_noise(7, KEYS, 0, (11,)))
 
 
@@ -126,8 +127,6 @@ def test_draws_are_stratified():
 
 
 def test_extreme_bits_stay_in_range():
-    from diffprune.draws import _box_muller
-
     largest = torch.tensor([0xFFFFFFFF, 0, 0xFFFFFFFF, 0, 0x7FFFFFFF])
     angles = torch.tensor([0, 0, 0xFFFFFFFF, 0x40000000, 0xE0000000])
     first, second = _box_muller(largest, angles)

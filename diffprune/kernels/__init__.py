@@ -4,11 +4,31 @@ Each op is a ``torch.library.custom_op`` ``diffprune::<op>``. Its contract is th
 ``kernels/reference/<op>.py`` is its definition in code; ``dispatch`` says which implementation runs.
 """
 
+from diffprune.kernels.adaln_modulate import adaln_modulate
+from diffprune.kernels.attention import attention
 from diffprune.kernels.dispatch import report
+from diffprune.kernels.flow_interpolate import flow_interpolate
+from diffprune.kernels.flow_matching_loss import flow_matching_loss, flow_matching_loss_grad
+from diffprune.kernels.gated_residual import gated_residual
+from diffprune.kernels.gated_residual_adaln import gated_residual_adaln
 from diffprune.kernels.kmeans_assign import kmeans_assign
 from diffprune.kernels.kmeans_update import kmeans_update
 from diffprune.kernels.linear_grad_dot import linear_grad_dot
 from diffprune.kernels.linear_grad_sqnorm import linear_grad_sqnorm
 from diffprune.kernels.pairwise_topk import pairwise_topk
 
-__all__ = ["kmeans_assign", "kmeans_update", "linear_grad_dot", "linear_grad_sqnorm", "pairwise_topk", "report"]
+__all__ = [
+    "adaln_modulate",
+    "attention",
+    "flow_interpolate",
+    "flow_matching_loss",
+    "flow_matching_loss_grad",
+    "gated_residual",
+    "gated_residual_adaln",
+    "kmeans_assign",
+    "kmeans_update",
+    "linear_grad_dot",
+    "linear_grad_sqnorm",
+    "pairwise_topk",
+    "report",
+]
