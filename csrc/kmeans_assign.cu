@@ -1,0 +1,299 @@
+// kmeans_assign: rounding of the points, the search for sm_80, the decision, and the search in float64 where it is needed.
+#include "gemm_sm80.cuh"
+#include "kmeans_search.cuh"
+
+namespace diffprune {
+
+namespace {
+
+constexpr int kRowThreads = 256;  // a warp per row
+constexpr int kRowsPerBlock = kRowThreads / 32;
+constexpr int kAgainRows = 4;  // that share one pass over the centroids
+
+__device__ __forceinline__ float warp_max(float value) {
+  for (int distance = 16; distance > 0; distance /= 2) value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, distance));
+  return value;
+}
+
+// A row that float16 cannot hold gets infinite norms, which no decision survives.
+template <class T>
+__global__ void __launch_bounds__(kRowThreads)
+kmeans_round_rows(const T* points,       // [n, dimensions]
+                  const float* centre,   // [dimensions]
+                  __half* rounded,       // [n, padded]
+                  float* scale,          // [n]
+                  float2* norms,         // [n]
+                  int n, int dimensions, int padded) {
+  const int row = blockIdx.x * kRowsPerBlock + threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (row >= n) return;
+  const T* x = points + int64_t(row) * dimensions;
+  float largest = 0;
+  for (int d = lane; d < dimensions; d += 32) largest = fmaxf(largest, fabsf(to_float(x[d]) - centre[d]));
+  largest = warp_max(largest);
+  // 2^e so that the largest number is in [2^13, 2^14); fmaxf passed over NaNs, the norm below does not.
+  int exponent = 0;
+  const bool usable = largest > 1e-30f && largest < 1e30f;
+  if (usable) frexpf(largest, &exponent);
+  const float up = ldexpf(1.0f, 14 - exponent), down = ldexpf(1.0f, exponent - 14);
+  float norm = 0, error = 0;
+  for (int d = lane; d < padded; d += 32) {
+    const float value = d < dimensions ? to_float(x[d]) - centre[d] : 0.0f;
+    const __half half = __float2half_rn(value * up);
+    rounded[int64_t(row) * padded + d] = half;
+    const float back = to_float(half) * down;
+    norm += back * back;
+    error += (value - back) * (value - back);
+  }
+  norm = sqrtf(warp_sum(norm));
+  error = sqrtf(warp_sum(error));
+  if (lane == 0) {
+    scale[row] = down;
+    // Up for the float32 sums (relative 2^-23 per addition) and for the rounding of x - centre (2^-24 of it).
+    const float slack = 1.0f + dimensions * 1.2e-7f;
+    const bool finite = norm < 1e30f && (usable || largest == 0.0f);
+    norms[row] = finite ? make_float2(norm * slack, error * slack + (norm + error) * 1.2e-7f) : make_float2(INFINITY, INFINITY);
+  }
+}
+
+__global__ void __launch_bounds__(kBlockThreads, 1)
+kmeans_search_sm80(SearchInputs inputs, SearchOutputs outputs, SearchShape shape) {
+  const Matrix<__half> x{reinterpret_cast<const __half*>(inputs.x), shape.n, shape.depth};
+  const Matrix<__half> c{reinterpret_cast<const __half*>(inputs.c), shape.k, shape.depth};
+  unsigned char* shared = shared_memory();
+  const BlockThread thread;
+  const int first_row = blockIdx.x * kBlockTile;
+  const float unscale = inputs.unscale[0];
+  Best best[2][2];
+  float scale[2][2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = first_row + thread.row(i, 2 * half);
+      scale[i][half] = unscale * (inputs.scale != nullptr && row < shape.n ? inputs.scale[row] : 1.0f);
+    }
+  for (int column = 0; column < shape.k; column += kBlockTile) {
+    BlockResults products;
+    multiply_block<__half, false>(products, shared, x, first_row, c, column);
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        Group group;
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+#pragma unroll
+          for (int e = 0; e < 2; ++e)
+            group.add(fmaf(products[i][j][2 * half + e], scale[i][half], -inputs.offset[column + thread.column(j, e)]),
+                      2 * j + e);
+        best[i][half].add(group.first, column + thread.column(group.index() / 2, group.index() % 2));
+        best[i][half].add_unknown(group.second);
+      }
+  }
+  // Two warps share each row.
+  Best* others = reinterpret_cast<Best*>(shared);
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      merge_lanes(best[i][half]);
+      if (thread.warp_column > 0 && thread.lane % 4 == 0) others[thread.row(i, 2 * half)] = best[i][half];
+    }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = thread.row(i, 2 * half);
+      if (thread.warp_column == 0 && thread.lane % 4 == 0 && first_row + row < shape.n) {
+        best[i][half].merge(others[row]);
+        outputs.write(first_row + row, best[i][half]);
+      }
+    }
+}
+
+// Σ (x − c)² in float64, for every lane.
+template <class T>
+__device__ __forceinline__ double exact_sqdistance(const T* x, const float* c, int dimensions) {
+  double sum = 0;
+  for (int d = threadIdx.x % 32; d < dimensions; d += 32) {
+    const double difference = double(to_float(x[d])) - double(c[d]);
+    sum += difference * difference;
+  }
+  return warp_sum(sum);
+}
+
+// A warp per row. With E a bound of |computed v - exact v| (v = x·c - offset, -‖x - c‖²/2 up to a constant of the row) the
+// nearest centroid has v >= first - 2E: if only the first does, it is the nearest; if only two do, they are compared in
+// float64; otherwise the row is put on the list `again`.
+template <class T>
+__global__ void __launch_bounds__(kRowThreads)
+kmeans_decide_rows(const T* points,          // [n, dimensions]
+                   const float* centroids,   // [k, dimensions]
+                   const float4* values,     // [n]
+                   const int2* candidates,   // [n]
+                   const float2* norms,      // [n] or null
+                   const float* limits,      // [3]
+                   float rounding,
+                   int* again,               // [1 + n]: how many rows, the rows
+                   int* assignment,          // [n]
+                   float* sqdistance,        // [n]
+                   int n, int k, int dimensions) {
+  const int row = blockIdx.x * kRowsPerBlock + threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (row >= n) return;
+  const T* x = points + int64_t(row) * dimensions;
+  const float4 value = values[row];
+  int2 candidate = candidates[row];
+  candidate.x = min(candidate.x, k - 1);  // rows without a comparable value have any column
+  candidate.y = min(candidate.y, k - 1);
+  const float* c = centroids + int64_t(candidate.x) * dimensions;
+  float squares = 0, norm = 0;
+#pragma unroll 4
+  for (int d = lane; d < dimensions; d += 32) {
+    const float number = to_float(x[d]), difference = number - c[d];
+    squares += difference * difference;
+    norm += number * number;
+  }
+  squares = warp_sum(squares);
+  norm = sqrtf(warp_sum(norm)) * (1.0f + dimensions * 1.2e-7f);
+  const float2 own = norms != nullptr ? norms[row] : make_float2(norm, 0.0f);
+  const float largest = limits[0], error = limits[1], offset = limits[2];
+  const float twice = 2.0f * 1.0001f * (own.y * largest + own.x * error + rounding * own.x * (largest + error) +
+                                        2.4e-7f * ((own.x + own.y) * largest + offset));
+  // 2^-16: the tags in the last bits of both values, twice over.
+  const bool one = value.x - value.y > twice + 1.6e-5f * (fabsf(value.x) + fabsf(value.y));
+  const bool two = value.x - value.z > twice + 1.6e-5f * (fabsf(value.x) + fabsf(value.z));
+  int nearest = candidate.x;
+  if (!one) {
+    if (two) {
+      const double first = exact_sqdistance(x, c, dimensions);
+      const double second = exact_sqdistance(x, centroids + int64_t(candidate.y) * dimensions, dimensions);
+      if (second < first || (second == first && candidate.y < candidate.x)) nearest = candidate.y;
+      squares = static_cast<float>(nearest == candidate.x ? first : second);
+    } else if (k > 1) {
+      if (lane == 0) again[1 + atomicAdd(again, 1)] = row;
+      return;
+    }
+  }
+  if (lane == 0) {
+    assignment[row] = nearest;
+    sqdistance[row] = squares;
+  }
+}
+
+// Rows of the list, kAgainRows at a time per block; each warp takes every 8th centroid. Rows do not depend on each other,
+// so their order on the list does not matter.
+template <class T>
+__global__ void __launch_bounds__(kRowThreads, 2)
+kmeans_search_again(const T* points,         // [n, dimensions]
+                    const float* centroids,  // [k, dimensions]
+                    const int* again,        // [1 + n]
+                    int* assignment,         // [n]
+                    float* sqdistance,       // [n]
+                    int k, int dimensions) {
+  double* distances = reinterpret_cast<double*>(shared_memory());                    // [kAgainRows, warps]
+  int* columns = reinterpret_cast<int*>(distances + kAgainRows * kRowsPerBlock);  // [kAgainRows, warps]
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, count = again[0];
+  for (int start = blockIdx.x * kAgainRows; start < count; start += gridDim.x * kAgainRows) {
+    const T* x[kAgainRows];
+    double smallest[kAgainRows];
+    int nearest[kAgainRows];
+#pragma unroll
+    for (int i = 0; i < kAgainRows; ++i) {
+      const int entry = start + i < count ? start + i : count - 1;
+      x[i] = points + int64_t(again[1 + entry]) * dimensions;
+      smallest[i] = INFINITY;
+      nearest[i] = k;
+    }
+    for (int column = warp; column < k; column += kRowsPerBlock) {
+      const float* c = centroids + int64_t(column) * dimensions;
+      double sums[kAgainRows] = {};
+      for (int d = lane; d < dimensions; d += 32) {
+        const double number = c[d];
+#pragma unroll
+        for (int i = 0; i < kAgainRows; ++i) {
+          const double difference = double(to_float(x[i][d])) - number;
+          sums[i] += difference * difference;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kAgainRows; ++i) {
+        const double sum = warp_sum(sums[i]);
+        if (sum < smallest[i] || nearest[i] == k) {  // NaN: the first column stays
+          smallest[i] = sum;
+          nearest[i] = column;
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kAgainRows; ++i)
+      if (lane == 0) {
+        distances[i * kRowsPerBlock + warp] = smallest[i];
+        columns[i * kRowsPerBlock + warp] = nearest[i];
+      }
+    __syncthreads();
+    if (threadIdx.x < kAgainRows && start + int(threadIdx.x) < count) {
+      const int first = threadIdx.x * kRowsPerBlock;
+      int best = first;  // warp 0 has column 0
+      for (int i = first + 1; i < first + kRowsPerBlock; ++i)
+        if (columns[i] < k && (distances[i] < distances[best] || (distances[i] == distances[best] && columns[i] < columns[best])))
+          best = i;
+      const int row = again[1 + start + threadIdx.x];
+      assignment[row] = columns[best];
+      sqdistance[row] = static_cast<float>(distances[best]);
+    }
+    __syncthreads();
+  }
+}
+
+}  // namespace
+
+void search_sm80(const Queue& queue, SearchInputs inputs, SearchOutputs outputs, SearchShape shape) {
+  launch("kmeans_search_sm80", kmeans_search_sm80, dim3(ceil_div(shape.n, kBlockTile)), kBlockThreads, kBlockSharedBytes, 1,
+         queue.stream, inputs, outputs, shape);
+}
+
+void kmeans_round(const Where& where, int dtype, uint64_t points, uint64_t centre, uint64_t rounded, uint64_t scale,
+                  uint64_t norms, int64_t n, int64_t dimensions, int64_t padded) {
+  const Queue queue(where);
+  const int rows = narrow(n, "points");
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    launch("kmeans_round", kmeans_round_rows<T>, dim3(ceil_div(rows, kRowsPerBlock)), kRowThreads, 0, 1, queue.stream,
+           pointer<T>(points), pointer<float>(centre), pointer<__half>(rounded), pointer<float>(scale),
+           pointer<float2>(norms), rows, narrow(dimensions, "dimensions"), narrow(padded, "dimensions"));
+  });
+}
+
+void kmeans_search(const Where& where, uint64_t x, uint64_t c, uint64_t offset, uint64_t scale, uint64_t unscale,
+                   uint64_t values, uint64_t candidates, int64_t n, int64_t k, int64_t padded, int64_t columns) {
+  const Queue queue(where);
+  const SearchInputs inputs{x, c, pointer<float>(offset), pointer<float>(scale), pointer<float>(unscale)};
+  const SearchOutputs outputs{pointer<float4>(values), pointer<int2>(candidates)};
+  const SearchShape shape{narrow(n, "points"), narrow(k, "centroids"), narrow(padded, "dimensions"),
+                          narrow(columns, "centroids")};
+#ifdef DIFFPRUNE_SM90
+  if (queue.path == 90) search_sm90(queue, inputs, outputs, shape);
+#endif
+  if (queue.path == 80) search_sm80(queue, inputs, outputs, shape);
+}
+
+void kmeans_decide(const Where& where, int dtype, uint64_t points, uint64_t centroids, uint64_t values,
+                   uint64_t candidates, uint64_t norms, uint64_t limits, float rounding, uint64_t again,
+                   uint64_t assignment, uint64_t sqdistance, int64_t n, int64_t k, int64_t dimensions) {
+  const Queue queue(where);
+  const int rows = narrow(n, "points"), columns = narrow(k, "centroids"), depth = narrow(dimensions, "dimensions");
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    launch("kmeans_decide", kmeans_decide_rows<T>, dim3(ceil_div(rows, kRowsPerBlock)), kRowThreads, 0, 1, queue.stream,
+           pointer<T>(points), pointer<float>(centroids), pointer<float4>(values), pointer<int2>(candidates),
+           pointer<float2>(norms), pointer<float>(limits), rounding, pointer<int>(again), pointer<int>(assignment),
+           pointer<float>(sqdistance), rows, columns, depth);
+    launch("kmeans_search_again", kmeans_search_again<T>, dim3(4 * queue.multiprocessors), kRowThreads,
+           kAlignmentBytes + kAgainRows * kRowsPerBlock * 12, 1, queue.stream, pointer<T>(points),
+           pointer<float>(centroids), pointer<int>(again), pointer<int>(assignment), pointer<float>(sqdistance), columns,
+           depth);
+  });
+}
+
+}  // namespace diffprune

@@ -1,0 +1,112 @@
+"""CUDA's ``kmeans_assign`` against float64: on a GPU, or its sources on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cuda_case import cuda_ops, path  # noqa: F401
+from torch import Tensor
+from triton_case import launch
+
+from diffprune.kernels import kmeans_assign
+
+pytestmark = pytest.mark.usefixtures("path")
+
+
+def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def check(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """The very index that float64 differences give, and their distance to float32."""
+    assignment, sqdistance = launch(kmeans_assign, points, centroids, impl="cuda")
+    assert assignment.dtype == torch.int32 and sqdistance.dtype == torch.float32
+    # By blocks: [N, K, D] in one piece would not fit.
+    blocks = [(x[:, None] - centroids.double()).square().sum(dim=2) for x in points.double().split(64)]
+    expected, index = torch.cat(blocks).min(dim=1) if blocks else (points.new_empty(0), points.new_empty(0))
+    assert torch.equal(assignment.long(), index.long())
+    torch.testing.assert_close(sqdistance.double(), expected.double(), rtol=3e-6, atol=1e-38)
+    return assignment, sqdistance
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("n", "k", "d"), [(1, 1, 1), (3, 2, 5), (130, 3, 64), (70, 300, 40), (300, 65, 77), (40, 520, 136), (1, 257, 200)]
+)
+def test_odd_sizes(n: int, k: int, d: int, dtype: torch.dtype) -> None:
+    check(normal(n, d, seed=1, dtype=dtype), normal(k, d, seed=2, dtype=dtype))
+
+
+def test_points_off_the_origin() -> None:
+    """Embeddings share a mean that is larger than what tells them apart, and many centroids are nearly as near."""
+    mean = 3 * normal(48, seed=3)
+    points, centroids = mean + normal(300, 48, seed=1), mean + 0.05 * normal(300, 48, seed=2)
+    check(points, centroids)
+    check(points.half(), centroids)
+    check(points.half(), centroids.half())
+
+
+def test_ties_and_duplicates() -> None:
+    """Small integers: distances tie exactly; each centroid three times: two candidates are not enough."""
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randint(-2, 3, (60, 16), generator=generator).float()
+    centroids = torch.randint(-2, 3, (45, 16), generator=generator).float()
+    for dtype in (torch.float32, torch.float16):
+        check(points.to(dtype), centroids.to(dtype))
+        assignment, _ = check(points.to(dtype), centroids.repeat(3, 1).to(dtype))
+        assert int(assignment.max()) < 45
+    pairs = torch.cat([centroids, centroids.flip(0)])  # every one twice: the two candidates tie
+    assignment, sqdistance = check(centroids, pairs)
+    assert int(assignment.max()) < 45 and not sqdistance.any()
+
+
+def test_neighbours_that_float16_cannot_tell_apart() -> None:
+    """Centroids closer to each other than half precision resolves: two of them, three, and many."""
+    base = normal(20, 64, seed=1)
+    for copies in (2, 3, 7):
+        centroids = base.repeat_interleave(copies, dim=0) * (1 + 1e-5 * normal(20 * copies, 1, seed=2))
+        check(base + 0.1 * normal(20, 64, seed=3), centroids)
+
+
+def test_magnitudes() -> None:
+    """Rows and centroids whose float16 copies need a scale, or cannot be."""
+    centroids = normal(70, 24, seed=2)
+    for scale in (1e-12, 1e12):
+        check(scale * normal(60, 24, seed=1), scale * centroids)
+    factors = torch.logspace(-8, 8, 60)[:, None]
+    check(factors * normal(60, 24, seed=1), centroids)
+    check(normal(60, 24, seed=1), torch.cat([centroids, 1e7 * centroids[:2]]))
+    check((normal(60, 24, seed=1) * 2000).half(), (centroids * 2000).half())
+
+
+def test_rows_that_are_not_finite_keep_to_themselves() -> None:
+    for dtype in (torch.float32, torch.float16):
+        points, centroids = normal(140, 24, seed=1, dtype=dtype), normal(70, 24, seed=2, dtype=dtype)
+        clean = launch(kmeans_assign, points, centroids, impl="cuda")
+        points[3, 1], points[5] = torch.nan, torch.inf
+        assignment, sqdistance = launch(kmeans_assign, points, centroids, impl="cuda")
+        others = torch.ones(140, dtype=torch.bool)
+        others[[3, 5]] = False
+        assert torch.equal(assignment[others], clean[0][others]) and torch.equal(sqdistance[others], clean[1][others])
+        assert not sqdistance[[3, 5]].isfinite().any()
+        assert ((assignment >= 0) & (assignment < 70)).all()
+
+
+def test_no_points_and_one_centroid() -> None:
+    assignment, sqdistance = check(normal(0, 24, seed=1), normal(3, 24, seed=2))
+    assert assignment.shape == sqdistance.shape == (0,)
+    check(normal(9, 24, seed=1), normal(1, 24, seed=2))
+    assignment, sqdistance = launch(kmeans_assign, torch.full((2, 3), torch.nan), torch.zeros(1, 3), impl="cuda")
+    assert assignment.tolist() == [0, 0] and sqdistance.isnan().all()
+
+
+def test_strides_and_alignment() -> None:
+    whole = normal(90 * 16 + 1, seed=1, dtype=torch.float16)
+    check(whole[1:].view(90, 16), normal(16, 30, seed=2).T)
+    check(normal(16, 90, seed=1).T, normal(60, 32, seed=2)[::2, ::2])
+
+
+def test_repeats_to_the_bit() -> None:
+    tensors = normal(150, 64, seed=1), normal(200, 64, seed=2)
+    first, second = (launch(kmeans_assign, *tensors, impl="cuda") for _ in range(2))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
