@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import io
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+# Before torch is imported, here and in subprocesses: the tests' tensors are small, and OpenMP threads that wait for each
+# other on a busy machine cost twenty times what they save.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @dataclass(frozen=True)
