@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-# Before torch is imported, here and in subprocesses: the tests' tensors are small, and OpenMP threads that wait for each
-# other on a busy machine cost twenty times what they save.
+# Before torch is imported, here and in subprocesses: the tests' tensors are small, and OpenMP threads that wait for
+# each other on a busy machine cost twenty times what they save.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
