@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from conftest import DIT_OVERRIDES, VQVAE_OVERRIDES, write_digits
+from small_run import DIT_OVERRIDES, VQVAE_OVERRIDES, write_digits
 from test_encoding import damage_image
 from typer.testing import CliRunner
 
