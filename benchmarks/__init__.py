@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m benchmarks.gpu`` on a GPU, ``make bench`` on a CPU."""

@@ -1,0 +1,179 @@
+"""The parts of a run that are other processes: building the extension, the tests, and a worker per op."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+OUTCOMES = {"PASSED": "passed", "XFAIL": "passed", "FAILED": "failed", "ERROR": "failed", "XPASS": "failed",
+            "SKIPPED": "skipped"}  # fmt: skip
+_PLAIN = re.compile(r"^(tests/.*?::.*?) (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)\b")
+_PARALLEL = re.compile(r"^\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS) (tests/.*)$")
+_COLLECTION = re.compile(r"^ERROR (tests/\S+)")
+
+
+def build(seconds: float, architectures: str) -> dict[str, Any]:
+    """Run csrc/cuda_build.py. Its failure is in the result, status "failed"."""
+    script = ROOT / "csrc" / "cuda_build.py"
+    if not script.exists():
+        return {"status": "skipped", "reason": f"no {script.relative_to(ROOT)}"}
+    defaults = {"DIFFPRUNE_CUDA": "1", "DIFFPRUNE_CUDA_ARCHS": architectures}
+    status, output, wall = run_limited([sys.executable, str(script)], seconds, defaults | dict(os.environ))
+    return {"status": "ok" if status == 0 else "failed", "seconds": wall, **_end(status, output, seconds)}
+
+
+def kernel_tests(seconds: float, command: list[str] | None = None) -> dict[str, Any]:
+    """Run tests/kernels: how many passed, failed and were skipped, by file too; names of failed ones.
+
+    Status "ok", "failed", "error" (did not finish, or could not run), or "unavailable" where there is no pytest.
+    """
+    if command is None and find_spec("pytest") is None:
+        return {"status": "unavailable", "reason": "needs the package pytest"}
+    parallel = ["-n", str(min(8, max(1, (os.cpu_count() or 1) // 2)))] if find_spec("xdist") else []
+    options = ["-v", "--tb=short", "-rs", "-o", "addopts=", "-p", "no:cacheprovider", *parallel]
+    command = command or [sys.executable, "-m", "pytest", "tests/kernels", *options]
+    status, output, wall = run_limited(command, seconds, dict(os.environ))
+    outcomes = parse_tests(output)
+    counts = Counter(outcomes.values())
+    files: dict[str, Counter] = {}
+    for test, outcome in outcomes.items():
+        files.setdefault(test.split("::")[0], Counter())[outcome] += 1
+    failed = sorted(test for test, outcome in outcomes.items() if outcome == "failed")
+    result = "failed" if failed else "ok" if status == 0 else "error"
+    total = {name: counts[name] for name in ("passed", "failed", "skipped")}
+    by_file = {name: dict(counter) for name, counter in sorted(files.items())}
+    end = _end(status, output, seconds)
+    return {"status": result, "seconds": wall, **total, "by_file": by_file, "failed_tests": failed[:200], **end}
+
+
+def parse_tests(output: str) -> dict[str, str]:
+    """Test -> "passed", "failed" or "skipped", from ``pytest -v``'s lines; also of a run that was killed."""
+    outcomes = {}
+    for line in output.splitlines():
+        if match := _PLAIN.match(line):
+            outcomes[match[1]] = OUTCOMES[match[2]]
+        elif match := _PARALLEL.match(line):
+            outcomes[match[2].strip()] = OUTCOMES[match[1]]
+        elif match := _COLLECTION.match(line):
+            outcomes[match[1]] = "failed"
+    return outcomes
+
+
+def run_worker(
+    op: str,
+    command: Callable[[Path, list[str]], list[str]],
+    emit: Callable[[dict[str, Any]], None],
+    *,
+    seconds: float,
+    seconds_each: float,
+) -> str | None:
+    """Run workers until every measurement of ``op`` is recorded; None, or why some are missing.
+
+    Args:
+        command: the worker's command line, from the file of its records and the keys that it must leave out.
+        emit: called with each record, and for a measurement that killed its worker or took longer than
+            ``seconds_each`` with {"key", "status": "error", "reason"}: the next worker starts after it.
+        seconds: for all of them.
+    """
+    deadline, done = time.monotonic() + seconds, []
+    with tempfile.TemporaryDirectory() as folder:
+        while True:
+            records, log = Path(folder, f"{len(done)}.jsonl"), Path(folder, f"{len(done)}.log")
+            before = len(done)
+            reason = _watch(command(records, done), records, log, emit, done, deadline, seconds_each)
+            if reason is None or reason.startswith("time"):
+                return reason
+            if len(done) == before:
+                return reason
+
+
+def _watch(
+    command: list[str], records: Path, log: Path, emit: Callable, done: list[str], deadline: float, each: float
+) -> str | None:
+    """One worker to its end. None if it finished; else why not."""
+    records.touch()
+    process = _start(command, log, dict(os.environ))
+    try:
+        return _follow(process, records, log, emit, done, deadline, each)
+    finally:
+        _kill(process)
+
+
+def _follow(
+    process: subprocess.Popen, records: Path, log: Path, emit: Callable, done: list[str], deadline: float, each: float
+) -> str | None:
+    seen, current, since = 0, None, time.monotonic()
+    while True:
+        status = process.poll()
+        lines = records.read_text(encoding="utf-8").splitlines(keepends=True)
+        for line in lines[seen:]:
+            if not line.endswith("\n"):
+                break
+            seen, since, message = seen + 1, time.monotonic(), json.loads(line)
+            if "started" in message:
+                current = message["started"]
+            else:
+                done.append(current)
+                current = None
+                emit(message)
+        now = time.monotonic()
+        if status is None and now < deadline and not (current and now - since > each):
+            time.sleep(0.05)
+            continue
+        if status == 0:
+            return None
+        if status is None and now >= deadline:
+            return f"time was up{f' during {current}' if current else ''}"
+        last = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
+        reason = f"did not finish in {each:g} s" if status is None else f"the worker ended with status {status}: {last}"
+        if current:
+            done.append(current)
+            emit({"key": current, "status": "error", "reason": reason})
+        return reason
+
+
+def run_limited(command: list[str], seconds: float, env: dict[str, str]) -> tuple[int | None, str, float]:
+    """Exit status (None if it was killed after ``seconds``), what it printed, and its seconds."""
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log")
+        process = _start(command, log, env)
+        try:
+            status = process.wait(timeout=max(0.1, seconds))
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            _kill(process)
+        output = log.read_text(encoding="utf-8", errors="replace")
+    return status, output, round(time.monotonic() - begin, 2)
+
+
+def _start(command: list[str], log: Path, env: dict[str, str]) -> subprocess.Popen:
+    path = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
+    with open(log, "wb") as file:
+        return subprocess.Popen(command, cwd=ROOT, env=env | {"PYTHONPATH": path}, stdin=subprocess.DEVNULL,
+                                stdout=file, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """End the process, and those that it started (its session)."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _end(status: int | None, output: str, seconds: float) -> dict[str, Any]:
+    reason = {"reason": f"did not finish in {seconds:.0f} s"} if status is None else {"exit_status": status}
+    return {**reason, "last_lines": output.splitlines()[-25:]}
