@@ -1,0 +1,364 @@
+"""``kmeans_assign``: float16 products on tensor cores, certified, and float64 where they cannot decide.
+
+Of each row's products (see ``search.py``) the two largest v, their columns and a bound of all other v are kept. Where
+the first leads by more than their error, it is the nearest; where only the second is as near, the two are compared in
+float64; other rows are put on a list and searched in float64. The distance is then Σ(x − c)².
+
+2·N·K·D operations on tensor cores; at N = 1.28M, D = 768, K = 1000 these take an H100 2.0 ms at its peak, and bind for
+float16 points, which are read twice (4·N·D bytes, 1.3 ms at 3 TB/s, the first time behind the products). Others are
+read twice and their float16 copy is written and read (12·N·D bytes for float32, 3.9 ms): memory binds below K = 2000.
+The price of no copy: where float16 points lie far from the origin for their spread, more rows are searched in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from diffprune.kernels.triton import Case, Gpu, gpu, refuse_inputs
+from diffprune.kernels.triton.search import NONE, Rounded, numbers, part, round_both, tolerance
+from diffprune.kernels.triton.tiles import MAX_ROWS, describable, load, matrix, power_of_2, source
+
+LOWEST = tl.constexpr(NONE)
+
+QUICK = ("N=1281167 K=1000 D=768 float32",)
+"""Cases of the default test run."""
+
+
+def refuse(points: Tensor, centroids: Tensor) -> str | None:
+    """Only CUDA tensors of float16, bfloat16 or float32."""
+    if max(*points.shape, *centroids.shape) > MAX_ROWS:
+        return f"needs sizes of at most {MAX_ROWS}, got {tuple(points.shape)} and {tuple(centroids.shape)}"
+    return refuse_inputs(points, centroids)
+
+
+def run(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """See ``kernels/kmeans_assign.py``."""
+    points, centroids = matrix(points), matrix(centroids)
+    (n, depth), k = points.shape, len(centroids)
+    assignment = torch.empty(n, dtype=torch.int32, device=points.device)
+    sqdistance = torch.empty(n, dtype=torch.float32, device=points.device)
+    if n == 0:
+        return assignment, sqdistance
+    rounded = value = index = again = None
+    tile = config(k, depth, gpu(points))[0]
+    if k > 1:
+        rounded = round_both(points, centroids)
+        value, index = search(rounded)
+        again = torch.empty(n, dtype=torch.int8, device=points.device)
+    height = 8
+    _decide_kernel[(triton.cdiv(n, height),)](
+        points,
+        centroids,
+        None if rounded is None else rounded.centre,
+        None if rounded is None else rounded.scale,
+        None if rounded is None else rounded.limits,
+        value,
+        index,
+        assignment,
+        sqdistance,
+        again,
+        n,
+        k,
+        depth,
+        points.stride(0),
+        centroids.stride(0),
+        TAG=(tile["COLUMNS"] + 8) * 2.0**-23,
+        ONLY=k == 1,
+        WHOLE=rounded is not None and rounded.whole,
+        ROWS=height,
+        STEP=power_of_2(depth, 16, 128),
+        maxnreg=168,  # without a limit the compiler sets itself one, and spills
+    )
+    if again is not None:
+        _search_again(points, centroids, again, assignment, sqdistance)
+    return assignment, sqdistance
+
+
+def search(rounded: Rounded) -> tuple[Tensor, Tensor]:
+    """[N, 3] float32: the two largest v and a bound of all others; [N, 2] int32: the columns of the two.
+
+    The columns are in the last bits of v (as many as the tile has columns need), so v is off by that much. A column
+    from K on stands for none.
+    """
+    (n, depth), k = rounded.rows.shape, len(rounded.columns)
+    device = gpu(rounded.rows)
+    tile, options = config(k, depth, device)
+    described = describable(device, rounded.rows, rounded.columns)
+    value = torch.empty(n, 3, dtype=torch.float32, device=rounded.rows.device)
+    index = torch.empty(n, 2, dtype=torch.int32, device=rounded.rows.device)
+    _search_kernel[(triton.cdiv(n, tile["ROWS"]),)](
+        source(rounded.rows, (tile["ROWS"], tile["STEP"]), described),
+        source(rounded.columns, (tile["COLUMNS"], tile["STEP"]), described),
+        rounded.scale,
+        rounded.offset,
+        rounded.limits,
+        value,
+        index,
+        n,
+        k,
+        depth,
+        rounded.rows.stride(0),
+        rounded.columns.stride(0),
+        DESCRIBED=described,
+        **tile,
+        **options,
+    )
+    return value, index
+
+
+def config(k: int, depth: int, gpu: Gpu) -> tuple[dict[str, int], dict[str, int]]:
+    """The tile of the products and the STEP through D; and warps and pipeline stages.
+
+    Wide tiles, because a point is read from the L2 cache once per tile of centroids, and a centroid once per tile of
+    points. 128 points at a time: those that all multiprocessors work on stay in the L2 cache.
+    """
+    rows, columns = 128, power_of_2(k, 16, 256 if gpu.capability >= 90 else 128)
+    step = power_of_2(depth, 16, 64 if gpu.capability >= 90 else 32)
+    stages = min(3 if gpu.capability >= 90 else 4, (gpu.shared - 16384) // ((rows + columns) * step * 2))
+    return {"ROWS": rows, "COLUMNS": columns, "STEP": step}, {"num_warps": 8, "num_stages": stages}
+
+
+def aot_cases() -> Iterator[Case]:
+    """ImageNet's images, embeddings of usual sizes; many centroids; one, as k-means++ asks for; and a codebook."""
+    sizes = [(1281167, 1000, depth) for depth in (384, 768, 1024)]
+    sizes += [(1281167, 50000, 768), (1281167, 1, 768), (262144, 512, 4), (100000, 10, 100)]
+    for n, k, depth in sizes:
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            points = torch.empty(n, depth, dtype=dtype, device="meta")
+            centroids = torch.empty(k, depth, device="meta")
+            label = f"N={n} K={k} D={depth} {dtype}".replace("torch.", "")
+            yield Case(label, (points, centroids), quick=label in QUICK)
+
+
+def _search_again(points: Tensor, centroids: Tensor, again: Tensor, assignment: Tensor, sqdistance: Tensor) -> None:
+    """Search the rows marked in ``again`` [N] in float64, without waiting for how many they are."""
+    (n, depth), k = points.shape, len(centroids)
+    place = again.cumsum(0)
+    rows = torch.empty(n + 1, dtype=torch.int32, device=points.device)  # the last takes what is not marked
+    every = torch.arange(n, dtype=torch.int32, device=points.device)
+    rows.scatter_(0, torch.where(again > 0, place - 1, n), every)
+    height = 4
+    _search_again_kernel[(min(triton.cdiv(n, height), 4 * gpu(points).processors),)](
+        points,
+        centroids,
+        rows,
+        place[-1:],
+        assignment,
+        sqdistance,
+        k,
+        depth,
+        points.stride(0),
+        centroids.stride(0),
+        ROWS=height,
+        COLUMNS=16,
+        STEP=32,
+    )
+
+
+@triton.jit
+def _search_kernel(
+    points,  # [n, depth] float16: a pointer, or a descriptor if DESCRIBED
+    centroids,  # [k, depth] float16: likewise
+    scale_ptr,  # [n], or None: limits[0]
+    offset_ptr,  # [k]
+    limits_ptr,  # [5]
+    value_ptr,  # [n, 3]
+    index_ptr,  # [n, 2]
+    n,
+    k,
+    depth,
+    points_stride,
+    centroids_stride,
+    DESCRIBED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """The two largest v = scale · points · centroidsᵀ − offset of each row, and the largest of all others."""
+    row = tl.program_id(0) * ROWS
+    r = row + tl.arange(0, ROWS)
+    pair = 2 * tl.arange(0, COLUMNS // 2)
+    if scale_ptr is None:
+        scale = tl.zeros((ROWS,), dtype=tl.float32) + tl.load(limits_ptr)
+    else:
+        scale = tl.load(scale_ptr + r, mask=r < n, other=0.0)
+    first = tl.full((ROWS,), LOWEST, dtype=tl.float32)
+    second, third = first, first
+    first_column = tl.zeros((ROWS,), dtype=tl.int32)
+    second_column = first_column
+
+    for column in range(0, k, COLUMNS):
+        product = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+        for d in range(0, depth, STEP):
+            x = load(points, row, d, n, depth, points_stride, ROWS, STEP, DESCRIBED)
+            y = load(centroids, column, d, k, depth, centroids_stride, COLUMNS, STEP, DESCRIBED)
+            product = tl.dot(x, y.T, product)
+        c = column + tl.arange(0, COLUMNS)
+        offset = tl.load(offset_ptr + c, mask=c < k, other=-LOWEST)
+        v = product * scale[:, None] - offset[None, :]
+        # Neighbours are in one thread: half as many v to go through, if the smaller ones count as others.
+        even, odd = tl.split(tl.reshape(v, (ROWS, COLUMNS // 2, 2)))
+        others = tl.max(tl.minimum(even, odd), axis=1)
+        # Each larger one gets its own last bits, the column. So a maximum knows where it came from, and none are equal.
+        larger = tl.maximum(even, odd).to(tl.int32, bitcast=True) & -COLUMNS | pair[None, :] | (odd > even).to(tl.int32)
+        larger = larger.to(tl.float32, bitcast=True)
+        top = tl.max(larger, axis=1)
+        larger = tl.where(larger == top[:, None], LOWEST, larger)
+        next = tl.max(larger, axis=1)
+        larger = tl.where(larger == next[:, None], LOWEST, larger)
+        others = tl.maximum(others, tl.max(larger, axis=1))
+        top_column = column + (top.to(tl.int32, bitcast=True) & (COLUMNS - 1))
+        next_column = column + (next.to(tl.int32, bitcast=True) & (COLUMNS - 1))
+
+        third = tl.maximum(tl.maximum(third, others), tl.maximum(tl.minimum(first, next), tl.minimum(second, top)))
+        leads, passes = top > first, next > second
+        loser, loser_column = tl.minimum(first, top), tl.where(leads, first_column, top_column)
+        second = tl.maximum(second, next)
+        second_column = tl.where(passes, next_column, second_column)
+        second_column = tl.where(loser > second, loser_column, second_column)
+        second = tl.maximum(second, loser)
+        first_column = tl.where(leads, top_column, first_column)
+        first = tl.maximum(first, top)
+
+    inside = r < n
+    place = r.to(tl.int64)
+    tl.store(value_ptr + place * 3, first, mask=inside)
+    tl.store(value_ptr + place * 3 + 1, second, mask=inside)
+    tl.store(value_ptr + place * 3 + 2, third, mask=inside)
+    tl.store(index_ptr + place * 2, first_column, mask=inside)
+    tl.store(index_ptr + place * 2 + 1, second_column, mask=inside)
+
+
+@triton.jit
+def _decide_kernel(
+    points_ptr,  # [n, depth]
+    centroids_ptr,  # [k, depth]
+    centre_ptr,  # [depth], here and below: None if ONLY
+    scale_ptr,  # [n], or None if WHOLE
+    limits_ptr,  # [5]
+    value_ptr,  # [n, 3]
+    index_ptr,  # [n, 2]
+    assignment_ptr,  # [n]
+    sqdistance_ptr,  # [n]
+    again_ptr,  # [n] int8
+    n,
+    k,
+    depth,
+    points_stride,
+    centroids_stride,
+    TAG: tl.constexpr,
+    ONLY: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """The nearest centroid and Σ(x − c)² of each row; again = 1 for those whose v do not decide between two."""
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = r < n
+    row = r.to(tl.int64)
+    x_ptr = points_ptr + row * points_stride
+    nearest = tl.zeros((ROWS,), dtype=tl.int32)
+    if not ONLY:
+        nearest = tl.minimum(tl.load(index_ptr + row * 2, mask=inside, other=0), k - 1)
+        up = tl.zeros((ROWS,), dtype=tl.float32) + tl.load(limits_ptr)
+        if not WHOLE:
+            up = up / tl.load(scale_ptr + row, mask=inside, other=1.0)
+    c_ptr = centroids_ptr + nearest.to(tl.int64) * centroids_stride
+
+    squares = tl.zeros((ROWS, STEP), dtype=tl.float32)
+    size, lost, reach = squares, squares, squares
+    infinite = tl.zeros((ROWS, STEP), dtype=tl.int1)
+    for d in range(0, depth, STEP):
+        x = numbers(x_ptr, inside, d, depth, STEP)
+        difference = x - numbers(c_ptr, inside, d, depth, STEP)
+        squares += difference * difference
+        if not ONLY:
+            infinite = infinite | ((tl.abs(x) < float("inf")) == 0)
+            y = (x - part(centre_ptr, d, depth, STEP)[None, :]) * up[:, None]
+            reach += y * y
+            if WHOLE:
+                size += (x * up[:, None]) * (x * up[:, None])
+            else:
+                error = y - y.to(tl.float16).to(tl.float32)
+                lost += error * error
+    sqdistance = tl.sum(squares, axis=1)
+
+    if not ONLY:
+        # Back from the row's units to those of v.
+        unit = 1.0 if WHOLE else tl.load(limits_ptr) / up
+        length, error = tl.sqrt(tl.sum(reach, axis=1)) * unit, tl.sqrt(tl.sum(lost, axis=1)) * unit
+        product = tl.sqrt(tl.sum(size, axis=1)) if WHOLE else length + error
+        twice = tolerance(product, error, length, limits_ptr, depth)
+        first = tl.load(value_ptr + row * 3, mask=inside, other=0.0)
+        second = tl.load(value_ptr + row * 3 + 1, mask=inside, other=0.0)
+        third = tl.load(value_ptr + row * 3 + 2, mask=inside, other=0.0)
+        of_two = first - third > twice + TAG * (tl.abs(first) + tl.abs(third))
+        certain = of_two & (first - second > twice + TAG * (tl.abs(first) + tl.abs(second)))
+        finite = tl.max(infinite.to(tl.int32), axis=1) == 0
+        close = finite & of_two & (certain == 0)
+        if tl.max(close.to(tl.int32), axis=0) > 0:
+            other = tl.minimum(tl.load(index_ptr + row * 2 + 1, mask=inside, other=0), k - 1)
+            other_ptr = centroids_ptr + other.to(tl.int64) * centroids_stride
+            to_nearest = tl.zeros((ROWS, STEP), dtype=tl.float64)
+            to_other = to_nearest
+            for d in range(0, depth, STEP):
+                x = numbers(x_ptr, close, d, depth, STEP).to(tl.float64)
+                difference = x - numbers(c_ptr, close, d, depth, STEP).to(tl.float64)
+                to_nearest += difference * difference
+                difference = x - numbers(other_ptr, close, d, depth, STEP).to(tl.float64)
+                to_other += difference * difference
+            one, two = tl.sum(to_nearest, axis=1), tl.sum(to_other, axis=1)
+            swap = close & ((two < one) | ((two == one) & (other < nearest)))
+            nearest = tl.where(swap, other, nearest)
+            sqdistance = tl.where(close, tl.minimum(one, two).to(tl.float32), sqdistance)
+        tl.store(again_ptr + row, (finite & (of_two == 0)).to(tl.int8), mask=inside)
+    tl.store(assignment_ptr + row, nearest, mask=inside)
+    tl.store(sqdistance_ptr + row, sqdistance, mask=inside)
+
+
+@triton.jit
+def _search_again_kernel(
+    points_ptr,  # [n, depth]
+    centroids_ptr,  # [k, depth]
+    rows_ptr,  # [count, and more]
+    count_ptr,  # [1]
+    assignment_ptr,  # [n]
+    sqdistance_ptr,  # [n]
+    k,
+    depth,
+    points_stride,
+    centroids_stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """The nearest centroid of the ``count`` rows listed, by float64 differences; programs share out the list."""
+    count = tl.load(count_ptr)
+    for start in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
+        entry = start + tl.arange(0, ROWS)
+        listed = entry < count
+        row = tl.load(rows_ptr + entry, mask=listed, other=0).to(tl.int64)
+        x_ptr = points_ptr + row * points_stride
+        smallest = tl.full((ROWS,), float("inf"), dtype=tl.float64)
+        nearest = tl.zeros((ROWS,), dtype=tl.int32)
+        for column in range(0, k, COLUMNS):
+            c = column + tl.arange(0, COLUMNS)
+            c_ptr = centroids_ptr + c.to(tl.int64) * centroids_stride
+            squares = tl.zeros((ROWS, COLUMNS, STEP), dtype=tl.float64)
+            for d in range(0, depth, STEP):
+                x = numbers(x_ptr, listed, d, depth, STEP).to(tl.float64)
+                y = numbers(c_ptr, c < k, d, depth, STEP).to(tl.float64)
+                difference = x[:, None, :] - y[None, :, :]
+                squares += difference * difference
+            distance = tl.where((c < k)[None, :], tl.sum(squares, axis=2), float("inf"))
+            least = tl.min(distance, axis=1)
+            found = tl.min(tl.where(distance == least[:, None], c[None, :], k), axis=1)
+            nearest = tl.where(least < smallest, found, nearest)
+            smallest = tl.minimum(smallest, least)
+        tl.store(assignment_ptr + row, nearest, mask=listed)
+        tl.store(sqdistance_ptr + row, smallest.to(tl.float32), mask=listed)

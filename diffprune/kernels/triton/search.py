@@ -1,0 +1,176 @@
+"""Nearest columns of each row by float16 products of known error: what ``kmeans_assign`` and ``pairwise_topk`` share.
+
+‖x − c‖² is the smaller, the larger v = (x − μ)·C − ‖C‖²/2 with C = c − μ is, for any centre μ. Tensor cores find v from
+rounded values up to an error E. So a column whose v is more than 2E below another one's is certainly farther, and the
+few that are not are compared in float64. Ties are never decided by v: E is above 0.
+
+All norms and v are in units of a power of two that brings the largest entry of a C next to 2^14.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from diffprune.kernels.triton.tiles import matrix
+
+BLOCK = 2**24
+"""Elements of the columns that are held in float64 at a time: 128 MiB."""
+
+NONE = -3e38
+"""A v below all others that says: no column. Finite, because the bits of an infinity and a tag would be a NaN."""
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Rows and columns in float16, and what ``tolerance`` needs to know of the columns."""
+
+    rows: Tensor  # [N, D] float16
+    scale: Tensor | None  # [N] float32: v = scale · product − offset; None: the rows as they came, scale = limits[0]
+    columns: Tensor  # [M, D] float16
+    offset: Tensor  # [M] float32
+    centre: Tensor  # [D] float32
+    limits: Tensor  # [5] float32: 1 / unit, smallest ‖C‖, largest ‖C‖, ratio of error to norm, ‖μ‖ if rows keep it
+
+    @property
+    def whole(self) -> bool:
+        """The rows were float16 before, so they are multiplied as they came: not centred, not rounded, not copied."""
+        return self.scale is None
+
+
+def round_both(rows: Tensor, columns: Tensor) -> Rounded:
+    """``rows`` [N, D] with consecutive columns, ``columns`` [M, D]; N, M and D at least 1. Waits for no result.
+
+    The centre is the median of a sample of columns: no outlier moves it. Rows of float16 keep it, and the offset makes
+    up for that: x·C = (x − μ)·C + μ·C.
+    """
+    whole = rows.dtype == torch.float16
+    centre = columns[:: max(1, len(columns) // 256)].float().median(dim=0).values
+    rounded, offset, limits = _round_columns(columns, centre, whole)
+    if whole:
+        return Rounded(rows, None, rounded, offset, centre, limits)
+    (n, depth), step = rows.shape, 256
+    halves = _padded(n, depth, rows)
+    scale = torch.empty(n, dtype=torch.float32, device=rows.device)
+    height = 8
+    _round_kernel[(triton.cdiv(n, height),)](
+        rows, centre, limits, halves, scale, n, depth, rows.stride(0), halves.stride(0), ROWS=height, STEP=step
+    )
+    return Rounded(halves, scale, rounded, offset, centre, limits)
+
+
+def _padded(rows: int, columns: int, like: Tensor) -> Tensor:
+    """[rows, columns] float16, each row at a multiple of 16 bytes, as the copy engine wants."""
+    return torch.empty(rows, triton.cdiv(columns, 8) * 8, dtype=torch.float16, device=like.device)[:, :columns]
+
+
+def _round_columns(columns: Tensor, centre: Tensor, whole: bool) -> tuple[Tensor, Tensor, Tensor]:
+    (m, depth), middle = columns.shape, centre.double()
+    lowest, highest = (extreme.double() for extreme in matrix(columns).aminmax(dim=0))
+    largest = torch.maximum(highest - middle, middle - lowest).amax().clamp(min=2.0**-100)
+    per_unit = torch.frexp(largest).mantissa * 2**14 / largest  # a power of two
+    rounded = _padded(m, depth, columns)
+    norm, error, offset = torch.empty(3, m, dtype=torch.float64, device=columns.device)
+    height = max(1, BLOCK // depth)
+    for start in range(0, m, height):
+        own = slice(start, start + height)
+        exact = (columns[own].double() - middle) * per_unit
+        rounded[own] = exact
+        norm[own] = torch.linalg.vector_norm(exact, dim=1)
+        error[own] = torch.linalg.vector_norm(exact - rounded[own], dim=1)
+        offset[own] = norm[own].square() / 2
+        if whole:
+            offset[own] += exact @ (middle * per_unit)
+    ratio = (error / (norm + 2.0**-14 * depth**0.5)).amax()
+    kept = torch.linalg.vector_norm(middle * per_unit) if whole else torch.zeros_like(ratio)
+    bounds = torch.stack([norm.amin(), norm.amax(), ratio, kept]) * (1 + 2**-20)  # not below after rounding
+    return rounded, offset.float(), torch.cat([per_unit.view(1), bounds]).float()
+
+
+@triton.jit
+def tolerance(
+    size,  # ‖x̂‖: of what was multiplied
+    lost,  # ‖x − μ − x̂‖ (0 if the rows are as they came)
+    reach,  # ‖x − μ‖
+    limits_ptr,  # [5], see Rounded
+    depth,
+):
+    """2E for the columns that can be nearest. Norms are float32 sums of D squares.
+
+    |v − exact| is at most, in this order, of the rounding of the rows, of the columns and of the sums:
+    lost·‖C‖ + size·‖C − Ĉ‖ + τ·size·‖Ĉ‖, and some 2^-23 of v and of the offset. ‖C − Ĉ‖ <= ratio·(‖C‖ + floor): the
+    floor is for entries that are subnormal in float16.
+
+    τ = (D + 16)·2^-22. A tensor core adds exact products to an accumulator some at a time, aligned to the largest of
+    them, cuts each off below the 24 bits of float32 and cuts the sum: at most b + 2 errors of 2^-23 of the largest, for
+    b products (Fasi, Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor cores", PeerJ CS 2021, for V100,
+    T4, A100; Khattak, Mikaitis, "Accurate models of NVIDIA tensor cores", arXiv 2512.07004, for H100 and B200, which
+    keep more bits). No partial sum exceeds size·‖Ĉ‖. τ allows for two such errors per product: enough for any b >= 2.
+
+    Of all ‖C‖ up to 2·reach + smallest ‖C‖ + 2·slope: a column of a larger norm is not the nearest, and the larger its
+    norm, the faster (x − μ)·C − ‖C‖²/2 falls against the error. So a far outlier does not loosen the bound.
+
+    v overflows only where a row is over 1e20 times as far from the columns as these are from one another: then all its
+    distances are the same in float64.
+    """
+    smallest, largest = tl.load(limits_ptr + 1), tl.load(limits_ptr + 2)
+    ratio, kept = tl.load(limits_ptr + 3), tl.load(limits_ptr + 4)
+    width = depth * 1.0
+    sums = (width + 16) * 0.0000002384185791015625  # 2^-22
+    floor = 0.00006103515625 * tl.sqrt(width)  # 2^-14
+    slope = lost + size * (ratio + (1.01 + ratio) * (sums + 1.2e-7)) + 1.2e-7 * (kept + reach)
+    length = tl.minimum(2 * reach + smallest + 2 * slope, largest) + floor
+    return (2.02 + 5e-7 * width) * length * (slope + 1.2e-7 * length) + 1e-30  # 1% for what is of second order
+
+
+@triton.jit
+def _round_kernel(
+    rows_ptr,  # [rows, depth]
+    centre_ptr,  # [depth]
+    limits_ptr,  # [5]
+    rounded_ptr,  # [rows, depth] float16
+    scale_ptr,  # [rows]
+    rows,
+    depth,
+    rows_stride,
+    rounded_stride,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """rounded = (x − μ)·2^e with the largest entry from 2^13 to 2^14, and scale = 2^-e / unit."""
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = r < rows
+    row = r.to(tl.int64)
+    largest = tl.zeros((ROWS,), dtype=tl.float32)
+    for k in range(0, depth, STEP):
+        x = numbers(rows_ptr + row * rows_stride, inside, k, depth, STEP)
+        largest = tl.maximum(largest, tl.max(tl.abs(x - part(centre_ptr, k, depth, STEP)[None, :]), axis=1))
+    # An entry below 2^-113 is not brought up all the way: 2^e would overflow.
+    exponent = tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) & 255, 14)
+    up = ((267 - exponent) << 23).to(tl.float32, bitcast=True)
+    down = ((exponent - 13) << 23).to(tl.float32, bitcast=True)
+    tl.store(scale_ptr + r, down * tl.load(limits_ptr), mask=inside)
+    for k in range(0, depth, STEP):
+        x = numbers(rows_ptr + row * rows_stride, inside, k, depth, STEP)
+        y = (x - part(centre_ptr, k, depth, STEP)[None, :]) * up[:, None]
+        c = k + tl.arange(0, STEP)
+        places = rounded_ptr + row[:, None] * rounded_stride + c[None, :]
+        tl.store(places, y.to(tl.float16), mask=inside[:, None] & (c < depth)[None, :])
+
+
+@triton.jit
+def numbers(row_ptr, inside, k, depth, STEP: tl.constexpr):
+    """[ROWS, STEP] float32 from column k of the rows that start at ``row_ptr`` [ROWS]; 0 outside of the matrix."""
+    c = k + tl.arange(0, STEP)
+    return tl.load(row_ptr[:, None] + c[None, :], mask=inside[:, None] & (c < depth)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def part(ptr, k, depth, STEP: tl.constexpr):
+    """[STEP] float32 from column k of one row; 0 outside of it."""
+    c = k + tl.arange(0, STEP)
+    return tl.load(ptr + c, mask=c < depth, other=0.0).to(tl.float32)
