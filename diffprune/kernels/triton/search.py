@@ -49,7 +49,8 @@ def round_both(rows: Tensor, columns: Tensor) -> Rounded:
     up for that: x·C = (x − μ)·C + μ·C.
     """
     whole = rows.dtype == torch.float16
-    centre = columns[:: max(1, len(columns) // 256)].float().median(dim=0).values
+    sample = columns[:: max(1, len(columns) // 256)].float()
+    centre = sample.sort(dim=0).values[len(sample) // 2].contiguous()  # median() is not deterministic on a GPU
     rounded, offset, limits = _round_columns(columns, centre, whole)
     if whole:
         return Rounded(rows, None, rounded, offset, centre, limits)
