@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffprune.kernels.triton import Case, Gpu, gpu, refuse_inputs
-from diffprune.kernels.triton.search import NONE, Rounded, numbers, part, round_both, tolerance
+from diffprune.kernels.triton.search import NONE, Rounded, inverse, numbers, part, round_both, tolerance
 from diffprune.kernels.triton.tiles import MAX_ROWS, describable, load, matrix, power_of_2, source
 
 LOWEST = tl.constexpr(NONE)
@@ -124,9 +124,9 @@ def config(k: int, depth: int, gpu: Gpu) -> tuple[dict[str, int], dict[str, int]
 
 
 def aot_cases() -> Iterator[Case]:
-    """ImageNet's images, embeddings of usual sizes; many centroids; one, as k-means++ asks for; and a codebook."""
+    """ImageNet's images, usual embeddings; many centroids; one, as k-means++ asks for; a codebook; the least."""
     sizes = [(1281167, 1000, depth) for depth in (384, 768, 1024)]
-    sizes += [(1281167, 50000, 768), (1281167, 1, 768), (262144, 512, 4), (100000, 10, 100)]
+    sizes += [(1281167, 50000, 768), (1281167, 1, 768), (262144, 512, 4), (100000, 10, 100), (1, 2, 1)]
     for n, k, depth in sizes:
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             points = torch.empty(n, depth, dtype=dtype, device="meta")
@@ -164,7 +164,7 @@ def _search_again(points: Tensor, centroids: Tensor, again: Tensor, assignment: 
 def _search_kernel(
     points,  # [n, depth] float16: a pointer, or a descriptor if DESCRIBED
     centroids,  # [k, depth] float16: likewise
-    scale_ptr,  # [n], or None: limits[0]
+    scale_ptr,  # [n], or None: 1
     offset_ptr,  # [k]
     limits_ptr,  # [5]
     value_ptr,  # [n, 3]
@@ -179,14 +179,13 @@ def _search_kernel(
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """The two largest v = scale · points · centroidsᵀ − offset of each row, and the largest of all others."""
+    """The two largest v = scale / unit · points · centroidsᵀ − offset of each row, and the largest of all others."""
     row = tl.program_id(0) * ROWS
     r = row + tl.arange(0, ROWS)
     pair = 2 * tl.arange(0, COLUMNS // 2)
-    if scale_ptr is None:
-        scale = tl.zeros((ROWS,), dtype=tl.float32) + tl.load(limits_ptr)
-    else:
-        scale = tl.load(scale_ptr + r, mask=r < n, other=0.0)
+    scale = tl.zeros((ROWS,), dtype=tl.float32) + tl.load(limits_ptr)
+    if scale_ptr is not None:
+        scale *= tl.load(scale_ptr + r, mask=r < n, other=0.0)
     first = tl.full((ROWS,), LOWEST, dtype=tl.float32)
     second, third = first, first
     first_column = tl.zeros((ROWS,), dtype=tl.int32)
@@ -266,8 +265,10 @@ def _decide_kernel(
     if not ONLY:
         nearest = tl.minimum(tl.load(index_ptr + row * 2, mask=inside, other=0), k - 1)
         up = tl.zeros((ROWS,), dtype=tl.float32) + tl.load(limits_ptr)
-        if not WHOLE:
-            up = up / tl.load(scale_ptr + row, mask=inside, other=1.0)
+        if not WHOLE:  # measured in units of the row's own
+            scale = tl.load(scale_ptr + row, mask=inside, other=1.0)
+            unit = up * scale
+            up = inverse(scale)
     c_ptr = centroids_ptr + nearest.to(tl.int64) * centroids_stride
 
     squares = tl.zeros((ROWS, STEP), dtype=tl.float32)
@@ -289,10 +290,12 @@ def _decide_kernel(
     sqdistance = tl.sum(squares, axis=1)
 
     if not ONLY:
-        # Back from the row's units to those of v.
-        unit = 1.0 if WHOLE else tl.load(limits_ptr) / up
-        length, error = tl.sqrt(tl.sum(reach, axis=1)) * unit, tl.sqrt(tl.sum(lost, axis=1)) * unit
-        product = tl.sqrt(tl.sum(size, axis=1)) if WHOLE else length + error
+        length, error = tl.sqrt(tl.sum(reach, axis=1)), tl.sqrt(tl.sum(lost, axis=1))
+        if WHOLE:
+            product = tl.sqrt(tl.sum(size, axis=1))
+        else:
+            length, error = length * unit, error * unit
+            product = length + error
         twice = tolerance(product, error, length, limits_ptr, depth)
         first = tl.load(value_ptr + row * 3, mask=inside, other=0.0)
         second = tl.load(value_ptr + row * 3 + 1, mask=inside, other=0.0)

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffprune.kernels.triton import Case, Gpu, gpu, refuse_inputs
-from diffprune.kernels.triton.search import NONE, Rounded, numbers, part, round_both, tolerance
+from diffprune.kernels.triton.search import NONE, Rounded, inverse, numbers, part, round_both, tolerance
 from diffprune.kernels.triton.tiles import MAX_ROWS, describable, load, matrix, power_of_2, source
 
 MOST = 64
@@ -124,9 +124,14 @@ def config(n: int, m: int, k: int, depth: int, gpu: Gpu) -> tuple[dict[str, int]
 
 
 def aot_cases() -> Iterator[Case]:
-    """Precision and recall over Inception or DINO features; the nearest training image; and the largest k."""
+    """Precision and recall over Inception or DINO features; the nearest training image; the largest k; the least."""
     sizes = [(10000, 50000, 2048, 5, False), (50000, 50000, 768, 3, True), (10000, 1281167, 1024, 1, False)]
-    sizes += [(5000, 5000, 384, 20, True), (5000, 5000, 384, 40, True), (5000, 5000, 100, MOST, False)]
+    sizes += [
+        (5000, 5000, 384, 20, True),
+        (5000, 5000, 384, 40, True),
+        (5000, 5000, 100, MOST, False),
+        (1, 1, 1, 1, False),
+    ]
     for n, m, depth, k, exclude_self in sizes:
         for dtype in (torch.float32, torch.float16):
             queries, points = (torch.empty(rows, depth, dtype=dtype, device="meta") for rows in (n, m))
@@ -138,7 +143,7 @@ def aot_cases() -> Iterator[Case]:
 def _search_kernel(
     queries,  # [n, depth] float16: a pointer, or a descriptor if DESCRIBED
     points,  # [m, depth] float16: likewise
-    scale_ptr,  # [n], or None: limits[0]
+    scale_ptr,  # [n], or None: 1
     offset_ptr,  # [m]
     limits_ptr,  # [5]
     value_ptr,  # [n, shares, LIST]
@@ -156,15 +161,14 @@ def _search_kernel(
     STEP: tl.constexpr,
     LIST: tl.constexpr,
 ):
-    """The LIST largest v = scale · queries · pointsᵀ − offset of each row in one share of the columns."""
+    """The LIST largest v = scale / unit · queries · pointsᵀ − offset of each row in one share of the columns."""
     row = tl.program_id(0) * ROWS
     r = row + tl.arange(0, ROWS)
     tag = tl.arange(0, COLUMNS)
     slot = tl.arange(0, LIST)
-    if scale_ptr is None:
-        scale = tl.zeros((ROWS,), dtype=tl.float32) + tl.load(limits_ptr)
-    else:
-        scale = tl.load(scale_ptr + r, mask=r < n, other=0.0)
+    scale = tl.zeros((ROWS,), dtype=tl.float32) + tl.load(limits_ptr)
+    if scale_ptr is not None:
+        scale *= tl.load(scale_ptr + r, mask=r < n, other=0.0)
     kept = tl.full((ROWS, LIST), LOWEST, dtype=tl.float32)
     kept_column = tl.zeros((ROWS, LIST), dtype=tl.int32)
     least = tl.full((ROWS,), LOWEST, dtype=tl.float32)
@@ -230,8 +234,10 @@ def _select_kernel(
     r = tl.program_id(0).to(tl.int64)
     x_ptr = queries_ptr + r * queries_stride
     up = tl.load(limits_ptr)
-    if not WHOLE:
-        up = up / tl.load(scale_ptr + r)
+    if not WHOLE:  # measured in units of the query's own
+        scale = tl.load(scale_ptr + r)
+        unit = up * scale
+        up = inverse(scale)
     size = tl.zeros((STEP,), dtype=tl.float32)
     lost, reach, infinite = size, size, size
     for d in range(0, depth, STEP):
@@ -244,9 +250,12 @@ def _select_kernel(
         else:
             error = y - y.to(tl.float16).to(tl.float32)
             lost += error * error
-    unit = 1.0 if WHOLE else tl.load(limits_ptr) / up
-    length, error = tl.sqrt(tl.sum(reach, axis=0)) * unit, tl.sqrt(tl.sum(lost, axis=0)) * unit
-    product = tl.sqrt(tl.sum(size, axis=0)) if WHOLE else length + error
+    length, error = tl.sqrt(tl.sum(reach, axis=0)), tl.sqrt(tl.sum(lost, axis=0))
+    if WHOLE:
+        product = tl.sqrt(tl.sum(size, axis=0))
+    else:
+        length, error = length * unit, error * unit
+        product = length + error
     twice = tolerance(product, error, length, limits_ptr, depth)
     finite = tl.max(infinite, axis=0) == 0
 

@@ -30,9 +30,9 @@ class Rounded:
     """Rows and columns in float16, and what ``tolerance`` needs to know of the columns."""
 
     rows: Tensor  # [N, D] float16
-    scale: Tensor | None  # [N] float32: v = scale · product − offset; None: the rows as they came, scale = limits[0]
+    scale: Tensor | None  # [N] float32, powers of two: x − μ is about scale · x̂; None: the rows as they came
     columns: Tensor  # [M, D] float16
-    offset: Tensor  # [M] float32
+    offset: Tensor  # [M] float32: v = scale / unit · product − offset
     centre: Tensor  # [D] float32
     limits: Tensor  # [5] float32: 1 / unit, smallest ‖C‖, largest ‖C‖, ratio of error to norm, ‖μ‖ if rows keep it
 
@@ -59,7 +59,7 @@ def round_both(rows: Tensor, columns: Tensor) -> Rounded:
     scale = torch.empty(n, dtype=torch.float32, device=rows.device)
     height = 8
     _round_kernel[(triton.cdiv(n, height),)](
-        rows, centre, limits, halves, scale, n, depth, rows.stride(0), halves.stride(0), ROWS=height, STEP=step
+        rows, centre, halves, scale, n, depth, rows.stride(0), halves.stride(0), ROWS=height, STEP=step
     )
     return Rounded(halves, scale, rounded, offset, centre, limits)
 
@@ -132,7 +132,6 @@ def tolerance(
 def _round_kernel(
     rows_ptr,  # [rows, depth]
     centre_ptr,  # [depth]
-    limits_ptr,  # [5]
     rounded_ptr,  # [rows, depth] float16
     scale_ptr,  # [rows]
     rows,
@@ -142,7 +141,7 @@ def _round_kernel(
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """rounded = (x − μ)·2^e with the largest entry from 2^13 to 2^14, and scale = 2^-e / unit."""
+    """rounded = (x − μ)·2^e with the largest entry from 2^13 to 2^14, and scale = 2^-e."""
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = r < rows
     row = r.to(tl.int64)
@@ -152,15 +151,20 @@ def _round_kernel(
         largest = tl.maximum(largest, tl.max(tl.abs(x - part(centre_ptr, k, depth, STEP)[None, :]), axis=1))
     # An entry below 2^-113 is not brought up all the way: 2^e would overflow.
     exponent = tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) & 255, 14)
-    up = ((267 - exponent) << 23).to(tl.float32, bitcast=True)
-    down = ((exponent - 13) << 23).to(tl.float32, bitcast=True)
-    tl.store(scale_ptr + r, down * tl.load(limits_ptr), mask=inside)
+    scale = ((exponent - 13) << 23).to(tl.float32, bitcast=True)
+    tl.store(scale_ptr + r, scale, mask=inside)
     for k in range(0, depth, STEP):
         x = numbers(rows_ptr + row * rows_stride, inside, k, depth, STEP)
-        y = (x - part(centre_ptr, k, depth, STEP)[None, :]) * up[:, None]
+        y = (x - part(centre_ptr, k, depth, STEP)[None, :]) * inverse(scale)[:, None]
         c = k + tl.arange(0, STEP)
         places = rounded_ptr + row[:, None] * rounded_stride + c[None, :]
         tl.store(places, y.to(tl.float16), mask=inside[:, None] & (c < depth)[None, :])
+
+
+@triton.jit
+def inverse(scale):
+    """1 / scale, exactly, for a scale of ``_round_kernel``: a power of two, of which the inverse is a normal number."""
+    return ((254 << 23) - scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
