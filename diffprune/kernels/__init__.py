@@ -13,6 +13,8 @@ from diffprune.kernels.gated_residual import gated_residual
 from diffprune.kernels.gated_residual_adaln import gated_residual_adaln
 from diffprune.kernels.kmeans_assign import kmeans_assign
 from diffprune.kernels.kmeans_update import kmeans_update
+from diffprune.kernels.kmeans_update_delta import kmeans_update_delta
+from diffprune.kernels.knn_radius import knn_radius
 from diffprune.kernels.linear_grad_dot import linear_grad_dot
 from diffprune.kernels.linear_grad_sqnorm import linear_grad_sqnorm
 from diffprune.kernels.pairwise_topk import pairwise_topk
@@ -27,6 +29,8 @@ __all__ = [
     "gated_residual_adaln",
     "kmeans_assign",
     "kmeans_update",
+    "kmeans_update_delta",
+    "knn_radius",
     "linear_grad_dot",
     "linear_grad_sqnorm",
     "pairwise_topk",
