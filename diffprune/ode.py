@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffprune.errors import DiffpruneError
-from diffprune.flow import Velocity
+
+RowVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x [b, ...], t [b], rows [b] of the batch) -> [b, ...]
+_Velocity = Callable[[Tensor, Tensor], Tensor]
 
 MAX_TRIALS = 1_000
 SMALLEST_STEP = 1e-8
@@ -34,7 +38,7 @@ class Solution(NamedTuple):
 
 
 def solve_adaptive(
-    velocity: Velocity, x0: Tensor, *, rtol: float = 1e-3, atol: float = 1e-6, start: float = 0.0, end: float = 1.0
+    velocity: RowVelocity, x0: Tensor, *, rtol: float = 1e-3, atol: float = 1e-6, start: float = 0.0, end: float = 1.0
 ) -> Solution:
     """Solves dx/dt = velocity(x, t) from t=start to t=end by Dormand and Prince's pair of orders 5 and 4 (dopri5).
 
@@ -43,7 +47,8 @@ def solve_adaptive(
     takes, would make each image depend on which others are drawn with it.
 
     Args:
-        velocity: takes x [b, ...] and t [b] (of x's dtype; the times differ) and returns dx/dt [b, ...], b <= B.
+        velocity: takes x [b, ...], t [b] (of x's dtype; the times differ) and the rows [b] int64 of x0 that these
+            are, b <= B, and returns dx/dt [b, ...].
         x0: x at t=start, [B, ...].
         rtol, atol: a step is accepted if the root mean square over the sample's elements of
             error / (atol + rtol·max(|x before|, |x after|)) is at most 1. The defaults are those of SiT's sampler.
@@ -59,15 +64,15 @@ def solve_adaptive(
     result, evaluations = x0.clone(), torch.zeros(len(x0), dtype=torch.int64, device=x0.device)
     row = torch.arange(len(x0), device=x0.device)  # the samples on their way
     x, t = x0, torch.full((len(x0),), start, dtype=torch.float64, device=x0.device)
-    slope = velocity(x, t.to(x.dtype))
-    h = _first_step(velocity, x, t, slope, rtol, atol, end)
+    slope = velocity(x, t.to(x.dtype), row)
+    h = _first_step(partial(_of_rows, velocity, row), x, t, slope, rtol, atol, end)
     evaluations += 2
     for _ in range(MAX_TRIALS):
         if len(row) == 0:
             return Solution(result, evaluations)
         last = h >= end - t
         h = torch.where(last, end - t, h)
-        new, new_slope, error = _try_step(velocity, x, t, slope, h, rtol, atol)
+        new, new_slope, error = _try_step(partial(_of_rows, velocity, row), x, t, slope, h, rtol, atol)
         evaluations[row] += len(_STAGES)
         lost = ~error.isfinite() & (h < SMALLEST_STEP)  # no shorter step helps against NaN
         accepted = error <= 1
@@ -87,8 +92,12 @@ def solve_adaptive(
     )
 
 
+def _of_rows(velocity: RowVelocity, row: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    return velocity(x, t, row)
+
+
 def _try_step(
-    velocity: Velocity, x: Tensor, t: Tensor, slope: Tensor, h: Tensor, rtol: float, atol: float
+    velocity: _Velocity, x: Tensor, t: Tensor, slope: Tensor, h: Tensor, rtol: float, atol: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step of h [b] from x [b, ...]: the new x, its slope (the next step's first), and the error norm [b]."""
     slopes, new, wide = [slope], x, _wide(h, x)
@@ -100,7 +109,7 @@ def _try_step(
 
 
 def _first_step(
-    velocity: Velocity, x: Tensor, t: Tensor, slope: Tensor, rtol: float, atol: float, end: float
+    velocity: _Velocity, x: Tensor, t: Tensor, slope: Tensor, rtol: float, atol: float, end: float
 ) -> Tensor:
     """A step size [B] float64 for each sample: Hairer, Nørsett & Wanner, section II.4; one evaluation."""
     scale = atol + rtol * x.abs()

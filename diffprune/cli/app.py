@@ -254,9 +254,18 @@ def sample(
     vqvae: Annotated[Path, typer.Option(help="The VQ-VAE that its latents came from.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The folder for shards of generated images.")] = None,
     count: Annotated[int, typer.Option(min=1, help="How many images.")] = 64,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the ODE solver.")] = 50,
-    method: Annotated[str, typer.Option(help="euler or heun.")] = "euler",
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the ODE solver, 50 by default.")] = None,
+    method: Annotated[str, typer.Option(help="euler, midpoint, heun, or dopri5, which chooses its steps.")] = "euler",
+    rtol: Annotated[float | None, typer.Option(help="dopri5's relative tolerance, 1e-3 by default.")] = None,
+    atol: Annotated[float | None, typer.Option(help="dopri5's absolute tolerance, 1e-6 by default.")] = None,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is none.")] = 1.0,
+    guidance_channels: Annotated[
+        int | None, typer.Option(min=1, help="Guide only the first so many channels; all by default.")
+    ] = None,
+    coarse: Annotated[Path | None, typer.Option(help="A smaller DiT that begins, up to --coarse-until.")] = None,
+    coarse_until: Annotated[
+        float | None, typer.Option(help="The time, of 0 (noise) to 1 (data), at which CHECKPOINT takes over.")
+    ] = None,
     labels: Annotated[str, typer.Option(help="uniform, null, or class numbers with commas.")] = "uniform",
     weights: Annotated[str, typer.Option(help="ema or model.")] = "ema",
     grid: Annotated[Path | None, typer.Option(help="Also write the first images as one PNG.")] = None,
@@ -267,7 +276,9 @@ def sample(
     as_json: Json = False,
 ) -> None:
     """Generate images into shards, and a grid PNG."""
-    options = {"count": count, "steps": steps, "method": method, "guidance": guidance, "labels": labels}
+    options = {"count": count, "steps": steps, "method": method, "rtol": rtol, "atol": atol, "labels": labels}
+    options |= {"guidance": guidance, "guidance_channels": guidance_channels}
+    options |= {"coarse": coarse, "coarse_until": coarse_until}
     options |= {"weights": weights, "grid": grid, "seed": seed, "batch_size": batch_size, "device": device}
     run(diffprune.sample, checkpoint, vqvae, out, **options, dry_run=dry_run, as_json=as_json)
 
