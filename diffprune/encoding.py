@@ -18,6 +18,7 @@ from diffprune.device import pick_device
 from diffprune.engines import run_stage
 from diffprune.errors import InputError
 from diffprune.files import read_json
+from diffprune.models.inception import inception_features
 from diffprune.progress import Progress
 from diffprune.shards import ShardIndex, ShardSpec, index_shards
 from diffprune.tables import base_table
@@ -58,23 +59,42 @@ def embed(
     device: str = "auto",
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Write an L2-normalised embedding of every image: ``<out>/<shard>.npy`` float16 [n, D] beside a table of keys.
+    """Write an embedding of every image: ``<out>/<shard>.npy`` float16 [n, D] beside a table of keys.
 
-    ``model``: ``vqvae:PATH``, the features of a trained VQ-VAE's own encoder. Failed images as in ``encode``.
+    ``model``: ``vqvae:PATH``, the features of a trained VQ-VAE's own encoder, L2-normalised; ``inception:PATH`` or
+    ``inception@SIZE:PATH``, FID's Inception, not normalised, see ``models.inception.inception_features``. Failed
+    images as in ``encode``.
     """
+    chosen = pick_device(device)
+    network = (
+        _inception(model, chosen) if model.startswith(("inception:", "inception@")) else _vqvae_features(model, chosen)
+    )
+    return _map_images("embed", network, shards, Path(out), batch_size, chosen, dry_run)
+
+
+def _vqvae_features(model: str, device: torch.device) -> _Network:
     name, _, path = model.partition(":")
     if name != "vqvae" or not path:
         raise InputError(
-            f"model: expected vqvae:PATH (a checkpoint or run folder of `diffprune train vqvae`), got {model!r}"
+            f"model: expected vqvae:PATH (a checkpoint or run folder of `diffprune train vqvae`) or inception:PATH "
+            f"(FID's Inception), got {model!r}"
         )
-    vqvae, state = load_vqvae(path, pick_device(device))
+    vqvae, state = load_vqvae(path, device)
     head = {"kind": "embeddings", "model": name, "model_sha256": state["sha256"]}
 
     def features(images: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.normalize(vqvae.embed(images).double(), dim=1)
 
-    network = _Network(features, vqvae.image_size, vqvae.in_channels, head, path)
-    return _map_images("embed", network, shards, Path(out), batch_size, pick_device(device), dry_run)
+    return _Network(features, vqvae.image_size, vqvae.in_channels, head, path)
+
+
+def _inception(model: str, device: torch.device) -> _Network:
+    function, size, head, path = inception_features(model, device)
+
+    def features(images: torch.Tensor) -> torch.Tensor:
+        return function(((images + 1) * 127.5).round().to(torch.uint8))
+
+    return _Network(features, size, 3, {"kind": "embeddings", **head}, path)
 
 
 def to_model_range(images: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
