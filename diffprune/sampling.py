@@ -96,7 +96,7 @@ def sample(
     settings |= {"guidance_channels": guidance_channels, "coarse_until": coarse_until}
     missing = set()
     if out is not None:
-        plan = {**settings, **sampler.identity(), "shard_size": shard_size}
+        plan = {**settings, **sampler.identity(), "shard_size": shard_size, "image_size": sampler.vqvae.image_size}
         beside = [Path(grid).name] if grid is not None and Path(grid).parent == Path(out) else []
         missing = claim_folder(out, "sample.json", plan, paths, extra=beside, dry_run=dry_run)
     grid_count = min(count, GRID_IMAGES) if grid is not None else 0
