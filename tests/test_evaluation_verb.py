@@ -255,6 +255,7 @@ def test_evaluate_refuses_what_cannot_be_compared(folders):
     refuse(root, "samples: expected at least 91 rows for k = 90, got 90", k=90)
     refuse(root, "samples: expected at least 4 rows for k = 3, got 3", limit=3)
     refuse(root, "vendi_orders: expected numbers from 0", vendi_orders=[-1])
+    refuse(root, "vendi_orders: expected numbers from 0", vendi_orders=[2, math.nan])
     refuse(root, "expected embeddings, found latents", samples=root / "latents")
     refuse(root, "nowhere", samples=root / "nowhere")
     refuse(root, "'real/00005' is not in", kept=write_kept(root / "failed.parquet", keys[:9]))

@@ -165,7 +165,10 @@ def encode(
 @app.command(rich_help_panel="Features")
 def embed(
     shards: Shards,
-    model: Annotated[str, typer.Option(help="vqvae:PATH, the features of a trained VQ-VAE's encoder.")],
+    model: Annotated[
+        str,
+        typer.Option(help="vqvae:PATH, a trained VQ-VAE's encoder, or inception@SIZE:PATH, FID's Inception."),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The embeddings folder.")],
     batch_size: BatchSize = 256,
     device: Device = "auto",
@@ -291,16 +294,25 @@ def evaluate(
     kept: Annotated[
         Path | None, typer.Option(help="The selection that the model was trained on, for memorization.")
     ] = None,
+    same_seed: Annotated[
+        Path | None, typer.Option(help="Embeddings of another model's images of the same seed, to compare with.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="What to call this model in tables.")] = None,
+    split: Annotated[str | None, typer.Option(help="What the reference is: train, validation, …")] = None,
     k: Annotated[int, typer.Option(min=1, help="Neighbours, for precision and recall.")] = 3,
+    vendi_order: Annotated[
+        list[float] | None, typer.Option(min=0, help="Order of a Vendi score, 0 to inf; 1 is always there. Repeatable.")
+    ] = None,
     limit: Annotated[int, typer.Option(min=2, help="Images of each side, at most, for the k-NN metrics.")] = 50_000,
     seed: Seed = 0,
     device: Device = "auto",
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Fréchet distance, precision, recall, F-score, Vendi score, memorization and class balance."""
-    options = {"kept": kept, "name": name, "k": k, "limit": limit, "seed": seed, "device": device}
+    """Fréchet and kernel distance, precision, recall, F-score, Vendi score, memorization, class balance."""
+    options = {"kept": kept, "same_seed": same_seed, "name": name, "split": split, "k": k, "limit": limit}
+    options |= {"seed": seed, "device": device}
+    options |= {"vendi_orders": vendi_order} if vendi_order else {}
     run(diffprune.evaluate, samples, reference, out, **options, dry_run=dry_run, as_json=as_json)
 
 

@@ -81,7 +81,7 @@ def evaluate(
         if value < least:
             raise InputError(f"{what}: expected at least {least}, got {value}")
     orders = sorted({1.0, *map(float, vendi_orders)})
-    if not orders[0] >= 0:
+    if not all(q >= 0 for q in orders):
         raise InputError(f"vendi_orders: expected numbers from 0 to infinity, got {list(vendi_orders)}")
     chosen = pick_device(device)
     made, real = FeatureFolder(samples, chosen), FeatureFolder(reference, chosen)
