@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffprune.errors import InputError
 from diffprune.evaluation.features import check_features
-from diffprune.evaluation.neighbours import nearest
+from diffprune.evaluation.neighbours import kth_squared
 from diffprune.kernels.cpu.search import pair_sqdistances
 
 TILE = 1 << 21
@@ -33,7 +33,7 @@ def precision_recall(samples: Tensor, reference: Tensor, k: int = 3) -> dict[str
     if k < 1:
         raise InputError(f"precision_recall: expected k >= 1, got {k}")
     check_features(k + 1, samples=samples, reference=reference)
-    found = _Membership(samples, reference, _squared_radii(samples, k), _squared_radii(reference, k))
+    found = _Membership(samples, reference, kth_squared(samples, k), kth_squared(reference, k))
     precision = float((found.balls > 0).double().mean())
     recall = float(found.recalled.double().mean())
     return {
@@ -43,11 +43,6 @@ def precision_recall(samples: Tensor, reference: Tensor, k: int = 3) -> dict[str
         "density": float(found.balls.double().mean()) / k,
         "coverage": float(found.covered.double().mean()),
     }
-
-
-def _squared_radii(points: Tensor, k: int) -> Tensor:
-    distances, _ = nearest(points, points, k, exclude_self=True)
-    return distances[:, -1]
 
 
 class _Membership:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from diffprune.kernels import pairwise_topk
+from diffprune.kernels.cpu.search import pair_sqdistances
 
-GATHER_BYTES = 64 << 20
 BLOCK_ROWS = 1 << 15
 
 
@@ -26,13 +26,13 @@ def nearest(
     kernel's own distances are float32 for float32 features, too coarse to tell whether a point is on a ball's edge.
     """
     _, indices = pairwise_topk(queries, points, k, exclude_self=exclude_self)
-    squared = torch.empty(indices.shape, dtype=torch.float64, device=queries.device)
-    rows = max(1, GATHER_BYTES // (8 * k * queries.shape[1]))
-    for start in range(0, len(queries), rows):
-        own = slice(start, start + rows)
-        difference = queries[own, None].double() - points[indices[own]].double()
-        squared[own] = difference.square().sum(dim=2)
-    return squared, indices
+    return torch.stack([_squared(queries, points, column) for column in indices.T], dim=1), indices
+
+
+def kth_squared(points: Tensor, k: int) -> Tensor:
+    """Squared distance [N] float64 of each point to its ``k``-th nearest other one."""
+    _, indices = pairwise_topk(points, points, k, exclude_self=True)
+    return _squared(points, points, indices[:, -1])
 
 
 def nearest_in_blocks(queries: Tensor, blocks: Iterable[Tensor], *, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -68,3 +68,8 @@ def _joined(blocks: Iterable[Tensor]) -> Iterator[Tensor]:
             held = []
     if sum(map(len, held)):
         yield torch.cat(held)
+
+
+def _squared(queries: Tensor, points: Tensor, index: Tensor) -> Tensor:
+    """Squared distance [N] float64 of each query to the point of that index."""
+    return pair_sqdistances(queries, points, torch.arange(len(queries), device=queries.device), index)
