@@ -61,7 +61,7 @@ class ArrayFolder:
         ``kept`` (a kept.parquet) restricts them to its keys; raises InputError if one of them is not here or failed,
         or if a value is not finite.
         """
-        table = read_folder(self.folder)
+        table = self._whole_table()
         use = pc.equal(table["status"], "ok")
         if kept is not None:
             wanted = kept_keys(kept)
@@ -88,3 +88,6 @@ class ArrayFolder:
                 f"{self.folder}: {int((~finite).sum())} rows are NaN or infinite, key {key!r} first; make them again"
             )
         return table, values
+
+    def _whole_table(self) -> pa.Table:
+        return read_folder(self.folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,9 +13,9 @@ from torch import Tensor
 
 from diffprune.arrays import ArrayFolder
 from diffprune.errors import InputError
-from diffprune.tables import read_folder, read_stage
 
-_NOT_THE_EMBEDDER = ("kind", "inputs")  # of a stage's config: what it is, and the images
+# of a folder's metadata: what it is, and which images they are
+_NOT_THE_EMBEDDER = ("kind", "inputs", "embeddings", "model_path", "sampled")
 
 
 class FeatureFolder:
@@ -30,13 +29,12 @@ class FeatureFolder:
         self.folder, self.device = Path(folder), device
         self.arrays = ArrayFolder(folder, "embeddings")
         self.metadata = self.arrays.metadata
-        config = read_stage(folder).get("config", {})
-        self.embedder: dict[str, Any] = {key: config[key] for key in config if key not in _NOT_THE_EMBEDDER}
+        self.embedder = {key: value for key, value in self.metadata.items() if key not in _NOT_THE_EMBEDDER}
         shape = self.metadata.get("shape")
         if not isinstance(shape, list) or len(shape) != 1:
             raise InputError(f"{folder}: expected embeddings, one row of numbers per image, found shape {shape}")
         self.dimensions: int = shape[0]
-        table = read_folder(folder)
+        table = self.arrays._whole_table()
         self._ok = pc.equal(table["status"], "ok").to_numpy()
         self.rows: pa.Table = table.filter(pa.array(self._ok))
         if not len(self.rows):
