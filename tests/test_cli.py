@@ -83,7 +83,10 @@ def test_the_whole_road(tmp_path):
     reference = ["--reference", tmp_path / "embeddings", "--kept", kept]
     more = ["--split", "train", "--vendi-order", 3, "--vendi-order", "inf"]
     more += ["--same-seed", tmp_path / "sampled-embeddings"]
-    invoke("evaluate", tmp_path / "sampled-embeddings", *reference, "-o", metrics, "--name", "GraNd", *more)
+    given = ["evaluate", tmp_path / "sampled-embeddings", *reference, "-o", metrics, "--name", "GraNd", *more]
+    shown = invoke(*given).stdout
+    assert "frechet distance" in shown and "train" in shown and "note: fewer samples (12)" in shown
+    assert "closest_pairs" not in shown and "samples" in invoke(*given, "--dry-run").stdout
     told = json.loads(metrics.read_text())
     assert told["metrics"]["frechet_distance"] > 0 and told["vendi"]["orders"] == [1.0, 3.0, "inf"]
     assert told["context"]["reference"]["split"] == "train" and told["context"]["sampling"]["coarse_until"] == 0.5

@@ -302,7 +302,9 @@ def test_best_value_of_a_column_is_marked_by_its_direction_ties_included():
     assert [row["cells"][0]["text"] for row in table["rows"]] == ["3.000", "1.000", "1.000"]
 
 
-@pytest.mark.parametrize("change", [("samples", {"count": 6}), ("k", 5), ("embedder", {"model": "other"}), ("sampling", {"steps": 30})])
+@pytest.mark.parametrize(
+    "change", [("samples", {"count": 6}), ("k", 5), ("embedder", {"model": "other"}), ("sampling", {"steps": 30})]
+)
 def test_rows_that_cannot_be_compared_have_no_best_value(change):
     given = evaluations(3.0, 1.0)
     given[1]["context"][change[0]] = change[1]

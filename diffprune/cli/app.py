@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import diffprune
-from diffprune.cli.output import run, show_doctor
+from diffprune.cli.output import run, show_doctor, show_evaluation
 
 app = typer.Typer(
     name="diffprune",
@@ -313,7 +313,16 @@ def evaluate(
     options = {"kept": kept, "same_seed": same_seed, "name": name, "split": split, "k": k, "limit": limit}
     options |= {"seed": seed, "device": device}
     options |= {"vendi_orders": vendi_order} if vendi_order else {}
-    run(diffprune.evaluate, samples, reference, out, **options, dry_run=dry_run, as_json=as_json)
+    run(
+        diffprune.evaluate,
+        samples,
+        reference,
+        out,
+        **options,
+        dry_run=dry_run,
+        as_json=as_json,
+        display=show_evaluation,
+    )
 
 
 @app.command(rich_help_panel="Proof")
