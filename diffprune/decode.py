@@ -234,12 +234,22 @@ def _decode_pillow(data: bytes, channels: int) -> np.ndarray:
             if image.mode.startswith("I"):  # 16 bit: Pillow's own conversion would clip, not scale
                 values = np.asarray(image, dtype=np.float64) / 257
                 image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
-            pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+            pixels = np.asarray(_on_white(image).convert("L" if channels == 1 else "RGB"))
     except UnidentifiedImageError:
         raise DecodeError(f"damaged, or no JPEG, PNG or WebP: {len(data):,} bytes, first {data[:8]!r}") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DecodeError(f"damaged image: {error}") from error
     return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def _on_white(image: Image) -> Image:
+    """What is transparent shows white, not the colour that happens to be stored there."""
+    from PIL import Image
+
+    if not image.has_transparency_data:
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
 def _check_pixels(width: int, height: int) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -122,20 +124,30 @@ def _load_tower(folder: Path) -> tuple[str, nn.Module, str]:
             f"{folder}: transformers {transformers.__version__} has no {class_name}; pip install -U transformers"
         )
     options = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32}
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # that the text tower is left out is no news
     try:
-        tower, info = tower_class.from_pretrained(folder, output_loading_info=True, **options)
+        with _silence(transformers.logging):  # that the text tower is left out is no news
+            tower, info = tower_class.from_pretrained(folder, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError, KeyError, TypeError) as error:
         raise InputError(f"{folder}: cannot be loaded as a {class_name} ({error}); download it again") from error
-    finally:
-        transformers.logging.set_verbosity(verbosity)
     if info["missing_keys"]:
         raise InputError(
             f"{folder}: its weights lack {len(info['missing_keys'])} tensors of a {class_name}, "
             f"{min(info['missing_keys'])!r} first; download {_WEIGHTS} again"
         )
     return kind, tower.eval(), output
+
+
+@contextmanager
+def _silence(logging: Any) -> Iterator[None]:
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _weight_files(folder: Path) -> list[Path]:
