@@ -16,7 +16,7 @@ from diffprune.errors import InputError
 from diffprune.shards import index_shards
 from diffprune.tables import read_folder
 
-PARTS = ((0, 40), (40, 57), (57, 60))  # rows of each file; written with padded numbers, as for 10 files or more
+PARTS = ((0, 40), (40, 57), (57, 60))  # rows of each file, by number, not by name
 WIDTH = 24
 
 
@@ -25,7 +25,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 
 def write(folder: Path, rows: np.ndarray, keys: list[str], column: str = "image_path", **more: list) -> Path:
-    for number, (start, stop) in zip(("02", "10", "11"), PARTS, strict=True):
+    for number, (start, stop) in zip(("2", "10", "11"), PARTS, strict=True):
         (folder / "img_emb").mkdir(parents=True, exist_ok=True)
         (folder / "metadata").mkdir(exist_ok=True)
         np.save(folder / "img_emb" / f"img_emb_{number}.npy", rows[start:stop])
@@ -51,7 +51,7 @@ def small_set(tmp_path_factory):
 def test_normalised_float16_is_read_as_it_is(small_set, tmp_path):
     _, keys, rows = small_set
     folder = ArrayFolder(write(tmp_path / "emb", rows.astype(np.float16), keys), kind="embeddings")
-    assert folder.stems == ["img_emb_02", "img_emb_10", "img_emb_11"] and folder.metadata["shape"] == [WIDTH]
+    assert folder.stems == ["img_emb_2", "img_emb_10", "img_emb_11"] and folder.metadata["shape"] == [WIDTH]
     array = folder.array("img_emb_10")
     assert isinstance(array, np.memmap) and array.dtype == np.float16
     table, values = folder.load()
@@ -157,7 +157,7 @@ def broken(folder: Path, what: str) -> None:
         ("no keys", r"metadata_10.parquet: no column 'key'; it has caption"),
         ("null key", "image_path: row 3 has no key"),
         ("twice", "stands in it 2 times"),
-        ("width", "embeddings of 23 dimensions, but img_emb_02.npy has 24: they are of two models"),
+        ("width", "embeddings of 23 dimensions, but img_emb_2.npy has 24: they are of two models"),
         ("pickle", r"img_emb_10.npy: not a readable .npy file"),
         ("integers", r"expected \[n, D\] float16 or float32, found \[17, 24\] int32"),
         ("empty", r"expected img_emb_0.npy"),

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,11 @@ import torch
 from photos import write_class_folder
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import diffprune
 from diffprune.arrays import ArrayFolder
+from diffprune.cli.app import app
 from diffprune.errors import InputError, ResumeError
 from diffprune.models.embedders import load_embedder
 from diffprune.tables import read_folder
@@ -147,6 +150,11 @@ def test_open_clip_weights_give_what_transformers_clip_gives(photo_shards, tmp_p
         processor = transformers.CLIPImageProcessorPil(
             size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
         )
+        images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        embedder = load_embedder(str(folder), CPU)
+        with torch.inference_mode():
+            expected = model(pixel_values=embedder.resize.normalize(images)).image_embeds
+            assert torch.allclose(embedder.function(images), expected, rtol=1e-4, atol=1e-5)
         diffprune.embed(shards, tmp_path / f"out_{quick_gelu}", model=str(folder))
         table, rows = ArrayFolder(tmp_path / f"out_{quick_gelu}").load()
         for key, row in zip(table["key"].to_pylist(), rows, strict=True):
@@ -232,6 +240,29 @@ def test_a_second_model_or_another_preprocessing_is_not_mixed_in(photo_shards, c
         diffprune.embed(shards, out, model=str(moved))
     with pytest.raises(ResumeError, match="precision was 'float32', is now 'bf16'"):
         diffprune.embed(shards, out, model=str(clip_folder), precision="bf16")
+
+
+def test_embeddings_by_one_model_prepared_in_two_ways_are_not_compared(photo_shards, clip_folder, tmp_path):
+    shards, _ = photo_shards
+    other = shutil.copytree(clip_folder, tmp_path / "model")
+    config = json.loads((other / "preprocessor_config.json").read_text())
+    (other / "preprocessor_config.json").write_text(json.dumps({**config, "resample": 2}))
+    diffprune.embed(shards, tmp_path / "a", model=str(clip_folder))
+    diffprune.embed(shards, tmp_path / "b", model=str(other))
+    with pytest.raises(InputError, match="two models cannot be compared: preprocessing is"):
+        diffprune.evaluate(tmp_path / "a", tmp_path / "b", tmp_path / "metrics.json")
+
+
+def test_the_verb_takes_a_folder_and_fails_with_one_line(photo_shards, clip_folder, tmp_path):
+    shards, files = photo_shards
+    runner, out = CliRunner(), str(tmp_path / "out")
+    arguments = ["embed", str(shards), "-o", out, "--precision", "bf16", "--json", "--model"]
+    done = runner.invoke(app, [*arguments, str(clip_folder)])
+    assert done.exit_code == 0 and json.loads(done.stdout)["samples"] == len(files)
+    metadata = ArrayFolder(out).metadata
+    assert (metadata["model"], metadata["precision"]) == ("clip", "bf16")
+    refused = runner.invoke(app, [*arguments, str(tmp_path / "nothing")])
+    assert refused.exit_code == 1 and refused.stderr.startswith("error: model") and refused.stderr.count("\n") == 1
 
 
 def test_bf16_is_close_to_float32(photo_shards, clip_folder):
@@ -331,7 +362,9 @@ def test_only_a_hub_id_asks_the_hub_and_says_what_to_do_without_it(tmp_path, mon
     for path in (str(tmp_path / "nothing"), "./models/clip", "models/clip/large", "inception"):
         with pytest.raises(InputError, match="expected a folder"):
             load_embedder(path, CPU)
-    load_embedder(str(clip_folder), CPU)
+    with monkeypatch.context() as without_network:
+        without_network.setattr(socket.socket, "connect", lambda *_: pytest.fail("a local folder needs no network"))
+        load_embedder(str(clip_folder), CPU)
     assert not asked
     with pytest.raises(InputError, match=r"download config.json.*model.safetensors.* of openai/clip.* into a folder"):
         load_embedder("openai/clip-vit-large-patch14", CPU)

@@ -168,8 +168,8 @@ def embed(
     model: Annotated[
         str,
         typer.Option(
-            help="A folder or hub id of CLIP, OpenCLIP, SigLIP, DINOv2 or DINOv3; efficientnet-lite0; vqvae:PATH; or "
-            "package.module:function."
+            help="A folder or hub id of CLIP, OpenCLIP, SigLIP, DINOv2 or DINOv3; efficientnet-lite0; vqvae:PATH; "
+            "package.module:function; or clip-retrieval:FOLDER."
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The embeddings folder.")],
