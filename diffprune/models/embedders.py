@@ -55,8 +55,8 @@ class Embedder:
 def load_embedder(model: str, device: torch.device, precision: str = "auto") -> Embedder:
     """The embedder of that name, on ``device``.
 
-    ``precision``: "float32", or "bf16" (autocast); "auto" is bf16 on a GPU and float32 on a CPU. A VQ-VAE and a Python
-    function have their own.
+    ``precision``: "float32", or "bf16" (autocast); "auto" is bf16 on a GPU that has it, else float32. A VQ-VAE and a
+    Python function have their own.
 
     Raises:
         InputError: no such model, weights that are missing (with what to download), damaged or of another kind, a
@@ -69,7 +69,7 @@ def load_embedder(model: str, device: torch.device, precision: str = "auto") -> 
     if _FUNCTION.fullmatch(model):
         return _python_function(model, device)
     if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "float32"
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     if model == _EFFICIENTNET:
         return _efficientnet(device, precision)
     from diffprune.models.embedders_pretrained import load_pretrained
