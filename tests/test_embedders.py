@@ -22,6 +22,7 @@ from diffprune.arrays import ArrayFolder
 from diffprune.cli.app import app
 from diffprune.errors import InputError, ResumeError
 from diffprune.models.embedders import load_embedder
+from diffprune.shards import index_shard
 from diffprune.tables import read_folder
 
 transformers = pytest.importorskip("transformers")
@@ -240,6 +241,21 @@ def test_a_second_model_or_another_preprocessing_is_not_mixed_in(photo_shards, c
         diffprune.embed(shards, out, model=str(moved))
     with pytest.raises(ResumeError, match="precision was 'float32', is now 'bf16'"):
         diffprune.embed(shards, out, model=str(clip_folder), precision="bf16")
+
+
+def test_a_batch_of_nothing_but_a_damaged_image_is_a_failed_row(photo_shards, clip_folder, tmp_path):
+    shards = shutil.copytree(photo_shards[0], tmp_path / "shards")
+    shard = sorted(shards.glob("*.tar"))[0]
+    sample = index_shard(shard).samples[2]
+    data = bytearray(shard.read_bytes())
+    middle = sample.images()[0].data_offset + sample.images()[0].size // 2
+    data[middle : middle + 4] = b"\xff\xd9\xff\xd9"  # an end of image, to a JPEG; a wrong checksum, to a PNG
+    shard.write_bytes(data)
+    result = diffprune.embed(shards, tmp_path / "out", model=str(clip_folder), batch_size=1)
+    assert (result["samples"], result["failed"], result["first_error"]["key"]) == (10, 1, sample.key)
+    stem = shard.stem
+    array = ArrayFolder(tmp_path / "out").array(stem)
+    assert np.isnan(array[2]).all() and np.isfinite(np.delete(array, 2, axis=0)).all()
 
 
 def test_embeddings_by_one_model_prepared_in_two_ways_are_not_compared(photo_shards, clip_folder, tmp_path):
