@@ -1,7 +1,7 @@
 """Everything is declared in pyproject.toml but the two extensions, each built where its compiler is.
 
-``diffprune._cpu``: csrc/cpu, C++ for the CPU. DIFFPRUNE_CPP: ``auto`` (default) builds where a C++ compiler works, ``1``
-makes a failure an error, ``0`` skips. ``diffprune._C``: csrc, CUDA; see csrc/cuda_build.py.
+``diffprune._cpu``: csrc/cpu, C++ for the CPU. DIFFPRUNE_CPP: ``auto`` (default) builds where a C++ compiler works,
+``1`` makes a failure an error, ``0`` skips. ``diffprune._C``: csrc, CUDA; see csrc/cuda_build.py.
 """
 
 import os
@@ -12,10 +12,10 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).parent
-sys.path.insert(0, str(ROOT / "csrc"))
+sys.path.insert(0, str(Path(__file__).parent / "csrc"))
 import cuda_build
 
+ROOT = cuda_build.ROOT
 CPP_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-pthread"]
 INSTRUCTION_SETS = {
     "kmeans_avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -60,7 +60,9 @@ def cpp_extension() -> list[Extension]:
     if setting == "0" or (setting == "auto" and os.name != "posix"):  # the flags are GCC's and Clang's
         return []
     folder = ROOT / "csrc" / "cpu"
-    sources, headers = (sorted(str(path.relative_to(ROOT)) for path in folder.glob(kind)) for kind in ("*.cpp", "*.[hi]*"))
+    sources, headers = (
+        sorted(str(path.relative_to(ROOT)) for path in folder.glob(kind)) for kind in ("*.cpp", "*.[hi]*")
+    )
     return [Extension("diffprune._cpu", sources=sources, depends=headers, language="c++", optional=setting == "auto")]
 
 

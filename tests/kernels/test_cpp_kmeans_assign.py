@@ -68,6 +68,23 @@ def test_near_ties(variant: str, generator: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("exact", ["centroids", "points"])
+def test_only_one_side_is_rounded(variant: str, exact: str, generator: torch.Generator) -> None:
+    """The codes of ±1 are exact, so all of the bound has to come from the other side. Near ties in every row."""
+    signs = torch.randn(400, 64, generator=generator).sign()
+    signs[200:] = -signs[:200]  # the median is in the middle of ±1
+    signs[0], signs[200] = 1, -1
+    values = signs[torch.randint(0, 400, (400,), generator=generator)] * 0.05 + torch.randn(
+        400, 64, generator=generator
+    )
+    values[:, 0] = 4
+    if exact == "centroids":
+        check(values.repeat(8, 1) + 1e-3 * torch.randn(3200, 64, generator=generator), signs, variant)
+    else:
+        check(signs, values.repeat(3, 1) + 1e-2 * torch.randn(1200, 64, generator=generator), variant)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("copies", [3, 100, 129, 200, 1000])
 def test_many_equal_centroids(variant: str, copies: int, generator: torch.Generator) -> None:
     """More candidates than a row has room for; the smallest index wins."""
@@ -101,13 +118,18 @@ def test_an_outlier_among_the_centroids(variant: str, generator: torch.Generator
 @pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-12, 1e12, 1e25, 1e37])
 def test_scales(variant: str, scale: float, generator: torch.Generator) -> None:
     """Also where squares overflow or vanish: the labels are those of float64."""
-    points, centroids = torch.randn(300, 20, generator=generator) * scale, torch.randn(40, 20, generator=generator) * scale
+    points, centroids = (
+        torch.randn(300, 20, generator=generator) * scale,
+        torch.randn(40, 20, generator=generator) * scale,
+    )
     assignment, _, _ = search(points, centroids, variant)
     assert torch.equal(assignment.long(), distances(points, centroids).argmin(dim=1))
     mixed = torch.cat([points, torch.randn(100, 20, generator=generator)])
     assignment, _, _ = search(mixed, centroids, variant)
     expected = distances(mixed, centroids)
-    torch.testing.assert_close(expected.gather(1, assignment.long()[:, None])[:, 0], expected.amin(dim=1), rtol=1e-13, atol=0)
+    torch.testing.assert_close(
+        expected.gather(1, assignment.long()[:, None])[:, 0], expected.amin(dim=1), rtol=1e-13, atol=0
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -163,7 +185,13 @@ def test_threads_and_neighbours_change_nothing(generator: torch.Generator) -> No
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_strides(variant: str, generator: torch.Generator) -> None:
     wide, centroids = torch.randn(100, 60, generator=generator), torch.randn(40, 20, generator=generator)
-    for points in (wide[:, 10:30], wide[::3, :20], wide[:20].T[:, :20], wide[:1, :20].expand(9, 20), wide.flip(0)[:, :20]):
+    for points in (
+        wide[:, 10:30],
+        wide[::3, :20],
+        wide[:20].T[:, :20],
+        wide[:1, :20].expand(9, 20),
+        wide.flip(0)[:, :20],
+    ):
         check(points, centroids, variant)
 
 
@@ -182,6 +210,6 @@ def test_what_it_refuses() -> None:
     wide = torch.ones(1, 65537)
     with pytest.raises(NotImplementedError, match="cpp: needs D of at most 65536, got 65537"):
         kmeans_assign(wide, wide, impl="cpp")
-    with pytest.raises(NotImplementedError, match="cpp: needs float16, bfloat16 or float32, got torch.float64"):
+    with pytest.raises(NotImplementedError, match=r"cpp: needs float16, bfloat16 or float32, got torch\.float64"):
         kmeans_assign(torch.ones(2, 2).double(), torch.ones(2, 2), impl="cpp")
     check(torch.randn(3, 65536), torch.randn(5, 65536), VARIANTS[0])

@@ -43,7 +43,7 @@ def test_explicit_choice_never_falls_back(op: dispatch.Op, impl: str, value: int
 
 
 def test_unknown_name(op: dispatch.Op) -> None:
-    with pytest.raises(ValueError, match=r"example: expected impl to be one of auto, cuda, triton, cpp, cpu, .*got 'gpu'"):
+    with pytest.raises(ValueError, match=r"expected impl to be one of auto, cuda, triton, cpp, cpu, .*got 'gpu'"):
         op("gpu", 3)
 
 
