@@ -1,4 +1,4 @@
-"""The extensions: what nvcc made of csrc/ and the C++ compiler of csrc/cpu, and what is said where one cannot run. No GPU."""
+"""The extensions: what nvcc made of csrc/, the C++ compiler of csrc/cpu, and what is said where one cannot run."""
 
 from __future__ import annotations
 
