@@ -17,6 +17,7 @@ import cuda_build
 
 ROOT = cuda_build.ROOT
 CPP_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-pthread"]
+PLAIN_SUMS = ["-ffp-contract=off"]  # w·x is rounded before it is added, as in PyTorch
 INSTRUCTION_SETS = {
     "kmeans_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "kmeans_avx512vnni": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"],
@@ -40,7 +41,9 @@ class BuildExtensions(build_ext):
     def build_cpp(self, ext: Extension, target: Path) -> None:
         objects = []
         for source in ext.sources:
-            flags = CPP_FLAGS + (INSTRUCTION_SETS.get(Path(source).stem, []) if X86 else [])
+            stem = Path(source).stem
+            flags = CPP_FLAGS + (PLAIN_SUMS if stem == "kmeans_update" else [])
+            flags += INSTRUCTION_SETS.get(stem, []) if X86 else []
             objects += self.compiler.compile(
                 [source],
                 output_dir=self.build_temp,

@@ -8,5 +8,7 @@ PYBIND11_MODULE(_cpu, module) {
   namespace py = pybind11;
   module.doc() = "C++ kernels of diffprune for the CPU: plain functions of addresses and sizes; see csrc/cpu/ops.h.";
   module.def("variants", &diffprune::cpu::variants);
-  module.def("kmeans_assign", &diffprune::cpu::kmeans_assign, py::call_guard<py::gil_scoped_release>());
+  const auto unlocked = py::call_guard<py::gil_scoped_release>();
+  module.def("kmeans_assign", &diffprune::cpu::kmeans_assign, unlocked);
+  module.def("kmeans_update", &diffprune::cpu::kmeans_update, unlocked);
 }

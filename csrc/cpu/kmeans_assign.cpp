@@ -6,11 +6,10 @@
 #include <new>
 #include <stdexcept>
 #include <string>
-#include <system_error>
-#include <thread>
 #include <vector>
 
 #include "ops.h"
+#include "threads.h"
 
 namespace diffprune::cpu {
 namespace {
@@ -151,26 +150,17 @@ std::pair<int64_t, int64_t> kmeans_assign(const std::string& name, uintptr_t poi
   const Tables tables = pack(**found, reinterpret_cast<const float*>(centroids),
                              reinterpret_cast<const float*>(centre), k, dimensions);
   const Points given{reinterpret_cast<const void*>(points), static_cast<Type>(type), stride};
-  std::atomic<int64_t> next{0}, candidates{0}, exact{0};
+  std::atomic<int64_t> candidates{0}, exact{0};
   std::atomic<bool> failed{false};
-  const auto work = [&] {
-    for (int64_t first; (first = next.fetch_add(kRowsPerTask)) < n;) {
-      const Counts counts = (*found)->assign(tables.packed, given, first, std::min(n, first + kRowsPerTask),
-                                             reinterpret_cast<int32_t*>(assignment),
-                                             reinterpret_cast<float*>(sqdistance));
-      if (counts.candidates < 0) failed = true;
-      candidates += counts.candidates;
-      exact += counts.exact;
-    }
-  };
-  const int64_t tasks = (n + kRowsPerTask - 1) / kRowsPerTask;
-  std::vector<std::thread> others;
-  try {
-    for (int64_t i = 1; i < std::min<int64_t>(threads, tasks); ++i) others.emplace_back(work);
-  } catch (const std::system_error&) {  // no more threads to be had: those that there are do the work
-  }
-  work();
-  for (auto& thread : others) thread.join();
+  in_threads(threads, (n + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task) {
+    const int64_t first = task * kRowsPerTask;
+    const Counts counts = (*found)->assign(tables.packed, given, first, std::min(n, first + kRowsPerTask),
+                                           reinterpret_cast<int32_t*>(assignment),
+                                           reinterpret_cast<float*>(sqdistance));
+    if (counts.candidates < 0) failed = true;
+    candidates += counts.candidates;
+    exact += counts.exact;
+  });
   if (failed) throw std::bad_alloc();
   return {candidates, exact};
 }

@@ -26,7 +26,7 @@ struct Packed {
   int64_t k, dimensions, panels, groups;
 };
 
-enum class Type : int { float32 = 0, float16 = 1, bfloat16 = 2 };
+enum class Type : int { float32 = 0, float16 = 1, bfloat16 = 2, float64 = 3 };
 
 struct Points {
   const void* values;  // [N, D]

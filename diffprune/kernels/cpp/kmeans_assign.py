@@ -9,11 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffprune.kernels.cpp import extension, instruction_set
+from diffprune.kernels.cpp import TYPES, as_rows, extension, instruction_set
 from diffprune.kernels.cpu import refuse_device
 from diffprune.kernels.cpu.search import centre_of
-
-TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 MAX_DIMENSIONS = 65536
 """255 · 127 · D has to fit in 32 bits."""
@@ -21,7 +19,7 @@ MAX_DIMENSIONS = 65536
 
 def refuse(points: Tensor, centroids: Tensor) -> str | None:
     """Only CPU tensors of float16, bfloat16 or float32, and D up to ``MAX_DIMENSIONS``."""
-    wrong = [tensor.dtype for tensor in (points, centroids) if tensor.dtype not in TYPES]
+    wrong = [tensor.dtype for tensor in (points, centroids) if tensor.dtype == torch.float64]
     if wrong:
         return f"needs float16, bfloat16 or float32, got {wrong[0]}"
     if points.shape[1] > MAX_DIMENSIONS:
@@ -39,8 +37,7 @@ def search(points: Tensor, centroids: Tensor, variant: str) -> tuple[Tensor, Ten
     """Assignment, squared distance, and how many pairs were compared in float32 and in float64."""
     assignment = points.new_empty(points.shape[0], dtype=torch.int32)
     sqdistance = points.new_empty(points.shape[0], dtype=torch.float32)
-    if points.stride(1) != 1 or points.stride(0) < points.shape[1]:
-        points = points.contiguous()
+    points = as_rows(points)
     centroids = centroids.float().contiguous()
     centre = centre_of(centroids, torch.float32)
     counts = extension().kmeans_assign(
