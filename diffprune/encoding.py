@@ -19,7 +19,7 @@ from diffprune.device import pick_device
 from diffprune.engines import run_stage
 from diffprune.errors import InputError
 from diffprune.files import read_json
-from diffprune.models.embedders import load_embedder, unit_rows
+from diffprune.models.embedders import load_embedder
 from diffprune.progress import Progress
 from diffprune.shards import ShardIndex, ShardSpec, index_shards
 from diffprune.tables import base_table
@@ -77,13 +77,8 @@ def embed(
         return bind_embeddings(model.removeprefix("clip-retrieval:"), shards, out, dry_run)
     chosen = pick_device(device)
     embedder = load_embedder(model, chosen, precision)
-    name = embedder.head["model"]
-
-    def features(images: torch.Tensor) -> torch.Tensor:
-        return unit_rows(embedder.function(images), len(images), name)
-
     head = {"kind": "embeddings", **embedder.head}
-    network = _Network(features, embedder.resize, embedder.channels, head, embedder.path)
+    network = _Network(embedder.embed, embedder.resize, embedder.channels, head, embedder.path)
     return _map_images("embed", network, shards, Path(out), batch_size, chosen, dry_run)
 
 
