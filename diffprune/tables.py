@@ -80,15 +80,18 @@ def table_metadata(table: pa.Table | str | Path) -> dict[str, Any]:
     return json.loads(raw)
 
 
-def read_table(path: str | Path, columns: list[str] | None = None) -> pa.Table:
-    """Read one parquet file; InputError that names it if it is missing, malformed or lacks a column."""
+def read_table(path: str | Path, columns: list[str] | None = None, *, threads: bool = True) -> pa.Table:
+    """Read one parquet file; InputError that names it if it is missing, malformed or lacks a column.
+
+    ``threads``: decode columns in parallel; where many small files are read at once, that costs more than it saves.
+    """
     path = Path(path)
     if columns is not None:
         schema = _read(path, schema_only=True)
         missing = [name for name in columns if name not in schema.names]
         if missing:
             raise InputError(f"{path}: no column {missing[0]!r}; it has {', '.join(schema.names)}")
-    return _read(path, columns=columns)
+    return _read(path, columns=columns, threads=threads)
 
 
 def read_folder(folder: str | Path, columns: list[str] | None = None) -> pa.Table:
@@ -109,7 +112,7 @@ def _read_shards(folder: Path, columns: list[str] | None = None) -> pa.Table:
             f"run the command that made it again to finish the rest"
         )
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        tables = list(pool.map(lambda stem: read_table(folder / f"{stem}.parquet", columns), stems))
+        tables = list(pool.map(lambda stem: read_table(folder / f"{stem}.parquet", columns, threads=False), stems))
     try:
         table = pa.concat_tables(tables)
     except pa.ArrowInvalid as error:
@@ -196,9 +199,9 @@ def _join(left: pa.Table, right: pa.Table, left_path: str | Path, right_path: st
     return left
 
 
-def _read(path: Path, *, columns: list[str] | None = None, schema_only: bool = False) -> Any:
+def _read(path: Path, *, columns: list[str] | None = None, schema_only: bool = False, threads: bool = True) -> Any:
     try:
-        return pq.read_schema(path) if schema_only else pq.ParquetFile(path).read(columns=columns)
+        return pq.read_schema(path) if schema_only else pq.ParquetFile(path).read(columns=columns, use_threads=threads)
     except FileNotFoundError:
         raise InputError(f"{path}: no such table") from None
     except (pa.ArrowException, OSError, ValueError) as error:
