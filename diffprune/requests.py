@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import pyarrow as pa
 
 from diffprune.errors import InputError
 from diffprune.expressions import By, parse_by
+from diffprune.files import read_json
 from diffprune.tables import BASE_COLUMNS, score_columns
 
 NEEDS = {  # what each order works on
@@ -129,6 +131,30 @@ class Request:
             _check_group(table, self.group)
         elif self.quota is not None or self.shares != "proportional":
             raise InputError("quota and shares are of groups: give `per`, such as label or cluster")
+
+
+def read_quota(quota: str | Path | Mapping[str, int]) -> dict[str, int]:
+    """A quota: a mapping, text such as "0=100,1=50,*=20", or the path of a JSON object. InputError for anything else."""
+    if isinstance(quota, Mapping):
+        given, where = quota, "quota"
+    elif isinstance(quota, str) and "=" in quota:
+        pairs = [part.strip().rpartition("=") for part in quota.split(",") if part.strip()]
+        names = [name.strip() for name, _, _ in pairs]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise InputError(f"quota {quota!r}: group {twice[0]!r} stands in it twice")
+        given, where = {n: _whole(v.strip()) for n, (_, _, v) in zip(names, pairs, strict=True)}, f"quota {quota!r}"
+    else:
+        given, where = read_json(quota), f"{quota}"
+    if not isinstance(given, Mapping) or not given:
+        raise InputError(f'{where}: expected numbers by group, such as 0=100,1=50 or {{"0": 100, "1": 50}}')
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise InputError(f"{where}: group {name!r}: expected a number of samples, 0 or more, got {value!r}")
+    return {str(name): value for name, value in given.items()}
+
+
+def _whole(text: str) -> int | str:
+    return int(text) if text.isascii() and text.isdigit() else text
 
 
 def _check_within(table: pa.Table, within: str) -> None:

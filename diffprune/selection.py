@@ -18,7 +18,7 @@ from diffprune.arrays import ArrayFolder
 from diffprune.choosing import choose_rows
 from diffprune.errors import InputError
 from diffprune.files import fingerprint
-from diffprune.requests import NEEDS, Request
+from diffprune.requests import NEEDS, Request, read_quota
 from diffprune.tables import read_stage, read_tables, table_metadata, write_table
 
 __all__ = ["select"]
@@ -37,7 +37,7 @@ def select(
     within: str = "nearest",
     per: str | None = None,
     shares: str = "proportional",
-    quota: Mapping[str, int] | None = None,
+    quota: str | Path | Mapping[str, int] | None = None,
     dedup: float | None = None,
     dedup_keep: str = "farthest",
     embeddings: str | Path | None = None,
@@ -52,7 +52,9 @@ def select(
         keep, prune, count: how much to keep; exactly one of them, unless ``quota`` says it, or ``dedup`` alone is to
             decide. ``keep`` is a fraction of the samples that did not fail, ``prune`` the fraction to leave out; keep·N
             is rounded half up, in exact decimal arithmetic.
-        by, order, seed, within, per, shares, quota, dedup, dedup_keep, device: see ``choose``.
+        quota: how many of each group of ``per``, by name, "*" for all others: a mapping, the text "0=100,1=50,*=20",
+            or a JSON file with an object.
+        by, order, seed, within, per, shares, dedup, dedup_keep, device: see ``choose``.
         embeddings: the embeddings folder that k-center, herding and ``dedup`` work on.
         dry_run: choose nothing, write nothing; say how many would be kept.
 
@@ -71,6 +73,7 @@ def select(
     """
     folders = [scores] if isinstance(scores, (str, Path)) else list(scores)
     table = read_tables(folders)
+    quota = None if quota is None else read_quota(quota)
     request = Request(order, by, seed, within, per, shares, quota, dedup, dedup_keep)
     request.check(table)
     total = int(pc.sum(pc.equal(table["status"], "ok")).as_py() or 0)

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from diffprune import diversity, orders
 from diffprune.arrays import write_array
+from diffprune.choosing import choose
 from diffprune.errors import InputError
 from diffprune.files import write_json
-from diffprune.choosing import choose
 from diffprune.requests import ORDERS
 from diffprune.selection import select
 from diffprune.tables import base_table, table_metadata, write_table
@@ -280,7 +280,8 @@ def test_fourier_features_approximate_the_gaussian_kernel():
 def test_median_distance_ignores_copies_and_offsets():
     points = np.array([[0, 0], [3, 4], [3, 4], [0, 0]], np.float32)
     for offset in (0, 1000):
-        assert diversity.median_distance(torch.from_numpy(points + np.float32(offset)), np.arange(4)) == pytest.approx(5, rel=1e-6)
+        moved = torch.from_numpy(points + np.float32(offset))
+        assert diversity.median_distance(moved, np.arange(4)) == pytest.approx(5, rel=1e-6)
     assert diversity.median_distance(torch.full((3, 2), 7.0), np.arange(3)) == 1
 
 
