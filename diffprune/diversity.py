@@ -19,6 +19,7 @@ Advance = Callable[[int], None]
 
 _TILE = 2**22  # elements of the largest temporary
 _POOL = 2048  # rows among which k-center chooses between two passes over all
+_SIDE = 2048  # of the tiles of similarities
 
 
 def k_center(points: Tensor, count: int, first: int, advance: Advance = lambda done: None) -> np.ndarray:
@@ -131,15 +132,15 @@ def _seen_before(points: Tensor, threshold: float) -> Tensor:
     unit = torch.nn.functional.normalize(points.float(), eps=0)
     slack = (points.shape[1] + 8) * 2.0**-23  # of a product of two unit vectors, and of their scaling
     seen = torch.zeros(len(unit), dtype=torch.bool, device=points.device)
-    side = 2048
-    for start in range(0, len(unit), side):
-        rows = unit[start : start + side]
-        for other in range(0, start + 1, side):
-            similarity = rows @ unit[other : other + side].T
+
+    for start in range(0, len(unit), _SIDE):
+        rows = unit[start : start + _SIDE]
+        for other in range(0, start + 1, _SIDE):
+            similarity = rows @ unit[other : other + _SIDE].T
             if other == start:
                 similarity = similarity.tril(diagonal=-1) + torch.full_like(similarity, -2).triu()
-            seen[start : start + side] |= (similarity > threshold + slack).any(dim=1)
-            doubtful = ((similarity - threshold).abs() <= slack) & ~seen[start : start + side, None]
+            seen[start : start + _SIDE] |= (similarity > threshold + slack).any(dim=1)
+            doubtful = ((similarity - threshold).abs() <= slack) & ~seen[start : start + _SIDE, None]
             pairs = doubtful.nonzero()
             for block in pairs.split(max(1, _TILE // points.shape[1])):
                 a, b = (points[block[:, i] + (start, other)[i]].double() for i in (0, 1))

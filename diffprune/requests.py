@@ -134,7 +134,7 @@ class Request:
 
 
 def read_quota(quota: str | Path | Mapping[str, int]) -> dict[str, int]:
-    """A quota: a mapping, text such as "0=100,1=50,*=20", or the path of a JSON object. InputError for anything else."""
+    """A quota: a mapping, text such as "0=100,1=50,*=20", or the path of a JSON object; else InputError."""
     if isinstance(quota, Mapping):
         given, where = quota, "quota"
     elif isinstance(quota, str) and "=" in quota:
