@@ -286,7 +286,7 @@ def test_what_cannot_be_compared_with_published_figures_is_flagged(tmp_path):
     write_embeddings(tmp_path / "real", unit_rows(30, 20, 2), [0] * 30, **inception)
     sampled = {**SAMPLED, "image_size": 32}
     write_embeddings(tmp_path / "made", unit_rows(25, 20, 3), [0] * 25, prefix="made", sampled=sampled, **inception)
-    write_embeddings(tmp_path / "unknown", unit_rows(25, 20, 3), [0] * 25, prefix="made", **inception)
+    write_embeddings(tmp_path / "unknown", unit_rows(25, 20, 3), [0] * 25, prefix="made", **inception, precision="bf16")
     told = []
     for name in ("made", "unknown"):
         result = diffprune.evaluate(
@@ -298,3 +298,4 @@ def test_what_cannot_be_compared_with_published_figures_is_flagged(tmp_path):
     assert "no Fréchet distance at infinity: it needs 42 samples of 20 dimensions" in told[0]
     assert "samples are 32 pixels wide and were resized to 256" in told[0] and "not recorded" not in told[0]
     assert "how the samples were drawn (steps, guidance, seed) is not recorded" in told[1]
+    assert "embedded in different precisions, bf16 and None" in told[1] and "precisions" not in told[0]

@@ -16,8 +16,9 @@ _SAMPLING = (
 
 
 def common_embedder(samples: FeatureFolder, reference: FeatureFolder) -> dict[str, Any]:
-    """What made both folders; InputError if they differ in the model, its weights, the image size or anything else."""
-    for field in sorted(samples.embedder.keys() | reference.embedder.keys()):
+    """What made both folders; InputError if they differ in the model, its weights, the image size or anything else
+    but the precision."""
+    for field in sorted((samples.embedder.keys() | reference.embedder.keys()) - {"precision"}):
         found = [folder.embedder.get(field) for folder in (samples, reference)]
         if found[0] != found[1]:
             raise InputError(
@@ -52,6 +53,9 @@ def flags(
         for what, count in (("reference images", len(reference)), ("samples", len(samples)))
         if count < dimensions
     ]
+    precisions = [folder.embedder.get("precision") for folder in (samples, reference)]
+    if precisions[0] != precisions[1]:
+        told.append(f"samples and reference were embedded in different precisions, {precisions[0]} and {precisions[1]}")
     if infinity is None:
         least = 2 * (dimensions + 1)
         told.append(f"no Fréchet distance at infinity: it needs {least:,} samples of {dimensions:,} dimensions")
