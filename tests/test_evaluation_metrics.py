@@ -537,6 +537,8 @@ def test_metrics_refuse_nan_integers_and_wrong_shapes(metric):
 def test_metrics_refuse_what_they_cannot_compute():
     with pytest.raises(InputError, match="one dimension"):
         frechet_distance(torch.ones(5, 3), torch.ones(5, 4))
+    with pytest.raises(InputError, match="one dimension, got 3 and 4"):
+        frechet_distance(torch.ones(5, 3), Gaussian.of(torch.ones(5, 4)))
     with pytest.raises(InputError, match="at least 4 rows, got 3"):
         precision_recall(torch.ones(3, 2), torch.ones(9, 2), k=3)
     with pytest.raises(InputError, match="blocks >= 1 and block_size >= 2, got 0 and 1000"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -56,9 +57,8 @@ def frechet_distance_infinity(
     for size in sizes:
         rows = torch.randperm(count, generator=generator)[:size].sort().values
         distances.append(target.distance(Gaussian.of(samples[rows.to(samples.device)])))
-    inverse = torch.tensor([[1.0, 1 / size] for size in sizes], dtype=torch.float64)
-    fit = torch.linalg.lstsq(inverse, torch.tensor(distances, dtype=torch.float64)[:, None]).solution[:, 0]
-    return {"distance": float(fit[0]), "slope": float(fit[1]), "sizes": sizes, "distances": distances}
+    distance, slope = _line([1 / size for size in sizes], distances)
+    return {"distance": distance, "slope": slope, "sizes": sizes, "distances": distances}
 
 
 class _Target:
@@ -70,6 +70,8 @@ class _Target:
         self.root = (vectors * eigenvalues.clamp_min(0).sqrt()) @ vectors.T
 
     def distance(self, other: Gaussian) -> float:
+        if other.mean.shape != self.mean.shape:
+            raise InputError(f"expected features of one dimension, got {len(other.mean)} and {len(self.mean)}")
         covariance = other.covariance
         # Σ₁Σ₂ and √Σ₂·Σ₁·√Σ₂ have the same eigenvalues; the second is symmetric, so they come out real.
         product = self.root @ covariance @ self.root
@@ -80,3 +82,14 @@ class _Target:
 
 def _gaussian(features: Tensor | Gaussian) -> Gaussian:
     return features if isinstance(features, Gaussian) else Gaussian.of(features)
+
+
+def _line(x: list[float], y: list[float]) -> tuple[float, float]:
+    """Where the least-squares line through the points meets x = 0, and its slope.
+
+    Summed exactly: the last digits of LAPACK's answer change with where its memory lies.
+    """
+    middle, height = math.fsum(x) / len(x), math.fsum(y) / len(y)
+    spread = math.fsum((a - middle) ** 2 for a in x)
+    slope = math.fsum((a - middle) * (b - height) for a, b in zip(x, y, strict=True)) / spread
+    return height - slope * middle, slope
