@@ -16,10 +16,11 @@ from diffprune.kmeans_init import parallel, plus_plus, random_rows
 from diffprune.kmeans_lloyd import Fit, Lloyd, too_few, total
 from diffprune.kmeans_minibatch import minibatch
 from diffprune.kmeans_points import Points, open_points, refuse_rows
+from diffprune.kmeans_split import split_start
 from diffprune.kmeans_sums import ClusterSums
 
 METRICS = ("euclidean", "cosine")
-INITS = ("k-means++", "k-means||", "random")
+INITS = ("k-means++", "k-means||", "random", "split")
 ALGORITHMS = ("auto", "lloyd", "yinyang")
 
 
@@ -35,7 +36,8 @@ class KMeans:
     Args:
         k: number of clusters.
         init: "k-means++" (Arthur and Vassilvitskii 2007; k passes over the points), "k-means||" (Bahmani et al. 2012; 6
-            passes), "random" (k different rows), or the first centroids [k, D].
+            passes), "random" (k different rows), "split" (for many clusters: √k of them, each split on its own), or the
+            first centroids [k, D].
         max_iter: rounds of assignment and update at most; with ``batch_size``, passes over the points.
         tol: stop when the squared shifts of all centroids sum to at most ``tol`` times the mean variance of the
             dimensions (scikit-learn's meaning). 0 runs until no label changes.
@@ -179,8 +181,9 @@ class KMeans:
                 found = [given.rows, given.dimensions]
                 raise InputError(f"k-means: expected init [{self.k}, {points.dimensions}], got {found}")
             return given.take(torch.arange(self.k)).to(points.device)
-        if self.init == "k-means||":
-            return parallel(points, self.k, generator, largest, weights)
+        if self.init in ("k-means||", "split"):
+            start = parallel if self.init == "k-means||" else split_start
+            return start(points, self.k, generator, largest, weights)
         return (plus_plus if self.init == "k-means++" else random_rows)(points, self.k, generator, weights)
 
     def _run(self, lloyd: Lloyd, start: Tensor, tolerance: float, generator: torch.Generator) -> Fit:
