@@ -38,7 +38,8 @@ class KMeans:
         init: "k-means++" (Arthur and Vassilvitskii 2007; k passes over the points), "k-means||" (Bahmani et al. 2012; 6
             passes), "random" (k different rows), "split" (for many clusters: √k of them, each split on its own), or the
             first centroids [k, D].
-        max_iter: rounds of assignment and update at most; with ``batch_size``, passes over the points.
+        max_iter: rounds of assignment and update at most; with ``batch_size``, passes over the points. 0 with given
+            centroids: only assign to them.
         tol: stop when the squared shifts of all centroids sum to at most ``tol`` times the mean variance of the
             dimensions (scikit-learn's meaning). 0 runs until no label changes.
         metric: "euclidean", or "cosine": points and centroids are scaled to length 1 (spherical k-means, Dhillon and
@@ -80,7 +81,7 @@ class KMeans:
         batch_size: int | None = None,
         memory: int | None = None,
     ) -> None:
-        if k < 1 or max_iter < 1 or n_init < 1:
+        if k < 1 or max_iter < isinstance(init, str) or n_init < 1:
             raise InputError(f"k-means: expected k, max_iter and n_init of at least 1, got {k}, {max_iter}, {n_init}")
         if not tol >= 0:
             raise InputError(f"k-means: expected tol of at least 0, got {tol}")
@@ -112,7 +113,7 @@ class KMeans:
                 blocks, a ``numpy.memmap`` or a list of arrays and paths of ``.npy`` files, each [n, D]. Half precision
                 stays as it is, float64 is rounded to float32; "cosine" holds a scaled float32 copy of points in memory.
             weights: [N], instead of those of the constructor.
-            keys: [N] names of the points, for errors.
+            keys: [N] names of the points, for errors: strings, or a column of pyarrow.
 
         Raises InputError for fewer distinct points than k; for NaN, infinity and, with "cosine", zero vectors, naming
         the points; for weights that are negative, not finite, all 0 or of another length.

@@ -207,9 +207,9 @@ def prepare(block: Tensor, metric: str) -> Tensor:
 def refuse_rows(name: str, rows: Sequence[int], total: int, why: str, keys: Sequence[str] | None = None) -> None:
     """InputError that names the rows, if there are any."""
     if rows:
-        shown = ", ".join(repr(keys[row]) if keys else str(row) for row in rows[:SHOWN])
+        shown = ", ".join(repr(str(keys[row])) if keys is not None else str(row) for row in rows[:SHOWN])
         shown += ", ..." if len(rows) > SHOWN else ""
-        what = "keys" if keys else "rows"
+        what = "rows" if keys is None else "keys"
         raise InputError(f"k-means: {len(rows)} of {total} {name} have {why}: {what} {shown}; leave them out")
 
 
