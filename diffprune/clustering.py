@@ -74,6 +74,8 @@ def cluster(
         raise InputError(f"cluster: expected engine to be one of {', '.join(ENGINES)}, got {engine!r}")
     if engine == "faiss" and (levels or batch_size or n_init > 1):
         raise InputError("cluster: engine 'faiss' takes no levels, batch_size or n_init; use 'diffprune'")
+    if levels and (batch_size or n_init > 1):
+        raise InputError("cluster: levels take no batch_size or n_init")
     source = EmbeddingRows(embeddings)
     out = Path(out)
     options = {"max_iter": max_iter, "tol": tol, "metric": metric, "seed": seed}
