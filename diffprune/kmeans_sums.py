@@ -110,7 +110,8 @@ class _ExactSums:
 
     def _split(self, values: Tensor, weights: Tensor | None, own: slice) -> Tensor:
         """[2, b, D]: ``values``, times the ``weights``, as multiples of each grid."""
-        dtype = torch.float32 if weights is None else torch.float64  # that holds a term, and so each of its parts
+        # What holds a term, and so each of its parts, exactly.
+        dtype = torch.float32 if weights is None and values.dtype != torch.float64 else torch.float64
         parts = values.new_empty(2, *values.shape, dtype=dtype)
         grids = [grid.to(dtype) for grid in self.grids]
         steps = [grid.reciprocal() for grid in grids]
