@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,7 @@ class HierarchicalKMeans:
         memory: int | None = None,
     ) -> None:
         ks = list(ks)
-        if not ks or any(k < 1 for k in ks) or any(above >= below for below, above in zip(ks, ks[1:], strict=False)):
+        if not ks or any(k < 1 for k in ks) or any(above >= below for below, above in pairwise(ks)):
             raise InputError(f"hierarchical k-means: expected falling numbers of clusters, got {ks}")
         if resample < 0 or not 0 < resample_share <= 1:
             raise InputError(

@@ -1,4 +1,4 @@
-"""k-means: exact assignments, no empty clusters, the same bytes for the same points and seed, however they are split."""
+"""k-means: exact assignments, no empty clusters, the same bytes for a seed however the points are split."""
 
 from __future__ import annotations
 
@@ -169,9 +169,7 @@ class KMeans:
         data.check()
         centroids = self._centroids.to(data.device)
         if data.dimensions != centroids.shape[1]:
-            raise InputError(
-                f"k-means: expected points [M, {centroids.shape[1]}], got {(data.rows, data.dimensions)}"
-            )
+            raise InputError(f"k-means: expected points [M, {centroids.shape[1]}], got {(data.rows, data.dimensions)}")
         return data, centroids
 
     def _start(self, points: Points, generator: torch.Generator, largest: Tensor, weights: Tensor | None) -> Tensor:
@@ -226,5 +224,3 @@ def _variance(points: Points, largest: Tensor, weights: Tensor | None) -> float:
     if weights is None:
         return total(sqdistance) / (points.rows * points.dimensions)
     return total(sqdistance.double() * weights) / (total(weights) * points.dimensions)
-
-

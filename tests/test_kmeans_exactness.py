@@ -43,9 +43,7 @@ def files(folder: Path, points: Tensor, lengths: list[int]) -> list[Path]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 @pytest.mark.parametrize("init", ["k-means++", "k-means||", "random", "split"])
-def test_streamed_from_any_files_is_the_same_bytes(
-    tmp_path: Path, init: str, metric: str, dtype: torch.dtype
-) -> None:
+def test_streamed_from_any_files_is_the_same_bytes(tmp_path: Path, init: str, metric: str, dtype: torch.dtype) -> None:
     points = cloud(700, d=5).to(dtype)
     options: dict[str, Any] = {"init": init, "metric": metric, "max_iter": 6, "tol": 0, "seed": 3}
     expected = result(KMeans(20, **options).fit(points))
@@ -161,7 +159,9 @@ def test_sums_do_not_depend_on_order_and_are_right(scale: float, weighted: bool)
         for d in range(5):
             terms = [w * float(points[row, d]) for row, w in zip(own, masses, strict=True)]
             tolerance = 1e-13 * max(map(abs, terms))
-            assert math.isclose(float(found[0][c, d]), math.fsum(terms) / math.fsum(masses), rel_tol=0, abs_tol=tolerance)
+            assert math.isclose(
+                float(found[0][c, d]), math.fsum(terms) / math.fsum(masses), rel_tol=0, abs_tol=tolerance
+            )
 
 
 def test_half_sums_are_exact_without_a_split() -> None:
