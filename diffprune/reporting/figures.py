@@ -107,7 +107,11 @@ def curve_over_k(
 
     def draw(axes: Axes, ink: Callable[[str], str]) -> None:
         axes.axvline(chosen, color=ink(INK), linewidth=1, dashes=(3, 2.5))
-        axes.errorbar(ks, values, errors, color=ink(color), linewidth=1.8, marker="o", markersize=4, elinewidth=1.2)
+        axes.plot(ks, values, color=ink(color), linewidth=1.8)
+        half = np.zeros(len(ks)) if errors is None else np.asarray(errors)
+        for k, value, error in zip(ks, values, half, strict=True):  # markers would be shared by ids between figures
+            axes.plot([k, k], [value, value], color=ink(color), linewidth=6, solid_capstyle="round")
+            axes.plot([k, k], [value - error, value + error], color=ink(color), linewidth=1.2)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_locator(FixedLocator(list(ks)[:: math.ceil(len(ks) / 7)]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
