@@ -232,17 +232,37 @@ def score(
 
 @app.command(rich_help_panel="Selection")
 def cluster(
-    embeddings: Annotated[Path, typer.Argument(help="The embeddings: a folder of `diffprune embed`.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder of score tables.")],
-    k: Annotated[int, typer.Option("-k", "--clusters", min=1, help="How many clusters.")],
+    embeddings: Annotated[list[Path], typer.Argument(help="Folders of `diffprune embed`, all by the same model.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder of score tables, or of the page of --choose-k.")],
+    k: Annotated[int | None, typer.Option("-k", "--clusters", min=1, help="How many clusters.")] = None,
+    choose_k: Annotated[
+        str | None,
+        typer.Option(help="Instead: try these numbers, such as 8,16,...,4096, and write a page that helps to choose."),
+    ] = None,
+    levels: Annotated[str | None, typer.Option(help="Also cluster the clusters: falling numbers, as 100,10.")] = None,
     seed: Seed = 0,
+    init: Annotated[str, typer.Option(help="k-means||, k-means++, random, or split for many clusters.")] = "k-means||",
+    n_init: Annotated[int, typer.Option(min=1, help="Starts; the best is kept.")] = 1,
     max_iter: Annotated[int, typer.Option(min=1, help="Rounds at most.")] = 100,
     metric: Annotated[str, typer.Option(help="euclidean or cosine.")] = "euclidean",
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Learn from random batches of so many.")] = None,
+    engine: Annotated[str, typer.Option(help="diffprune, or faiss to compare with.")] = "diffprune",
+    memory: Annotated[
+        str | None, typer.Option(help="Embeddings in memory at a time, such as 2GiB; more stream from disk.")
+    ] = None,
+    sample: Annotated[int, typer.Option(min=10, help="Embeddings that --choose-k looks at, at most.")] = 100_000,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """k-means over embeddings: the columns cluster and distance."""
-    options = {"k": k, "seed": seed, "max_iter": max_iter, "metric": metric}
+    """k-means over embeddings: the columns cluster and distance; or, which number of clusters to take."""
+    if (k is None) == (choose_k is None):
+        raise typer.BadParameter("expected either -k or --choose-k")
+    if choose_k is not None:
+        options = {"seed": seed, "max_iter": max_iter, "metric": metric, "sample": sample}
+        run(diffprune.choose_k, embeddings, out, ks=choose_k, **options, dry_run=dry_run, as_json=as_json)
+        return
+    options = {"k": k, "seed": seed, "init": init, "n_init": n_init, "max_iter": max_iter, "metric": metric}
+    options |= {"batch_size": batch_size, "engine": engine, "memory": memory, "levels": _numbers("levels", levels)}
     run(diffprune.cluster, embeddings, out, **options, dry_run=dry_run, as_json=as_json)
 
 
@@ -390,3 +410,11 @@ def _named(pairs: list[str] | None) -> dict[str, Path]:
             raise typer.BadParameter(f"expected NAME=PATH, got {pair!r}")
         named[name] = Path(path)
     return named
+
+
+def _numbers(name: str, text: str | None) -> list[int]:
+    """Whole numbers with commas between them."""
+    try:
+        return [int(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise typer.BadParameter(f"expected numbers with commas for --{name}, got {text!r}") from None
