@@ -39,7 +39,7 @@ def linear_grad_dot(
 def _op(
     input: Tensor, grad_output: Tensor, direction: Tensor, bias_direction: Tensor | None = None, impl: str = "auto"
 ) -> Tensor:
-    _check(input, grad_output, direction, bias_direction)
+    check(input, grad_output, direction, bias_direction)
     return _implementations(impl, input, grad_output, direction, bias_direction)
 
 
@@ -47,11 +47,12 @@ def _op(
 def _fake(
     input: Tensor, grad_output: Tensor, direction: Tensor, bias_direction: Tensor | None = None, impl: str = "auto"
 ) -> Tensor:
-    _check(input, grad_output, direction, bias_direction)
+    check(input, grad_output, direction, bias_direction)
     return input.new_empty(input.shape[0], dtype=compute_dtype(input, grad_output, direction))
 
 
-def _check(input: Tensor, grad_output: Tensor, direction: Tensor, bias_direction: Tensor | None) -> None:
+def check(input: Tensor, grad_output: Tensor, direction: Tensor, bias_direction: Tensor | None) -> None:
+    """ValueError unless these are a layer's input and gradient, and a direction of its weight and bias."""
     expect("input", input, "B, T, I")
     expect("grad_output", grad_output, "B, T, O")
     expect("direction", direction, "O, I")

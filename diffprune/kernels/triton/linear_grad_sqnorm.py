@@ -16,10 +16,7 @@ flag per sample and ends if none is set, so the host never waits.
 
 float16 and bfloat16 are multiplied on tensor cores with float32 sums, float32 exactly (``input_precision="ieee"``).
 
-Norm and dot with a direction in one pass are not offered: it does not pay at T=256. The Gram form shares with
-``linear_grad_dot`` only the reads of A and G, which the dot, compute-bound, hides anyway. The direct form would share
-the product Gᵀ·A, for DiT-XL/2 228 GFLOP per sample in place of 34 to 51 (Gram) + 228, 13 to 18% less; but in tiles of
-depth 256 (four steps) in place of 1152 to 4608, and starting and ending them costs more than that.
+Norm and dot with a direction in one pass: ``linear_grad_sqnorm_dot``.
 """
 
 from __future__ import annotations

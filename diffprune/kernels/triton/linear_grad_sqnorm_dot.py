@@ -1,0 +1,69 @@
+"""``linear_grad_sqnorm_dot`` from tiles of Gᵀ·A, each squared and multiplied by M's; or by the other two kernels.
+
+The tiles take T·I·O multiply-adds per sample, as many as the dot's own product, so the norm costs nothing more. But
+they are only T deep: 256 tokens are four steps, where the dot's own product has I or O of depth. What a tile takes
+besides its steps then weighs as much as they do: filling the pipeline, reading M's tile (two to four steps' bytes) and
+reducing. ``pays`` counts all of it: for DiT-XL/2's blocks one pass pays at 1024 tokens and not at 256, for layers with
+a narrow side, as its first and last, at both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+from torch import Tensor
+
+from diffprune.kernels.triton import Case, linear_grad_dot, linear_grad_sqnorm
+from diffprune.kernels.triton.linear_grad_sqnorm_direct import with_direction
+from diffprune.kernels.triton.tiles import matrix
+
+EDGE = 256
+"""What a tile takes besides its product, as multiply-adds per element: an estimate, never measured.
+
+On an H100 one step of 64 takes a 256 × 128 tile 0.7 µs, and starting and ending one some 2 to 3 µs.
+"""
+
+QUICK = ("XL/2 patch bfloat16 float32", "S/2 proj T=1024 bfloat16 bfloat16")
+"""Cases of the default test run."""
+
+
+def refuse(input: Tensor, grad_output: Tensor, direction: Tensor, bias_direction: Tensor | None) -> str | None:
+    """What ``linear_grad_dot`` refuses."""
+    return linear_grad_dot.refuse(input, grad_output, direction, bias_direction)
+
+
+def run(input: Tensor, grad_output: Tensor, direction: Tensor, bias_direction: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See ``kernels/linear_grad_sqnorm_dot.py``."""
+    samples, tokens, wide = input.shape
+    if tokens and pays(tokens, wide, grad_output.shape[2]):
+        a, g = matrix(input), matrix(grad_output)
+        sqnorm, dot = with_direction(a, g, samples, tokens, direction, bias_direction)
+        return sqnorm.clone(), dot.clone()
+    sqnorm = linear_grad_sqnorm.run(input, grad_output, bias_direction is not None)
+    return sqnorm, linear_grad_dot.run(input, grad_output, direction, bias_direction)
+
+
+def pays(tokens: int, wide: int, high: int) -> bool:
+    """Whether one pass takes fewer operations than two, the edges of tiles of 128 × 128 counted as EDGE."""
+    if tokens == 1:
+        return False  # the norm is that of two vectors
+    once = wide * high * (tokens + EDGE)
+    dot = tokens * min(wide, high) * (max(wide, high) + EDGE)
+    side = triton.cdiv(tokens, 128)
+    gram = side * (side + 1) // 2 * min(tokens, 128) ** 2 * (wide + high + 2 * EDGE)
+    return once < dot + min(gram, once)
+
+
+def aot_cases() -> Iterator[Case]:
+    """Layers of DiT-S/2 and DiT-XL/2 where one pass pays, 64 samples; and the direction in float32."""
+    layers = {"XL/2 patch": (256, 16, 1152), "XL/2 final": (256, 1152, 32), "S/2 patch": (256, 16, 384)}
+    layers |= {"S/2 proj T=1024": (1024, 384, 384), "XL/2 fc1 T=1024": (1024, 1152, 4608)}
+    half, brain, full = torch.float16, torch.bfloat16, torch.float32
+    for dtype, other in ((half, half), (brain, brain), (full, full), (half, full), (brain, full)):
+        for name, (tokens, wide, high) in layers.items():
+            a, g = (torch.empty(64, tokens, width, dtype=dtype, device="meta") for width in (wide, high))
+            m, bias = (torch.empty(*shape, dtype=other, device="meta") for shape in ((high, wide), (high,)))
+            label = f"{name} {dtype} {other}".replace("torch.", "")
+            yield Case(label, (a, g, m, bias), quick=label in QUICK)
