@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from diffprune.kernels.arrays import any_array
 from diffprune.kernels.pairwise_topk import pairwise_topk
 
 
+@any_array
 def knn_radius(points: Tensor, k: int, *, impl: str = "auto") -> Tensor:
     """The distance of each point to its ``k``-th nearest other one: the radius of the balls of precision and recall.
 

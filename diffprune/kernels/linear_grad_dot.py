@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffprune.kernels.arrays import any_array
 from diffprune.kernels.checks import compute_dtype, expect, expect_equal
 from diffprune.kernels.dispatch import Op
 
 _implementations = Op("linear_grad_dot")
 
 
+@any_array
 def linear_grad_dot(
     input: Tensor, grad_output: Tensor, direction: Tensor, bias_direction: Tensor | None = None, *, impl: str = "auto"
 ) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffprune.kernels.arrays import any_array
 from diffprune.kernels.checks import compute_dtype
 from diffprune.kernels.dispatch import Op
 from diffprune.kernels.linear_grad_dot import check
@@ -12,6 +13,7 @@ from diffprune.kernels.linear_grad_dot import check
 _implementations = Op("linear_grad_sqnorm_dot")
 
 
+@any_array
 def linear_grad_sqnorm_dot(
     input: Tensor, grad_output: Tensor, direction: Tensor, bias_direction: Tensor | None = None, *, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:

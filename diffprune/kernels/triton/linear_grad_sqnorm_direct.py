@@ -82,7 +82,7 @@ def direct_tile(a: Tensor, g: Tensor, batch: int, tokens: int, gpu: Gpu) -> Tile
 
 
 def dot_tile(a: Tensor, g: Tensor, batch: int, tokens: int, gpu: Gpu) -> Tile:
-    """How Gᵀ·A is tiled if M's tile is multiplied with it: 128 × 128 at most with 8 warps, for M takes registers too."""
+    """How Gᵀ·A is tiled if M's tile is multiplied with it: 128 × 128 at most, for M takes registers too."""
     tile = direct_tile(a, g, batch, tokens, gpu)
     if multiplied_bytes(a, g) == 4:
         return tile
