@@ -46,7 +46,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "pairwise_topk": {"k": 2},
 }
 
-SIZES = {"B": 3, "C": 2, "D": 6, "H": 2, "I": 5, "K": 3, "M": 4, "N": 9, "O": 4, "T": 5}
+SIZES = {"B": 3, "C": 2, "D": 6, "H": 2, "I": 7, "K": 3, "M": 4, "N": 9, "O": 4, "T": 5}
 
 DTYPES = {"hashes": torch.int64, "counts": torch.int64, "sums": torch.float64}
 DTYPES |= dict.fromkeys(("assignment", "old_assignment", "new_assignment"), torch.int32)

@@ -157,6 +157,23 @@ def test_nan(impl: str, place: int) -> None:
         assert torch.equal(gradient.isnan(), theirs.isnan())
 
 
+@pytest.mark.parametrize("t", [1, 5, 20])
+def test_nan_query_with_few_keys(t: int) -> None:
+    """PyTorch's own CPU kernel answers 0 below 8 or 16 keys."""
+    args = inputs(1, 2, t, 6)
+    args[0][0, 1, t - 1, 3] = torch.nan
+    leaves = [tensor.requires_grad_() for tensor in args[:3]]
+    out = attention(*leaves)
+    out.backward(args[3])
+    for found, expected in zip((out, *(leaf.grad for leaf in leaves)), exact_and_grads(*args), strict=True):
+        torch.testing.assert_close(found.detach().double(), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def exact_and_grads(*args: Tensor) -> list[Tensor]:
+    out, _, *grads = exact(*args)
+    return [out, *grads]
+
+
 @pytest.mark.parametrize("impl", [*IMPLS, "auto"])
 @pytest.mark.parametrize("shape", [(0, 2, 3, 8), (2, 0, 3, 8), (2, 2, 0, 8)])
 def test_empty(impl: str, shape: tuple[int, ...]) -> None:

@@ -168,7 +168,7 @@ def _kernel(
 
     if BIAS and TRANSPOSED:
         c = column + tl.arange(0, COLUMNS)
-        product += tl.load(bias_ptr + c * bias_stride, mask=c < width, other=0.0).to(tl.float32)[None, :]
+        product += tl.load(bias_ptr + c.to(tl.int64) * bias_stride, mask=c < width, other=0.0).to(tl.float32)[None, :]
     z = load(other, row, column, rows, width, other_stride, ROWS, COLUMNS, DESCRIBED)
     dots = tl.sum(product * z.to(tl.float32), axis=1)
     if BIAS and not TRANSPOSED:  # the tiles of these rows share out the columns of G
@@ -176,7 +176,7 @@ def _kernel(
         for k in tl.range(tile * share, tl.minimum(depth, (tile + 1) * share), STEP, num_stages=3):
             x = load(left, row, k, rows, depth, left_stride, ROWS, STEP, DESCRIBED)
             c = k + tl.arange(0, STEP)
-            bias = tl.load(bias_ptr + c * bias_stride, mask=c < depth, other=0.0)
+            bias = tl.load(bias_ptr + c.to(tl.int64) * bias_stride, mask=c < depth, other=0.0)
             dots += tl.sum(x.to(tl.float32) * bias.to(tl.float32)[None, :], axis=1)
     r = row + tl.arange(0, ROWS)
     tl.store(partial_ptr + tile.to(tl.int64) * rows + r, dots, mask=r < rows)
