@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffprune.kernels.triton import Case, Gpu, gpu, refuse_inputs
+from diffprune.kernels.triton.layers import label, layers, tensors
 from diffprune.kernels.triton.tiles import (
     Tile,
     describable,
@@ -109,16 +110,13 @@ def config(rows: int, width: int, depth: int, itemsize: int, gpu: Gpu) -> Tile:
 
 
 def aot_cases() -> Iterator[Case]:
-    """DiT-S/2's and DiT-XL/2's layers, 64 samples of 256 tokens; and the direction in float32."""
-    layers = {"S/2 qkv": (384, 1152), "XL/2 qkv": (1152, 3456), "XL/2 proj": (1152, 1152)}
-    layers |= {"XL/2 fc1": (1152, 4608), "XL/2 fc2": (4608, 1152), "XL/2 final": (1152, 32), "XL/2 patch": (16, 1152)}
+    """The layers of DiT-S/2 and DiT-XL/2; the direction in float32 too."""
     half, brain, full = torch.float16, torch.bfloat16, torch.float32
     for dtype, other in ((half, half), (brain, brain), (full, full), (half, full), (brain, full)):
-        for name, (wide, high) in layers.items():
-            a, g = (torch.empty(64, 256, width, dtype=dtype, device="meta") for width in (wide, high))
-            m, bias = (torch.empty(shape, dtype=other, device="meta") for shape in ((high, wide), (high,)))
-            label = f"{name} {dtype} {other}".replace("torch.", "")
-            yield Case(label, (a, g, m, bias), quick=label in QUICK)
+        for name, sizes in layers().items():
+            a, g, m = tensors(sizes, dtype, dtype, other)
+            named = label(name, dtype, other)
+            yield Case(named, (a, g, m, m.new_empty(len(m))), quick=named in QUICK)
 
 
 @triton.jit

@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 
 from diffprune.kernels.triton import Case, linear_grad_dot, linear_grad_sqnorm
+from diffprune.kernels.triton.layers import label, layers, tensors
 from diffprune.kernels.triton.linear_grad_sqnorm_direct import with_direction
 from diffprune.kernels.triton.tiles import matrix
 
@@ -57,13 +58,15 @@ def pays(tokens: int, wide: int, high: int) -> bool:
 
 
 def aot_cases() -> Iterator[Case]:
-    """Layers of DiT-S/2 and DiT-XL/2 where one pass pays, 64 samples; and the direction in float32."""
-    layers = {"XL/2 patch": (256, 16, 1152), "XL/2 final": (256, 1152, 32), "S/2 patch": (256, 16, 384)}
-    layers |= {"S/2 proj T=1024": (1024, 384, 384), "XL/2 fc1 T=1024": (1024, 1152, 4608)}
+    """The layers of DiT-S/2 and DiT-XL/2 at 256 and at 1024 tokens where one pass pays: elsewhere the other two ops'.
+
+    The direction in float32 too.
+    """
     half, brain, full = torch.float16, torch.bfloat16, torch.float32
+    sizes = layers() | {f"{name} T=1024": size for name, size in layers(1024).items()}
     for dtype, other in ((half, half), (brain, brain), (full, full), (half, full), (brain, full)):
-        for name, (tokens, wide, high) in layers.items():
-            a, g = (torch.empty(64, tokens, width, dtype=dtype, device="meta") for width in (wide, high))
-            m, bias = (torch.empty(*shape, dtype=other, device="meta") for shape in ((high, wide), (high,)))
-            label = f"{name} {dtype} {other}".replace("torch.", "")
-            yield Case(label, (a, g, m, bias), quick=label in QUICK)
+        for name, size in sizes.items():
+            if pays(*size):
+                a, g, m = tensors(size, dtype, dtype, other)
+                named = label(name, dtype, other)
+                yield Case(named, (a, g, m, m.new_empty(len(m))), quick=named in QUICK)
