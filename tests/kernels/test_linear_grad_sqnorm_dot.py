@@ -21,8 +21,8 @@ HALF = torch.float16
 @pytest.fixture(params=[True, False], ids=["one pass", "two passes"])
 def once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Each way in turn, whatever the sizes."""
-    for name in ("cpu", "triton"):
-        monkeypatch.setattr(module(name), "pays", lambda *_: request.param)
+    for name, choice in (("cpu", "pays"), ("triton", "at_once")):
+        monkeypatch.setattr(module(name), choice, lambda *_: request.param)
     return request.param
 
 
@@ -72,7 +72,7 @@ def test_odd_sizes(impl: str, bias: bool, size: tuple[int, int, int, int], once:
 @pytest.mark.parametrize("size", [(2, 192, 72, 264), (2, 140, 71, 263), (3, 20, 264, 8)])
 def test_triton_tiles(size: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles each way, several steps, by descriptors and by pointers; directions in both precisions."""
-    monkeypatch.setattr(module("triton"), "pays", lambda *_: True)
+    monkeypatch.setattr(module("triton"), "at_once", lambda *_: True)
     a, g, m, bias_direction = layer(*size)
     check(a.half(), g.half(), m.half(), bias_direction.half(), "triton")
     check(a.half(), g.half(), m, bias_direction, "triton")
@@ -138,10 +138,21 @@ def test_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_pass_pays_where_operations_are_fewer() -> None:
     """DiT-XL/2's blocks, first and last layer, and adaLN's single token."""
-    pays = module("triton").pays
-    assert not pays(256, 1152, 3456) and not pays(256, 1152, 1152)
-    assert pays(1024, 1152, 4608) and pays(256, 16, 1152) and pays(256, 1152, 32)
-    assert not pays(1, 1152, 6912)
+
+    def at_once(tokens: int, wide: int, high: int, *dtypes: torch.dtype) -> bool:
+        shapes = (9, tokens, wide), (9, tokens, high), (high, wide)
+        tensors = [torch.empty(*shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+        return module("triton").at_once(*tensors)
+
+    half, brain, full = torch.float16, torch.bfloat16, torch.float32
+    for dtype in (half, brain):
+        assert not at_once(256, 1152, 3456, dtype, dtype, dtype) and not at_once(256, 1152, 1152, dtype, dtype, dtype)
+        assert at_once(1024, 1152, 4608, dtype, dtype, dtype)
+        assert at_once(256, 16, 1152, dtype, dtype, dtype) and at_once(256, 1152, 32, dtype, dtype, dtype)
+        assert at_once(256, 1152, 3456, dtype, dtype, full)
+        assert not at_once(1, 1152, 6912, dtype, dtype, full)
+    assert at_once(256, 1152, 1152, full, full, full)
+    assert not at_once(0, 5, 5, full, full, full)
     pays = module("cpu").pays
     assert pays(256, 1152, 3456) and pays(256, 16, 1152)
     assert not pays(64, 384, 384) and not pays(1, 384, 384)

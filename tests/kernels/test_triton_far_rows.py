@@ -32,7 +32,7 @@ def test_far_rows(op: str, name: str) -> None:
 def test_far_rows_of_one_pass(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from diffprune.kernels.triton import linear_grad_sqnorm_dot
 
-    monkeypatch.setattr(linear_grad_sqnorm_dot, "pays", lambda *_: True)
+    monkeypatch.setattr(linear_grad_sqnorm_dot, "at_once", lambda *_: True)
     test_far_rows("linear_grad_sqnorm_dot", name)
 
 

@@ -95,11 +95,16 @@ def pieces(direction: Tensor, dtype: torch.dtype) -> Tensor:
 
     Three pieces of bfloat16 hold all 24 bits of a float32: three products on tensor cores instead of one without them.
     """
-    if (direction.dtype, dtype) != (torch.float32, torch.bfloat16):
+    if not splits(direction, dtype):
         return direction[None]
     high = direction.to(dtype)
     middle = (direction - high).to(dtype)
     return torch.stack([high, middle, (direction - high - middle).to(dtype)])
+
+
+def splits(direction: Tensor, dtype: torch.dtype) -> bool:
+    """Whether ``pieces`` are three."""
+    return (direction.dtype, dtype) == (torch.float32, torch.bfloat16)
 
 
 def config(rows: int, width: int, depth: int, itemsize: int, gpu: Gpu) -> Tile:
