@@ -13,9 +13,10 @@ tensor per sample (Goodfellow, arXiv 1510.01799; for tokens the Gram form: Roche
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -81,7 +82,7 @@ class PerSampleGradients:
     @property
     def sqnorm(self) -> Tensor:
         """[B]: ‖g_i‖² over all trainable parameters."""
-        return torch.stack(list(self.by_layer.values())).sum(dim=0)
+        return _sum_in_order(self.by_layer.values())
 
     @property
     def by_layer(self) -> dict[str, Tensor]:
@@ -97,7 +98,7 @@ class PerSampleGradients:
         if not self._dot:
             raise InputError("per_sample_gradients: dot products were not asked for (direction=None)")
         self._finish()
-        return torch.stack([layer.dot for layer in self._layers]).sum(dim=0)
+        return _sum_in_order(layer.dot for layer in self._layers)
 
     @property
     def total(self) -> dict[str, Tensor]:
@@ -169,6 +170,11 @@ class PerSampleGradients:
         for call in layer.calls:  # the graph holds on to the call: let go of what is large
             call.input = call.gradient = None
         layer.calls, layer.done = [], True
+
+
+def _sum_in_order(values: Iterable[Tensor]) -> Tensor:
+    """One after the other: torch.sum's order of a column depends on how many columns there are."""
+    return reduce(torch.add, values)
 
 
 @dataclass

@@ -157,7 +157,8 @@ def group_products(network: Network, samples: Samples, draws: Draws, rows: int) 
     if good.all():
         return {name: value[:n] for name, value in found.items()}
     result = {name: torch.full_like(value[:n], torch.nan) for name, value in found.items()}
-    if good.any() and (bad := ~_finite(network, samples.take(places), draws)[:n]).any():
+    bad = ~_finite(network, samples.take(places), draws)[:n]
+    if bad.any() and not bad.all():
         for name, value in group_products(network, samples.take(~bad), draws, rows).items():
             result[name][~bad] = value
     return result
