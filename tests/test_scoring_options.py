@@ -415,12 +415,15 @@ def test_the_batch_doubles_until_it_is_no_faster_or_there_is_no_more_to_do(monke
         find_batch_size(fake_memory.attempt, 12, torch.device("cpu"), 110)
 
 
-def test_a_batch_that_does_not_fit_is_one_step_too_many():
-    def attempt(rows: int) -> None:
-        if rows > 64:
-            raise OutOfMemory("out of memory")
+def test_a_batch_that_does_not_fit_is_one_step_too_many(monkeypatch):
+    fake_memory(monkeypatch, per_row=10, base=100)
 
-    assert find_batch_size(attempt, 64, torch.device("cuda"), None) <= 64
+    def attempt(rows: int) -> None:
+        if rows > 70:
+            raise OutOfMemory("out of memory")
+        fake_memory.attempt(rows)
+
+    assert find_batch_size(attempt, 4096, torch.device("cuda"), None) == 64
 
 
 def test_auto_is_found_once_and_changes_nothing(small, monkeypatch):
