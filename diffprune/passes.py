@@ -8,7 +8,6 @@ all: a run that is stopped anywhere goes on from its last piece to the same byte
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from diffprune.files import read_json, write_json
 from diffprune.memory import find_batch_size
 from diffprune.progress import progress
 from diffprune.scores.batches import BatchSize, Draws, Samples
-from diffprune.scores.mean_gradients import GradientSum, MeanGradient, load_tensors, save_tensors
+from diffprune.scores.mean_gradients import GradientSum, Mean, MeanGradient, load_tensors, save_tensors
 from diffprune.scores.monotonicity import monotonicity
 from diffprune.scores.moso import SUM_ROWS, gradient_sum, group_products, in_group, moso, whole_set
 from diffprune.scores.normalise import normalised, strata, strata_count, stratum_sums
@@ -192,15 +191,21 @@ class Passes:
         trial, inside = plan.support.trial(samples.hashes), plan.support.inside(samples.hashes)
         parts, places = [], []
         for one in range(plan.support.trials):
-            mean, counts, mean_sqnorm = self._mean(number, one)
+            mean = self._mean(number, one)
             rows = (trial == one).nonzero()[:, 0]
             found = visit(
-                network, samples.take(rows), plan.draws, self.size, norms=norms, direction=mean, advance=advance
+                network,
+                samples.take(rows),
+                plan.draws,
+                self.size,
+                norms=norms,
+                direction=mean.gradient,
+                advance=advance,
             )
             dot, of_mean = whole_set(
-                counts.samples, counts.population, inside[rows], found["dot"], mean_sqnorm, found["sqnorm"]
+                mean.samples, mean.population, inside[rows], found["dot"], mean.sqnorm, found["sqnorm"]
             )
-            found["moso"] = self._term(number, counts.population, dot, of_mean, found["sqnorm"])
+            found["moso"] = self._term(number, mean.population, dot, of_mean, found["sqnorm"])
             parts.append(found)
             places.append(rows)
         order = torch.cat(places).argsort()
@@ -260,7 +265,7 @@ class Passes:
     def _mean_gradient(self, number: int, trial: int) -> MeanGradient:
         return MeanGradient(self.folder / f"gradient-{number}-{trial}", self.source.stems)
 
-    def _read_mean(self, number: int, trial: int) -> tuple[dict[str, Tensor], GradientSum, float]:
+    def _read_mean(self, number: int, trial: int) -> Mean:
         return self._mean_gradient(number, trial).read(self.surrogate.device)
 
     def _findings_path(self, number: int, stem: str) -> Path:
@@ -297,9 +302,3 @@ class Passes:
         rows = find_batch_size(attempt, most, self.surrogate.device, self._memory)
         write_json(path, {"rows": rows})
         return rows
-
-
-def failures(names: list[str], scores: dict[str, Tensor], row: int) -> str | None:
-    """Why a sample's scores cannot stand, or None."""
-    bad = [name for name in names if not math.isfinite(scores[name][row])]
-    return f"its {bad[0]} is not finite ({float(scores[bad[0]][row])})" if bad else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from diffprune.device import pick_device
 from diffprune.draws import MASK
 from diffprune.engines import run_stage
 from diffprune.errors import InputError
-from diffprune.passes import BY_DRAW, Latents, Passes, Plan, failures
+from diffprune.passes import BY_DRAW, Latents, Passes, Plan
 from diffprune.progress import Progress
 from diffprune.scores.batches import Draws
 from diffprune.scores.grand import GRAND
@@ -163,12 +164,13 @@ def _table(passes: Passes, fields: dict[str, pa.Field], stem: str, bar: Progress
     status, error = base["status"].to_pylist(), base["error"].to_pylist()
     columns: dict[str, list[float | None]] = {name: [None] * base.num_rows for name in fields}
     for i, row in enumerate(ok):
-        failure = failures(list(fields), scores, i)
-        if failure:
-            status[row], error[row] = "failed", failure
+        values = {name: float(scores[name][i]) for name in fields}
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            status[row], error[row] = "failed", f"its {bad[0]} is not finite ({values[bad[0]]})"
         else:
-            for name in fields:
-                columns[name][row] = float(scores[name][i])
+            for name, value in values.items():
+                columns[name][row] = value
     for name, texts in (("status", status), ("error", error)):
         base = base.set_column(base.column_names.index(name), name, pa.array(texts, pa.string()))
     for name, values in columns.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +49,14 @@ class Surrogate:
         rates = dict(zip(paths, _checked_rates(learning_rates, paths), strict=True)) if learning_rates else {}
         self.paths = sorted(paths, key=lambda path: steps[path])[-1 if only_last else 0 :]
         self.device, self._compile, self._bf16 = device, compile, precision == "bf16"
-        self._load = lru_cache(maxsize=1)(lambda path: load_dit(path, weights=weights, device=device))
-        self._network = lru_cache(maxsize=1)(self._make_network)
+        self._weights, self._loaded = weights, None
         self.states = [self._load(path)[1] for path in self.paths]  # reads every file: damage shows before the work
         self.rates = [rates.get(path, state["lr"]) for path, state in zip(self.paths, self.states, strict=True)]
         self.num_classes = self.network(-1).model.num_classes
 
     def network(self, number: int) -> Network:
         """One checkpoint's model in eval mode."""
-        return self._network(self.paths[number])
+        return self._load(self.paths[number])[0]
 
     def check(self, shape: Sequence[int], made_by: str | None, latents: str) -> None:
         """Raise InputError unless it was trained on latents of this shape, made by the VQ-VAE of this sha256."""
@@ -87,9 +85,13 @@ class Surrogate:
             found["precision"] = "bf16"
         return found
 
-    def _make_network(self, path: Path) -> Network:
-        model = self._load(path)[0].eval()
-        return Network(model, torch.compile(model) if self._compile else None, self._bf16)
+    def _load(self, path: Path) -> tuple[Network, dict[str, Any]]:
+        if self._loaded is None or self._loaded[1]["path"] != str(path):
+            self._loaded = None  # before the next one is there
+            model, state = load_dit(path, weights=self._weights, device=self.device)
+            compiled = torch.compile(model.eval()) if self._compile else None
+            self._loaded = Network(model.eval(), compiled, self._bf16), state
+        return self._loaded
 
 
 def _checked_rates(learning_rates: Sequence[float], paths: Sequence[Path]) -> list[float]:

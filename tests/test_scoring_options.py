@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,20 @@ import pytest
 import torch
 from test_scores import N, philox_draw, reference, spearman
 from test_scoring import Small, table_bytes, worst, write_checkpoint, write_latents
+from typer.testing import CliRunner
 
 import diffprune.memory
 import diffprune.passes
 import diffprune.scores.batches
 import diffprune.scores.visit
 import diffprune.scoring
+from diffprune.cli.app import app
 from diffprune.draws import hash_keys, uniform
 from diffprune.errors import DiskFullError, InputError
 from diffprune.files import TEMPORARY_PREFIX
 from diffprune.memory import find_batch_size
 from diffprune.scores.batches import BatchSize, Draws, Network, OutOfMemory, Samples
-from diffprune.scores.mean_gradients import GradientSum, MeanGradient
+from diffprune.scores.mean_gradients import GradientSum, MeanGradient, load_tensors
 from diffprune.scores.moso import in_group, moso
 from diffprune.scores.normalise import strata, strata_count
 from diffprune.scores.visit import visit
@@ -293,9 +296,10 @@ def test_the_fold_does_not_depend_on_who_made_which_sum_and_when(tmp_path):
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} <= {"mean.sum", "s5", "s2"}
     mean.make(shard_sum)
     assert "s5" not in asked and "s2" not in asked
-    on_device, counts, sqnorm = mean.read(torch.device("cpu"))
-    assert torch.equal(counts.sums["w"], expected / 21) and (counts.samples, counts.population) == (21, 21)
-    assert on_device["w"].dtype == torch.float32 and sqnorm == pytest.approx((expected / 21).square().sum().item())
+    found = mean.read(torch.device("cpu"))
+    assert torch.equal(load_tensors(tmp_path / "mean.mean")[0]["w"], expected / 21)
+    assert torch.equal(found.gradient["w"], (expected / 21).float()) and (found.samples, found.population) == (21, 21)
+    assert found.sqnorm == pytest.approx((expected / 21).square().sum().item())
     assert [path.name for path in tmp_path.iterdir()] == ["mean.mean"]
 
 
@@ -473,6 +477,38 @@ def test_a_full_disk_is_a_clear_error_and_what_is_finished_stays(small, monkeypa
     assert not left
     small.score("full", methods=methods)
     assert table_bytes(small.root / "full") == table_bytes(small.root / "whole")
+
+
+# --- the command line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), {"batch_size": 64, "learning_rates": None, "compile": False, "one_pass": False, "memory": None}),
+        (
+            ("--batch-size", "auto", "--memory", "1.5", "--compile"),
+            {"batch_size": "auto", "memory": 1.5, "compile": True},
+        ),
+        (("--learning-rates", "1e-3,2e-4", "--trials", "4"), {"learning_rates": [1e-3, 2e-4], "trials": 4}),
+        (("--batch-size", "0"), "expected a positive number, or auto"),
+        (("--learning-rates", "fast"), "expected numbers with commas"),
+    ],
+)
+def test_the_command_line_hands_options_over(monkeypatch, arguments, expected):
+    called: dict[str, Any] = {}
+    monkeypatch.setattr(diffprune, "score", lambda *args, **options: called.update(options) or {})
+    result = CliRunner().invoke(app, ["score", "latents", "--checkpoint", "run", "-o", "out", *arguments])
+    if isinstance(expected, dict):
+        assert result.exit_code == 0, result.output
+        assert {name: called[name] for name in expected} == expected
+        assert set(called) == set(inspect.signature(diffprune.scoring.score).parameters) - {
+            "latents",
+            "checkpoints",
+            "out",
+        }
+    else:
+        assert result.exit_code == 2 and expected in " ".join(result.output.replace("│", " ").split()) and not called
 
 
 # --- one pass for all

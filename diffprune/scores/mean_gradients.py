@@ -35,6 +35,16 @@ class GradientSum:
         return GradientSum(sums, self.samples + other.samples, self.population + other.population)
 
 
+@dataclass(frozen=True)
+class Mean:
+    """A mean gradient as it is used."""
+
+    gradient: dict[str, Tensor]  # by parameter name, float32
+    sqnorm: float  # of all of it, in float64
+    samples: int
+    population: int
+
+
 class MeanGradient:
     """The mean gradient over all shards at one checkpoint, as files beside `path` until nothing needs it any more.
 
@@ -80,11 +90,12 @@ class MeanGradient:
         """Leave the sum of a shard for `make` to take up in its turn, from whatever process."""
         _save(self._parts / shard, one, 1)
 
-    def read(self, device: torch.device) -> tuple[dict[str, Tensor], GradientSum, float]:
-        """(ḡ by parameter name, float32 on the device; ḡ itself with its counts; ‖ḡ‖²)."""
-        mean = _load(self._mean)[0]
-        on_device = {name: value.to(device, torch.float32) for name, value in mean.sums.items()}
-        return on_device, mean, sum(value.square().sum().item() for value in mean.sums.values())
+    def read(self, device: torch.device) -> Mean:
+        """What `make` has made."""
+        found = _load(self._mean)[0]
+        gradient = {name: value.to(device, torch.float32) for name, value in found.sums.items()}
+        sqnorm = sum(value.square().sum().item() for value in found.sums.values())
+        return Mean(gradient, sqnorm, found.samples, found.population)
 
     def remove(self) -> None:
         for path in (self._sum, self._mean):
