@@ -214,19 +214,81 @@ def score(
     method: Annotated[str, typer.Option(help="loss, el2n, grand, moso, monotonicity, random; several with commas.")] = (
         "loss,el2n,grand"
     ),
-    draws: Annotated[int, typer.Option(min=1, help="Draws of (t, noise) per sample, t stratified over them.")] = 1,
-    mode: Annotated[str, typer.Option(help="MoSo's form: paper, loo1 or authors.")] = "paper",
-    weights: Annotated[str, typer.Option(help="The surrogate's weights: model or ema.")] = "model",
-    seed: Seed = 0,
-    batch_size: BatchSize = 64,
-    device: Device = "auto",
+    draws: Annotated[
+        int, typer.Option(min=1, help="Draws of (t, noise) per sample, t stratified.", rich_help_panel="Draws")
+    ] = 1,
+    antithetic: Annotated[
+        bool, typer.Option("--antithetic", help="Draws in pairs of one t, noise ±x0.", rich_help_panel="Draws")
+    ] = False,
+    normalise_t: Annotated[
+        bool,
+        typer.Option(
+            "--normalise-t", help="Each draw's loss, el2n, norm over its mean at that t.", rich_help_panel="Draws"
+        ),
+    ] = False,
+    seed: Annotated[int, typer.Option(help="The seed of everything random.", rich_help_panel="Draws")] = 0,
+    mode: Annotated[str, typer.Option(help="Its form: paper, loo1 or authors.", rich_help_panel="MoSo")] = "paper",
+    trials: Annotated[
+        int, typer.Option(min=1, help="Support sets, by key; a sample is scored in its own.", rich_help_panel="MoSo")
+    ] = 1,
+    support_fraction: Annotated[
+        float, typer.Option(help="Share of the samples that the mean gradient is made from.", rich_help_panel="MoSo")
+    ] = 1.0,
+    one_pass: Annotated[
+        bool,
+        typer.Option("--one-pass", help="An ESTIMATE from groups of samples, cheaper.", rich_help_panel="MoSo"),
+    ] = False,
+    group_size: Annotated[
+        int, typer.Option(min=2, help="Samples that --one-pass compares with each other.", rich_help_panel="MoSo")
+    ] = 32,
+    learning_rates: Annotated[
+        str | None,
+        typer.Option(
+            help="One per checkpoint as given, with commas, or one; else the checkpoints'.", rich_help_panel="MoSo"
+        ),
+    ] = None,
+    weights: Annotated[
+        str, typer.Option(help="The surrogate's weights: model or ema.", rich_help_panel="How it runs")
+    ] = "model",
+    precision: Annotated[
+        str, typer.Option(help="float32, or bf16: autocast.", rich_help_panel="How it runs")
+    ] = "float32",
+    compile_: Annotated[
+        bool,
+        typer.Option(
+            "--compile", help="torch.compile what has no per-sample gradients.", rich_help_panel="How it runs"
+        ),
+    ] = False,
+    batch_size: Annotated[
+        str,
+        typer.Option(
+            help="Draws at a time, or auto. Halved where memory runs out. Does not change the result.",
+            rich_help_panel="How it runs",
+        ),
+    ] = "64",
+    memory: Annotated[
+        float | None,
+        typer.Option(help="For auto on the CPU: GiB that it may hold.", rich_help_panel="How it runs"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel="How it runs")] = "auto",
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Score every sample with a surrogate's checkpoints."""
     methods = tuple(name.strip() for name in method.split(",") if name.strip())
-    options = {"methods": methods, "draws": draws, "moso_mode": mode, "weights": weights, "seed": seed}
-    options |= {"batch_size": batch_size, "device": device}
+    if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size)):
+        raise typer.BadParameter(f"expected a positive number, or auto, got {batch_size!r}", param_hint="--batch-size")
+    try:
+        rates = [float(rate) for rate in learning_rates.split(",")] if learning_rates else None
+    except ValueError:
+        raise typer.BadParameter(
+            f"expected numbers with commas, got {learning_rates!r}", param_hint="--learning-rates"
+        ) from None
+    options = {"methods": methods, "seed": seed, "draws": draws, "antithetic": antithetic, "normalise_t": normalise_t}
+    options |= {"moso_mode": mode, "trials": trials, "support_fraction": support_fraction, "one_pass": one_pass}
+    options |= {"group_size": group_size, "learning_rates": rates, "weights": weights, "precision": precision}
+    options |= {"compile": compile_, "batch_size": batch_size if batch_size == "auto" else int(batch_size)}
+    options |= {"memory": memory, "device": device}
     run(diffprune.score, latents, checkpoint, out, **options, dry_run=dry_run, as_json=as_json)
 
 
