@@ -94,6 +94,11 @@ def read_table(path: str | Path, columns: list[str] | None = None, *, threads: b
     return _read(path, columns=columns, threads=threads)
 
 
+def column_names(path: str | Path) -> list[str]:
+    """The columns of one parquet file, of diffprune's or not; InputError as ``read_table``."""
+    return _read(Path(path), schema_only=True).names
+
+
 def read_folder(folder: str | Path, columns: list[str] | None = None) -> pa.Table:
     """The tables of one folder, concatenated in shard order. All its shards must be finished."""
     table = _read_shards(Path(folder), columns)
