@@ -66,6 +66,11 @@ def test_the_whole_road(tmp_path):
     invoke("prune", kept, shards, "-o", tmp_path / "pruned")
     originals = {s.key: (p, s) for p in shards.glob("*.tar") for s in index_shard(p).samples}
     pruned = {s.key: (p, s) for p in (tmp_path / "pruned").glob("*.tar") for s in index_shard(p).samples}
+    invoke("export", kept, "-f", "wids", "--shards", tmp_path / "pruned", "-o", tmp_path / "pruned/index.json")
+    by_class = ["--by", "grand + -distance & label", "--quota", "3=2,*=1", "--dedup", 1e-6]
+    by_class += ["--embeddings", tmp_path / "embeddings", "--json", "-o", tmp_path / "few.parquet"]
+    few = json.loads(invoke("select", scores, clusters, *by_class).stdout)
+    assert (few["count"], few["per"], few["quota"]) == (11, "label", {"3": 2, "*": 1})
     assert sorted(pruned) == sorted(top)
     for key, (path, sample) in pruned.items():
         original, there = originals[key]
