@@ -123,7 +123,7 @@ class KMeans:
         largest = data.check(keys=keys)
         if data.rows < self.k:
             raise too_few(self.k, len(torch.unique(data.take(torch.arange(data.rows)), dim=0)), data.rows)
-        tolerance = self.tol * _variance(data, largest, masses)
+        tolerance = self.tol * _variance(data, largest, masses) if self.tol > 0 or _may_overflow(largest) else 0.0
         generator = torch.Generator().manual_seed(self.seed)
         lloyd = Lloyd(data, self.k, largest, masses, self.algorithm)
         best: Fit | None = None
@@ -208,6 +208,11 @@ def _weights(weights: Any, points: Points) -> Tensor | None:
     if not bool((values > 0).any()):
         raise InputError("k-means: expected a weight above 0, got only zeros")
     return values
+
+
+def _may_overflow(largest: Tensor) -> bool:
+    """Whether squared distances between points of these largest absolute coordinates could leave float32."""
+    return not float((2 * largest.double()).square().sum()) < torch.finfo(torch.float32).max / 2
 
 
 def _variance(points: Points, largest: Tensor, weights: Tensor | None) -> float:

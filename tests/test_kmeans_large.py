@@ -98,7 +98,7 @@ def test_as_many_clusters_as_distinct_points(init: str) -> None:
 
 def test_many_empty_clusters_restart_farthest_first() -> None:
     """Against the plain loop: one restart at a time, each at the point farthest from all centroids so far."""
-    points = torch.randn(400, 3, generator=torch.Generator().manual_seed(4))
+    points = torch.randn(3000, 3, generator=torch.Generator().manual_seed(4))
     points[200:230] = points[5]
     centroids = [torch.zeros(3), *(torch.full((3,), 1e3 + i) for i in range(99))]
     model = KMeans(100, init=torch.stack(centroids), max_iter=0).fit(points)
