@@ -31,6 +31,7 @@ _PUBLIC = {
     "choose_k": "diffprune.cluster_count",
     "select": "diffprune.selection",
     "prune": "diffprune.pruning",
+    "export": "diffprune.exporting",
     "sample": "diffprune.sampling",
     "evaluate": "diffprune.evaluation",
     "report": "diffprune.reporting",
