@@ -34,11 +34,11 @@ class Lloyd:
     """Lloyd's rounds on one set of points."""
 
     def __init__(
-        self, points: Points, k: int, largest: Tensor, weights: Tensor | None = None, algorithm: str = "auto"
+        self, points: Points, k: int, largest: float, weights: Tensor | None = None, algorithm: str = "auto"
     ) -> None:
-        """``largest`` [D] bounds the points' columns, ``weights`` [N] are at least 0 and not all 0."""
+        """``largest`` bounds the points' absolute coordinates, ``weights`` [N] are at least 0 and not all 0."""
         self.points, self.k, self.weights, self.algorithm = points, k, weights, algorithm
-        self.sums = ClusterSums(k, points.rows, largest, points.dtype, weights)
+        self.sums = ClusterSums(k, points, largest, weights)
         self.check_every = GPU_CHECK_EVERY if points.device.type == "cuda" else 1
 
     def run(self, centroids: Tensor, max_iter: int, tolerance: float) -> Fit:

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from diffprune.kernels import kmeans_update
+from diffprune.kmeans_points import Points
 
 CHUNK = 2**23
 """Elements that are split and added at a time, at least: 64 MiB in float32."""
 
 PIECE = 2**15
-"""Elements in the processor's cache."""
+"""Elements that a thread works on at a time, in its processor's cache."""
 
 MANTISSA = 52
 
@@ -37,17 +38,16 @@ Change = tuple[Tensor, int]  # an assignment [b], and 1 to add its points or -1 
 class ClusterSums:
     """Σ w·x and Σ w of the points of each of ``k`` clusters."""
 
-    def __init__(self, k: int, rows: int, largest: Tensor, dtype: torch.dtype, weights: Tensor | None = None) -> None:
-        """``largest`` [D] bounds |x| in each column, of ``rows`` points of ``dtype`` at most. ``weights`` [N] >= 0."""
-        self.k, self.weights, device = k, weights, largest.device
+    def __init__(self, k: int, points: Points, largest: float, weights: Tensor | None = None) -> None:
+        """``largest`` bounds the absolute coordinates of ``points``; ``weights`` [N] are at least 0."""
+        self.k, self.weights, device, rows = k, weights, points.device, points.rows
         self.counts = torch.zeros(k, dtype=torch.int64, device=device)  # points of a weight above 0
-        scale = float(largest.max())
         if weights is not None:
             heaviest = float(weights.max())
             self.mass = _ExactSums(torch.zeros(2, k, 1, dtype=torch.float64, device=device), rows, heaviest)
-            scale *= heaviest
-        bins = torch.zeros(2, k, len(largest), dtype=torch.float64, device=device)
-        self.total = _ExactSums(bins, rows, scale, lossless=dtype == torch.float16 and weights is None)
+            largest *= heaviest
+        bins = torch.zeros(2, k, points.dimensions, dtype=torch.float64, device=device)
+        self.total = _ExactSums(bins, rows, largest, points.prepared_dtype == torch.float16 and weights is None)
 
     def clear(self) -> None:
         """Back to no points."""
@@ -91,6 +91,7 @@ class _ExactSums:
         self.grids = [] if lossless and high <= -24 else [2.0**high, 2.0**low]
         self.bins = bins if self.grids else bins[:1]
         self.k = bins.shape[1]
+        self.scratch = bins.new_empty(0)
 
     def clear(self) -> None:
         self.bins.zero_()
@@ -117,8 +118,10 @@ class _ExactSums:
         """[2, b, D]: ``values``, times the ``weights``, as multiples of each grid."""
         # What holds a term, and so each of its parts, exactly.
         dtype = torch.float32 if weights is None and values.dtype != torch.float64 else torch.float64
-        parts = values.new_empty(2, *values.shape, dtype=dtype)
-        size = max(1, PIECE // values.shape[1])
+        if self.scratch.dtype != dtype or self.scratch.numel() < 2 * values.numel():
+            self.scratch = values.new_empty(2 * values.numel(), dtype=dtype)
+        parts = self.scratch[: 2 * values.numel()].view(2, *values.shape)
+        size = max(1, PIECE * torch.get_num_threads() // values.shape[1])
         for start in range(0, len(values), size):
             piece = slice(start, start + size)
             rest = values[piece].to(dtype)

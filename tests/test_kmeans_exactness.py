@@ -149,7 +149,7 @@ def test_sums_do_not_depend_on_order_and_are_right(scale: float, weighted: bool)
     weights = torch.rand(3000, generator=generator, dtype=torch.float64) if weighted else None
     found = []
     for order in (torch.arange(3000), torch.randperm(3000, generator=generator)):
-        sums = ClusterSums(6, 3000, points.abs().amax(dim=0), points.dtype, weights)
+        sums = ClusterSums(6, open_points(points, metric="euclidean"), float(points.abs().max()), weights)
         for rows in order.split(701):
             sums.add(points[rows], rows, assignment[rows])
         found.append(sums.means())
@@ -167,7 +167,7 @@ def test_sums_do_not_depend_on_order_and_are_right(scale: float, weighted: bool)
 
 def test_half_sums_are_exact_without_a_split() -> None:
     points = cloud(500).half()
-    sums = ClusterSums(1, 500, points.abs().amax(dim=0).float(), points.dtype)
+    sums = ClusterSums(1, open_points(points, metric="euclidean"), float(points.abs().max()))
     sums.add(points, slice(0, 500), torch.zeros(500, dtype=torch.int32))
     assert len(sums.total.bins) == 1
     assert sums.sums()[0].tolist() == [math.fsum(column) for column in points.T.tolist()]
@@ -264,3 +264,9 @@ class _Foreign:
 
 def from_dlpack(array: Any) -> _Foreign:
     return _Foreign(torch.from_dlpack(array))
+
+
+def test_half_and_single_files_are_read_as_single() -> None:
+    points = cloud(200).half()
+    mixed = [points[:90].numpy(), points[90:].float().numpy()]
+    assert result(KMeans(5, memory=900).fit(mixed)) == result(KMeans(5).fit(points.float()))

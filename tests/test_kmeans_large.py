@@ -58,7 +58,7 @@ def test_parallel_start_takes_candidates_with_the_right_probability(monkeypatch:
     points = open_points(values, metric="euclidean")
     found = {1.0: [], 2.0: []}
     for seed in range(300):
-        candidates = parallel(points, 2, torch.Generator().manual_seed(seed), torch.tensor([2.0])).flatten()
+        candidates = parallel(points, 2, torch.Generator().manual_seed(seed), 2.0).flatten()
         if candidates[0] == 0:
             for value, counts in found.items():
                 counts.append(int((candidates == value).sum()))
