@@ -89,6 +89,11 @@ def read_table(path: str | Path, columns: list[str] | None = None) -> pa.Table:
     return _read(path, columns=columns)
 
 
+def column_names(path: str | Path) -> list[str]:
+    """The columns of one parquet file, of diffprune's or not; InputError as ``read_table``."""
+    return _read(Path(path), schema_only=True).names
+
+
 def read_folder(folder: str | Path, columns: list[str] | None = None) -> pa.Table:
     """The tables of one folder, concatenated in shard order. All its shards must be finished."""
     folder = Path(folder)

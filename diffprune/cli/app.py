@@ -165,15 +165,22 @@ def encode(
 @app.command(rich_help_panel="Features")
 def embed(
     shards: Shards,
-    model: Annotated[str, typer.Option(help="vqvae:PATH, the features of a trained VQ-VAE's encoder.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="A folder or hub id of CLIP, OpenCLIP, SigLIP, DINOv2 or DINOv3; efficientnet-lite0; vqvae:PATH; or "
+            "package.module:function."
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The embeddings folder.")],
     batch_size: BatchSize = 256,
     device: Device = "auto",
+    precision: Annotated[str, typer.Option(help="float32, bf16, or auto: bf16 on a GPU.")] = "auto",
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Write an L2-normalised embedding of every image, one fp16 .npy per shard."""
-    options = {"model": model, "batch_size": batch_size, "device": device}
+    options = {"model": model, "batch_size": batch_size, "device": device, "precision": precision}
     run(diffprune.embed, shards, out, **options, dry_run=dry_run, as_json=as_json)
 
 
