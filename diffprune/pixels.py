@@ -170,7 +170,7 @@ def _decode_pillow(data: bytes, decoding: Decoding) -> np.ndarray:
     """uint8 [H, W, C] of a PNG, WebP or JPEG, told by its first bytes."""
     from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
-    # not Image.open: it has a limit of its own on pixels, in a global variable
+    # not Image.open, which has a limit of its own on pixels, in a global variable (for a WebP it counts all the same)
     if data[:8] == b"\x89PNG\r\n\x1a\n":
         opener = PngImagePlugin.PngImageFile
     elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
@@ -179,6 +179,7 @@ def _decode_pillow(data: bytes, decoding: Decoding) -> np.ndarray:
         opener = JpegImagePlugin.JpegImageFile
     else:
         raise DecodeError(f"damaged, or no JPEG, PNG or WebP: {len(data):,} bytes, first {data[:8]!r}")
+    damaged = (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError, struct.error)
     try:
         with opener(io.BytesIO(data)) as image:
             decoding.check_pixels(*image.size)
@@ -189,7 +190,7 @@ def _decode_pillow(data: bytes, decoding: Decoding) -> np.ndarray:
                 pixels = np.asarray(_on_white(image).convert("L" if decoding.channels == 1 else "RGB"))
     except DecodeError:
         raise
-    except (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError, struct.error) as error:
+    except (*damaged, Image.DecompressionBombError) as error:
         raise DecodeError(f"damaged image: {error}") from error
     return pixels.reshape(*pixels.shape[:2], decoding.channels)
 

@@ -88,6 +88,7 @@ _RawMember = tuple[str, int, int, int]  # name, header offset, data offset, size
 _NEAR = 128 << 10  # bytes read at a time where headers lie close together
 _FAR = 4 << 10  # and where the next header is further away than _GAP, so that images are not read for nothing
 _GAP = 16 << 10
+_RECORD = 20 * BLOCK  # what tar pads an archive to by default
 _CHECKED_AT_ONCE = 256  # headers
 _MAX_EXTENDED_HEADER = 1 << 20
 _REGULAR, _OLD_REGULAR, _CONTIGUOUS, _FOLDER, _SPARSE = b"0\x007" + b"5S"
@@ -235,19 +236,25 @@ class _Scan:
         return body + _padded(length)
 
     def _end(self, offset: int) -> None:
-        """The archive must close with two zero blocks, and only zeros may follow them."""
+        """The archive must close with two zero blocks, and nothing but a record's zeros may follow them."""
         if self.extended is not None:
             self._tell(self.extended.offset, self.extended.name, "an extended header without its member")
         if offset + 2 * BLOCK > self.size:
             self._tell(offset, None, "one closing zero block instead of two: the file was cut")
             return
-        zeros = bytes(1 << 20)
+        end, zeros = offset, bytes(1 << 20)
         while chunk := self.read(offset, len(zeros)):
             if chunk != zeros[: len(chunk)]:
                 stray = offset + len(chunk) - len(chunk.lstrip(b"\0"))
-                self._tell(stray, None, "data after a zeroed header: a wiped header, or two archives in one file")
+                self._tell(end, None, f"a zeroed header, and data at {stray:,}: wiped, or two archives in one file")
                 return
             offset += len(chunk)
+        if self.size - end > 2 * BLOCK + _RECORD:
+            message = (
+                f"{self.size - end:,} zero bytes end the archive, where tar writes at most {2 * BLOCK + _RECORD:,}: "
+                f"filled by a broken copy? If it has a larger blocking factor, cut it to {end + 2 * BLOCK} bytes"
+            )
+            self._tell(end, None, message)
 
     def _checksums(self, places: list[int], headers: list[bytes]) -> bool:
         """Check these headers; at a wrong one forget all that was read from there on, and return True."""
@@ -261,7 +268,7 @@ class _Scan:
         return True
 
     def _tell(self, offset: int, name: str | None, message: str) -> None:
-        self.damage.append(Damage(offset, name, message))
+        self.damage.append(Damage(min(offset, self.size), name, message))  # the file may end in a member's padding
 
 
 # --- samples ---------------------------------------------------------------------------------------------------
