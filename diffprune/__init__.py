@@ -30,6 +30,7 @@ _PUBLIC = {
     "cluster": "diffprune.clustering",
     "select": "diffprune.selection",
     "prune": "diffprune.pruning",
+    "export": "diffprune.exporting",
     "sample": "diffprune.sampling",
     "evaluate": "diffprune.evaluation",
     "report": "diffprune.reporting",

@@ -32,6 +32,9 @@ class ArrayFolder:
 
         return super().__new__(ClipRetrievalFolder if is_clip_retrieval(folder) else cls)
 
+    def __getnewargs__(self) -> tuple[Path]:  # for pickle: what ``__new__`` asks for
+        return (self.folder,)
+
     def __init__(self, folder: str | Path, kind: str | None = None) -> None:
         self.folder = Path(folder)
         stage = read_stage(self.folder)

@@ -73,7 +73,7 @@ class ClipRetrievalFolder(ArrayFolder):
         names = column_names(path)
         source = "image_path" if "key" not in names and "image_path" in names else "key"
         found = read_table(path, [source, *(["uid"] if "uid" in names else [])])
-        keys = found[source].cast(pa.string())
+        keys = self._strings(found[source], path, source)
         if keys.null_count:
             raise InputError(f"{path}: {source}: row {pc.index(pc.is_null(keys), True).as_py()} has no key")
         if source == "image_path":  # a sample key already, or a path: up to the first dot of its last part
@@ -82,7 +82,8 @@ class ClipRetrievalFolder(ArrayFolder):
         columns |= {"key": keys, "index": pa.array(np.arange(len(keys), dtype=np.int32))}
         columns["status"] = pa.array(["ok"] * len(keys), pa.string())
         if "uid" in found.column_names:
-            columns["uid"] = found["uid"].cast(pa.string())
+            uids = self._strings(found["uid"], path, "uid")
+            columns["uid"] = pc.if_else(pc.match_substring_regex(uids, "^[0-9a-f]{32}$"), uids, None)
         return pa.Table.from_arrays([columns[name] for name in BASE_SCHEMA.names], schema=BASE_SCHEMA)
 
     def array(self, stem: str) -> np.ndarray:
@@ -121,6 +122,13 @@ class ClipRetrievalFolder(ArrayFolder):
                 f"keys must be unique"
             )
         return table
+
+    @staticmethod
+    def _strings(column: pa.ChunkedArray, path: Path, name: str) -> pa.ChunkedArray:
+        try:
+            return column.cast(pa.string())
+        except pa.ArrowException as error:
+            raise InputError(f"{path}: {name}: expected strings, found {column.type}") from error
 
     def _stored(self, stem: str) -> np.ndarray:
         path = self._array_path(stem)

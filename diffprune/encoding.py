@@ -16,7 +16,7 @@ from diffprune.device import full_float32, pick_device
 from diffprune.engines import run_stage
 from diffprune.files import read_json
 from diffprune.image_maps import ImageMap, Network, Reading
-from diffprune.models.embedders import load_embedder, unit_rows
+from diffprune.models.embedders import load_embedder
 from diffprune.prefetch import Prefetch
 from diffprune.progress import Progress
 from diffprune.shards import ShardIndex, ShardSpec
@@ -68,13 +68,8 @@ def embed(
         return bind_embeddings(model.removeprefix("clip-retrieval:"), shards, out, dry_run)
     chosen = pick_device(device)
     embedder = load_embedder(model, chosen, precision)
-    name = embedder.head["model"]
-
-    def features(images: torch.Tensor) -> torch.Tensor:
-        return unit_rows(embedder.function(images), len(images), name)
-
     head = {"kind": "embeddings", **embedder.head}
-    network = Network(features, embedder.resize, embedder.channels, head, embedder.path, chosen)
+    network = Network(embedder.embed, embedder.resize, embedder.channels, head, embedder.path, chosen)
     return _map_images("embed", network, shards, Path(out), batch_size, Reading(strict_decode, max_pixels), dry_run)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from diffprune.errors import InputError
 from diffprune.shards import index_shards
 from diffprune.tables import read_folder
 
-PARTS = ((0, 40), (40, 57), (57, 60))  # rows of each file; written with padded numbers, as for 10 files or more
+PARTS = ((0, 40), (40, 57), (57, 60))  # rows of each file, by number, not by name
 WIDTH = 24
 
 
@@ -25,7 +26,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 
 def write(folder: Path, rows: np.ndarray, keys: list[str], column: str = "image_path", **more: list) -> Path:
-    for number, (start, stop) in zip(("02", "10", "11"), PARTS, strict=True):
+    for number, (start, stop) in zip(("2", "10", "11"), PARTS, strict=True):
         (folder / "img_emb").mkdir(parents=True, exist_ok=True)
         (folder / "metadata").mkdir(exist_ok=True)
         np.save(folder / "img_emb" / f"img_emb_{number}.npy", rows[start:stop])
@@ -51,7 +52,7 @@ def small_set(tmp_path_factory):
 def test_normalised_float16_is_read_as_it_is(small_set, tmp_path):
     _, keys, rows = small_set
     folder = ArrayFolder(write(tmp_path / "emb", rows.astype(np.float16), keys), kind="embeddings")
-    assert folder.stems == ["img_emb_02", "img_emb_10", "img_emb_11"] and folder.metadata["shape"] == [WIDTH]
+    assert folder.stems == ["img_emb_2", "img_emb_10", "img_emb_11"] and folder.metadata["shape"] == [WIDTH]
     array = folder.array("img_emb_10")
     assert isinstance(array, np.memmap) and array.dtype == np.float16
     table, values = folder.load()
@@ -116,8 +117,12 @@ def test_binding_goes_by_key_and_tells_what_is_missing(small_set, tmp_path):
 def test_paths_become_keys_up_to_the_first_dot_of_their_last_part(small_set, tmp_path):
     _, _, rows = small_set
     names = [f"v1.2/img{i}.v3.jpg" for i in range(60)]
-    table = ArrayFolder(write(tmp_path / "emb", rows.astype(np.float16), names)).load()[0]
+    uids = [f"{i:032x}" if i else "none" for i in range(60)]
+    folder = ArrayFolder(write(tmp_path / "emb", rows.astype(np.float16), names, uid=uids))
+    table = folder.load()[0]
     assert table["key"].to_pylist() == [f"v1.2/img{i}" for i in range(60)]
+    assert table["uid"].to_pylist() == [None, *uids[1:]]
+    assert pickle.loads(pickle.dumps(folder)).load()[0].equals(table)
 
 
 def broken(folder: Path, what: str) -> None:
@@ -132,6 +137,8 @@ def broken(folder: Path, what: str) -> None:
     elif what == "null key":
         keys = pq.read_table(metadata)["image_path"].to_pylist()
         pq.write_table(pa.table({"image_path": [*keys[:3], None, *keys[4:]]}), metadata)
+    elif what == "keys of lists":
+        pq.write_table(pa.table({"key": [["a"]] * len(rows)}), metadata)
     elif what == "twice":
         keys = pq.read_table(metadata)["image_path"].to_pylist()
         pq.write_table(pa.table({"image_path": [keys[1], *keys[1:]]}), metadata)
@@ -155,9 +162,10 @@ def broken(folder: Path, what: str) -> None:
         ("row mismatch", r"img_emb_10.npy: 16 embeddings, but metadata_10.parquet has 17 rows"),
         ("no metadata", r"metadata_10.parquet: no such file: it has the keys of img_emb_10.npy"),
         ("no keys", r"metadata_10.parquet: no column 'key'; it has caption"),
+        ("keys of lists", r"metadata_10.parquet: key: expected strings, found list"),
         ("null key", "image_path: row 3 has no key"),
         ("twice", "stands in it 2 times"),
-        ("width", "embeddings of 23 dimensions, but img_emb_02.npy has 24: they are of two models"),
+        ("width", "embeddings of 23 dimensions, but img_emb_2.npy has 24: they are of two models"),
         ("pickle", r"img_emb_10.npy: not a readable .npy file"),
         ("integers", r"expected \[n, D\] float16 or float32, found \[17, 24\] int32"),
         ("empty", r"expected img_emb_0.npy"),

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,14 @@ import torch
 from photos import write_class_folder
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import diffprune
 from diffprune.arrays import ArrayFolder
+from diffprune.cli.app import app
 from diffprune.errors import InputError, ResumeError
 from diffprune.models.embedders import load_embedder
+from diffprune.shards import index_shard
 from diffprune.tables import read_folder
 
 transformers = pytest.importorskip("transformers")
@@ -147,6 +151,11 @@ def test_open_clip_weights_give_what_transformers_clip_gives(photo_shards, tmp_p
         processor = transformers.CLIPImageProcessorPil(
             size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
         )
+        images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        embedder = load_embedder(str(folder), CPU)
+        with torch.inference_mode():
+            expected = model(pixel_values=embedder.resize.normalize(images)).image_embeds
+            assert torch.allclose(embedder.function(images), expected, rtol=1e-4, atol=1e-5)
         diffprune.embed(shards, tmp_path / f"out_{quick_gelu}", model=str(folder))
         table, rows = ArrayFolder(tmp_path / f"out_{quick_gelu}").load()
         for key, row in zip(table["key"].to_pylist(), rows, strict=True):
@@ -232,6 +241,44 @@ def test_a_second_model_or_another_preprocessing_is_not_mixed_in(photo_shards, c
         diffprune.embed(shards, out, model=str(moved))
     with pytest.raises(ResumeError, match="precision was 'float32', is now 'bf16'"):
         diffprune.embed(shards, out, model=str(clip_folder), precision="bf16")
+
+
+def test_a_batch_of_nothing_but_a_damaged_image_is_a_failed_row(photo_shards, clip_folder, tmp_path):
+    shards = shutil.copytree(photo_shards[0], tmp_path / "shards")
+    shard = sorted(shards.glob("*.tar"))[0]
+    sample = index_shard(shard).samples[2]
+    data = bytearray(shard.read_bytes())
+    middle = sample.images()[0].data_offset + sample.images()[0].size // 2
+    data[middle : middle + 4] = b"\xff\xd9\xff\xd9"  # an end of image, to a JPEG; a wrong checksum, to a PNG
+    shard.write_bytes(data)
+    result = diffprune.embed(shards, tmp_path / "out", model=str(clip_folder), batch_size=1)
+    assert (result["samples"], result["failed"], result["first_error"]["key"]) == (10, 1, sample.key)
+    stem = shard.stem
+    array = ArrayFolder(tmp_path / "out").array(stem)
+    assert np.isnan(array[2]).all() and np.isfinite(np.delete(array, 2, axis=0)).all()
+
+
+def test_embeddings_by_one_model_prepared_in_two_ways_are_not_compared(photo_shards, clip_folder, tmp_path):
+    shards, _ = photo_shards
+    other = shutil.copytree(clip_folder, tmp_path / "model")
+    config = json.loads((other / "preprocessor_config.json").read_text())
+    (other / "preprocessor_config.json").write_text(json.dumps({**config, "resample": 2}))
+    diffprune.embed(shards, tmp_path / "a", model=str(clip_folder))
+    diffprune.embed(shards, tmp_path / "b", model=str(other))
+    with pytest.raises(InputError, match="cannot be compared: preprocessing is"):
+        diffprune.evaluate(tmp_path / "a", tmp_path / "b", tmp_path / "metrics.json")
+
+
+def test_the_verb_takes_a_folder_and_fails_with_one_line(photo_shards, clip_folder, tmp_path):
+    shards, files = photo_shards
+    runner, out = CliRunner(), str(tmp_path / "out")
+    arguments = ["embed", str(shards), "-o", out, "--precision", "bf16", "--json", "--model"]
+    done = runner.invoke(app, [*arguments, str(clip_folder)])
+    assert done.exit_code == 0 and json.loads(done.stdout)["samples"] == len(files)
+    metadata = ArrayFolder(out).metadata
+    assert (metadata["model"], metadata["precision"]) == ("clip", "bf16")
+    refused = runner.invoke(app, [*arguments, str(tmp_path / "nothing")])
+    assert refused.exit_code == 1 and refused.stderr.startswith("error: model") and refused.stderr.count("\n") == 1
 
 
 def test_bf16_is_close_to_float32(photo_shards, clip_folder):
@@ -331,7 +378,9 @@ def test_only_a_hub_id_asks_the_hub_and_says_what_to_do_without_it(tmp_path, mon
     for path in (str(tmp_path / "nothing"), "./models/clip", "models/clip/large", "inception"):
         with pytest.raises(InputError, match="expected a folder"):
             load_embedder(path, CPU)
-    load_embedder(str(clip_folder), CPU)
+    with monkeypatch.context() as without_network:
+        without_network.setattr(socket.socket, "connect", lambda *_: pytest.fail("a local folder needs no network"))
+        load_embedder(str(clip_folder), CPU)
     assert not asked
     with pytest.raises(InputError, match=r"download config.json.*model.safetensors.* of openai/clip.* into a folder"):
         load_embedder("openai/clip-vit-large-patch14", CPU)
@@ -431,7 +480,7 @@ def test_embeddings_that_are_not_finite_or_all_zero_are_failed_rows_by_key(photo
 
 def test_functions_that_break_the_contract_are_told(photo_shards, functions, tmp_path):
     shards, _ = photo_shards
-    with pytest.raises(InputError, match=r"expected features \[1, D\]"):
+    with pytest.raises(InputError, match=r"expected floating-point features \[1, D\]"):
         diffprune.embed(shards, tmp_path / "out", model=f"{functions}:flat")
     with pytest.raises(InputError, match="expected a function sizes"):
         load_embedder(f"{functions}:sizes", CPU)

@@ -103,6 +103,7 @@ def test_an_image_too_thin_to_resize_is_a_failed_image_not_a_dead_process(tmp_pa
         ({"resample": 9}, "resample: expected"),
         ({"size": {"longest_edge": 224}}, "size: expected"),
         ({"size": None}, "size: expected"),
+        ({"size": {"shortest_edge": 1_000_000_000}}, "at most 100,000,000 pixels"),
         ({"size": {"shortest_edge": 100}}, "fits into"),
         ({"do_rescale": False}, "do_rescale: expected true"),
         ({"rescale_factor": "a"}, "rescale_factor"),

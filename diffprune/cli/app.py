@@ -119,11 +119,31 @@ def prune(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder for the pruned shards.")],
     shard_size: Annotated[int | None, typer.Option(min=1, help="Samples per shard; as the input's by default.")] = None,
     prefix: Annotated[str | None, typer.Option(help="The shards' prefix; the input's by default.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Shards written at a time; by default one a core.")] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Write the kept samples into new shards, byte for byte."""
-    run(diffprune.prune, kept, shards, out, shard_size=shard_size, prefix=prefix, dry_run=dry_run, as_json=as_json)
+    options = {"shard_size": shard_size, "prefix": prefix, "workers": workers}
+    run(diffprune.prune, kept, shards, out, **options, dry_run=dry_run, as_json=as_json)
+
+
+@app.command(rich_help_panel="Data")
+def export(
+    kept: Annotated[Path, typer.Argument(help="The selection: a kept.parquet.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
+    format: Annotated[str, typer.Option("--format", "-f", help="keys, datacomp, energon, wids or timm.")],
+    shards: Annotated[
+        list[str] | None,
+        typer.Option(help="energon: the shards selected from; wids, timm: the pruned shards. Repeatable."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="The split's name, for energon and timm.")] = "train",
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Write a selection in another tool's format."""
+    options = {"format": format, "shards": shards or None, "split": split}
+    run(diffprune.export, kept, out, **options, dry_run=dry_run, as_json=as_json)
 
 
 @train.command("vqvae")
@@ -191,8 +211,8 @@ def embed(
     model: Annotated[
         str,
         typer.Option(
-            help="A folder or hub id of CLIP, OpenCLIP, SigLIP, DINOv2 or DINOv3; efficientnet-lite0; vqvae:PATH; or "
-            "package.module:function."
+            help="A folder or hub id of CLIP, OpenCLIP, SigLIP, DINOv2 or DINOv3; efficientnet-lite0; vqvae:PATH; "
+            "package.module:function; or clip-retrieval:FOLDER."
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The embeddings folder.")],
@@ -259,26 +279,54 @@ def select(
     order: Annotated[
         str,
         typer.Option(
-            help="highest, lowest, middle, random; cluster-nearest, cluster-farthest, cluster-middle, cluster-random; "
-            "balanced, equal, drop-clusters; k-center, herding."
+            help="highest, lowest, middle, random; cluster-nearest, cluster-farthest, cluster-middle, cluster-random, "
+            "cluster-herding; balanced, equal, drop-clusters; k-center, herding."
         ),
     ] = "highest",
-    by: Annotated[str | None, typer.Option(help="The score column, for highest, lowest and middle.")] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(
+            help="What highest, lowest and middle rank: a score column; 'grand + 2*el2n', the sum of ranks; "
+            "'grand & label', inside each group; -COLUMN turns one round."
+        ),
+    ] = None,
     prune: Annotated[float | None, typer.Option(help="The fraction to leave out, such as 0.9.")] = None,
     keep: Annotated[float | None, typer.Option(help="The fraction to keep, such as 0.1.")] = None,
     count: Annotated[int | None, typer.Option(help="The number to keep.")] = None,
     within: Annotated[
-        str, typer.Option(help="Inside a cluster, for balanced and equal: nearest, farthest, middle, …")
-    ] = ("nearest"),
-    embeddings: Annotated[Path | None, typer.Option(help="The embeddings folder, for k-center and herding.")] = None,
+        str,
+        typer.Option(
+            help="Inside a cluster, for balanced and equal: nearest, farthest, middle, random, herding, k-center, "
+            "highest:COLUMN, lowest:COLUMN."
+        ),
+    ] = "nearest",
+    per: Annotated[str | None, typer.Option(help="Apply the order to each group of this column: label, …")] = None,
+    shares: Annotated[
+        str, typer.Option(help="How many each group of --per gives: proportional, balanced or equal.")
+    ] = "proportional",
+    quota: Annotated[
+        str | None, typer.Option(help="Instead, how many of each group: 0=100,1=50,*=20, or a JSON file of the same.")
+    ] = None,
+    dedup: Annotated[
+        float | None,
+        typer.Option(help="First leave out near-duplicates: cosine distance below this inside a cluster (SemDeDup)."),
+    ] = None,
+    dedup_keep: Annotated[
+        str, typer.Option(help="Which of them to keep: farthest from the centroid, nearest or random.")
+    ] = "farthest",
+    embeddings: Annotated[
+        Path | None, typer.Option(help="The embeddings folder, for k-center, herding and --dedup.")
+    ] = None,
+    device: Device = "auto",
     seed: Seed = 0,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Choose which samples to keep, to the exact count; ties go by key."""
     options = {"order": order, "by": by, "prune": prune, "keep": keep, "count": count, "within": within}
-    options |= {"embeddings": embeddings, "seed": seed}
-    run(diffprune.select, scores, out, **options, dry_run=dry_run, as_json=as_json)
+    options |= {"per": per, "shares": shares, "dedup": dedup, "dedup_keep": dedup_keep}
+    options |= {"embeddings": embeddings, "device": device, "seed": seed}
+    run(diffprune.select, scores, out, quota=quota, **options, dry_run=dry_run, as_json=as_json)
 
 
 @app.command(rich_help_panel="Models")

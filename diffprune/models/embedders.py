@@ -50,13 +50,30 @@ class Embedder:
     channels: int
     head: dict[str, Any]
     path: str
+    unit_length: bool = True  # false for features that are defined as they are, and whose scale means something
+
+    def embed(self, images: Tensor) -> Tensor:
+        """uint8 [B, channels, H, W] -> float64 [B, D], of length 1 where ``unit_length``; NaN where all zero.
+
+        Raises InputError if ``function`` gives anything but one row of numbers per image.
+        """
+        rows = self.function(images)
+        if rows.dim() != 2 or len(rows) != len(images) or not rows.shape[1] or not rows.is_floating_point():
+            raise InputError(
+                f"{self.head['model']}: expected floating-point features [{len(images)}, D], got {rows.dtype} "
+                f"{list(rows.shape)}"
+            )
+        rows = rows.double()
+        if not self.unit_length:
+            return rows
+        return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)  # 0 / 0 and inf / inf are NaN
 
 
 def load_embedder(model: str, device: torch.device, precision: str = "auto") -> Embedder:
     """The embedder of that name, on ``device``.
 
-    ``precision``: "float32", or "bf16" (autocast); "auto" is bf16 on a GPU and float32 on a CPU. A VQ-VAE and a Python
-    function have their own.
+    ``precision``: "float32", or "bf16" (autocast); "auto" is bf16 on a GPU that has it, else float32. A VQ-VAE and a
+    Python function have their own.
 
     Raises:
         InputError: no such model, weights that are missing (with what to download), damaged or of another kind, a
@@ -69,7 +86,7 @@ def load_embedder(model: str, device: torch.device, precision: str = "auto") -> 
     if _FUNCTION.fullmatch(model):
         return _python_function(model, device)
     if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "float32"
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     if model == _EFFICIENTNET:
         return _efficientnet(device, precision)
     from diffprune.models.embedders_pretrained import load_pretrained
@@ -93,18 +110,6 @@ def network_embedder(
 
     head = {**head, "precision": precision, "preprocessing": preprocessing.describe()}
     return Embedder(function, preprocessing, 3, head, str(path))
-
-
-def unit_rows(values: Tensor, rows: int, model: str) -> Tensor:
-    """Features [rows, D] -> float64 of length 1; NaN where they are not finite or all zero.
-
-    Raises InputError if an embedder gave anything but one row of numbers per image.
-    """
-    if values.dim() != 2 or len(values) != rows or not values.shape[1] or not values.is_floating_point():
-        raise InputError(f"{model}: expected features [{rows}, D] floating, got {list(values.shape)} {values.dtype}")
-    values = values.double()
-    lengths = torch.linalg.vector_norm(values, dim=1, keepdim=True)
-    return values / lengths  # 0 / 0 and inf / inf are NaN
 
 
 def _vqvae(path: str, device: torch.device) -> Embedder:

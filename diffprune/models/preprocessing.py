@@ -44,6 +44,8 @@ class Preprocessing:
         sides = (self.resize, self.resize) if isinstance(self.resize, int) else self.resize
         if min(*sides, *(self.crop or ())) < 1 or self.size[0] > sides[0] or self.size[1] > sides[1]:
             raise InputError(f"expected a crop that fits into the resized image, got {self.crop} of {self.resize}")
+        if sides[0] * sides[1] > MAX_PIXELS:
+            raise InputError(f"expected images of at most {MAX_PIXELS:,} pixels, got a resize to {self.resize}")
         if self.crop is None and isinstance(self.resize, int):
             raise InputError(f"expected a crop, for images of one size: only the shorter side is set, to {self.resize}")
         if self.resample not in RESAMPLING:
