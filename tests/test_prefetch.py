@@ -47,6 +47,8 @@ def test_parts_are_the_same_in_any_order(order, ahead):
 def test_a_shard_left_half_way_does_not_confuse_the_next():
     with Prefetch(read, SHARDS) as shards:
         assert next(shards.parts("a")) == ("a", 0)
+        assert list(shards.parts("a")) == EXPECTED["a"]
+        assert next(shards.parts("a")) == ("a", 0)
         assert list(shards.parts("c")) == EXPECTED["c"]
         half = shards.parts("d")
         assert next(half) == ("d", 0)
