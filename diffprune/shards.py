@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,8 @@ __all__ = [
     "index_shards",
     "list_shards",
 ]
+
+_BLOCK_BYTES = 1 << 20
 
 ShardSpec = str | os.PathLike | Sequence[str | os.PathLike]
 
@@ -132,9 +134,29 @@ class ShardReader:
         """The data of one member, of a longer one its first ``limit`` bytes."""
         return self.span(member.data_offset, member.size if limit is None else min(member.size, limit))
 
-    def sample(self, sample: Sample) -> dict[str, bytes]:
-        """The data of each member, by extension."""
-        return {member.extension: self.span(member.data_offset, member.size) for member in sample.members}
+    def samples(self, samples: Iterable[Sample]) -> Iterator[tuple[Sample, dict[str, bytes]]]:
+        """Samples and the data of their members, by extension; neighbours are read together, a megabyte at a time."""
+        block: list[Sample] = []
+        end = 0
+        for sample in samples:
+            if block and (sample.offset != end or end - block[0].offset > _BLOCK_BYTES):
+                yield from self._read_block(block, end)
+                block = []
+            block.append(sample)
+            end = sample.offset + sample.size
+        if block:
+            yield from self._read_block(block, end)
+
+    def _read_block(self, block: list[Sample], end: int) -> Iterator[tuple[Sample, dict[str, bytes]]]:
+        start = block[0].offset
+        data = self.read_at(start, end - start)
+        for sample in block:
+            members = {}
+            for _, extension, _, offset, size in sample.members:
+                members[extension] = piece = data[offset - start : offset - start + size]
+                if len(piece) != size:
+                    self.span(offset, size)  # raises: it has become shorter
+            yield sample, members
 
     def span(self, offset: int, size: int) -> bytes:
         """``size`` bytes from ``offset``, exactly; raises InputError if the file has become shorter."""

@@ -101,7 +101,7 @@ mutations = st.lists(
     ),
     max_size=3,
 )
-FIELDS = [(0, 100), (124, 12), (148, 8), (156, 1), (257, 6), (345, 155), (482, 1)]  # those that mean something here
+FIELDS = [(0, 100), (124, 12), (148, 8), (156, 1), (482, 1)]  # those that tarfile reads as the standard says
 VALUES = [
     b"",
     b"9" * 11,
@@ -237,8 +237,7 @@ def _every_sample_can_be_asked_for(index: ShardIndex) -> None:
     """Its bytes are read, and its image decodes or says why not."""
     decoding = Decoding(size=4, max_pixels=10_000)
     with ShardReader(index.path) if index.size else io.BytesIO() as reader:
-        for sample in index.samples:
-            members = reader.sample(sample)
+        for sample, members in reader.samples(index.samples) if index.samples else ():
             assert {name: len(data) for name, data in members.items()} == {m.extension: m.size for m in sample.members}
             for image in sample.images():
                 try:
