@@ -240,35 +240,117 @@ def score(
     method: Annotated[str, typer.Option(help="loss, el2n, grand, moso, monotonicity, random; several with commas.")] = (
         "loss,el2n,grand"
     ),
-    draws: Annotated[int, typer.Option(min=1, help="Draws of (t, noise) per sample, t stratified over them.")] = 1,
-    mode: Annotated[str, typer.Option(help="MoSo's form: paper, loo1 or authors.")] = "paper",
-    weights: Annotated[str, typer.Option(help="The surrogate's weights: model or ema.")] = "model",
-    seed: Seed = 0,
-    batch_size: BatchSize = 64,
-    device: Device = "auto",
+    draws: Annotated[
+        int, typer.Option(min=1, help="Draws of (t, noise) per sample, t stratified.", rich_help_panel="Draws")
+    ] = 1,
+    antithetic: Annotated[
+        bool, typer.Option("--antithetic", help="Draws in pairs of one t, noise ±x0.", rich_help_panel="Draws")
+    ] = False,
+    normalise_t: Annotated[
+        bool,
+        typer.Option(
+            "--normalise-t", help="Each draw's loss, el2n, norm over its mean at that t.", rich_help_panel="Draws"
+        ),
+    ] = False,
+    seed: Annotated[int, typer.Option(help="The seed of everything random.", rich_help_panel="Draws")] = 0,
+    mode: Annotated[str, typer.Option(help="Its form: paper, loo1 or authors.", rich_help_panel="MoSo")] = "paper",
+    trials: Annotated[
+        int, typer.Option(min=1, help="Support sets, by key; a sample is scored in its own.", rich_help_panel="MoSo")
+    ] = 1,
+    support_fraction: Annotated[
+        float, typer.Option(help="Share of the samples that the mean gradient is made from.", rich_help_panel="MoSo")
+    ] = 1.0,
+    one_pass: Annotated[
+        bool,
+        typer.Option("--one-pass", help="An ESTIMATE from groups of samples, cheaper.", rich_help_panel="MoSo"),
+    ] = False,
+    group_size: Annotated[
+        int, typer.Option(min=2, help="Samples that --one-pass compares with each other.", rich_help_panel="MoSo")
+    ] = 32,
+    learning_rates: Annotated[
+        str | None,
+        typer.Option(
+            help="One per checkpoint as given, with commas, or one; else the checkpoints'.", rich_help_panel="MoSo"
+        ),
+    ] = None,
+    weights: Annotated[
+        str, typer.Option(help="The surrogate's weights: model or ema.", rich_help_panel="How it runs")
+    ] = "model",
+    precision: Annotated[
+        str, typer.Option(help="float32, or bf16: autocast.", rich_help_panel="How it runs")
+    ] = "float32",
+    compile_: Annotated[
+        bool,
+        typer.Option(
+            "--compile", help="torch.compile what has no per-sample gradients.", rich_help_panel="How it runs"
+        ),
+    ] = False,
+    batch_size: Annotated[
+        str,
+        typer.Option(
+            help="Draws at a time, or auto. Halved where memory runs out. Does not change the result.",
+            rich_help_panel="How it runs",
+        ),
+    ] = "64",
+    memory: Annotated[
+        float | None,
+        typer.Option(help="For auto on the CPU: GiB that it may hold.", rich_help_panel="How it runs"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel="How it runs")] = "auto",
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Score every sample with a surrogate's checkpoints."""
     methods = tuple(name.strip() for name in method.split(",") if name.strip())
-    options = {"methods": methods, "draws": draws, "moso_mode": mode, "weights": weights, "seed": seed}
-    options |= {"batch_size": batch_size, "device": device}
+    if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size)):
+        raise typer.BadParameter(f"expected a positive number, or auto, got {batch_size!r}", param_hint="--batch-size")
+    try:
+        rates = [float(rate) for rate in learning_rates.split(",")] if learning_rates else None
+    except ValueError:
+        raise typer.BadParameter(
+            f"expected numbers with commas, got {learning_rates!r}", param_hint="--learning-rates"
+        ) from None
+    options = {"methods": methods, "seed": seed, "draws": draws, "antithetic": antithetic, "normalise_t": normalise_t}
+    options |= {"moso_mode": mode, "trials": trials, "support_fraction": support_fraction, "one_pass": one_pass}
+    options |= {"group_size": group_size, "learning_rates": rates, "weights": weights, "precision": precision}
+    options |= {"compile": compile_, "batch_size": batch_size if batch_size == "auto" else int(batch_size)}
+    options |= {"memory": memory, "device": device}
     run(diffprune.score, latents, checkpoint, out, **options, dry_run=dry_run, as_json=as_json)
 
 
 @app.command(rich_help_panel="Selection")
 def cluster(
-    embeddings: Annotated[Path, typer.Argument(help="The embeddings: a folder of `diffprune embed`.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder of score tables.")],
-    k: Annotated[int, typer.Option("-k", "--clusters", min=1, help="How many clusters.")],
+    embeddings: Annotated[list[Path], typer.Argument(help="Folders of `diffprune embed`, all by the same model.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder of score tables, or of the page of --choose-k.")],
+    k: Annotated[int | None, typer.Option("-k", "--clusters", min=1, help="How many clusters.")] = None,
+    choose_k: Annotated[
+        str | None,
+        typer.Option(help="Instead: try these numbers, such as 8,16,...,4096, and write a page that helps to choose."),
+    ] = None,
+    levels: Annotated[str | None, typer.Option(help="Also cluster the clusters: falling numbers, as 100,10.")] = None,
     seed: Seed = 0,
+    init: Annotated[str, typer.Option(help="k-means||, k-means++, random, or split for many clusters.")] = "k-means||",
+    n_init: Annotated[int, typer.Option(min=1, help="Starts; the best is kept.")] = 1,
     max_iter: Annotated[int, typer.Option(min=1, help="Rounds at most.")] = 100,
     metric: Annotated[str, typer.Option(help="euclidean or cosine.")] = "euclidean",
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Learn from random batches of so many.")] = None,
+    engine: Annotated[str, typer.Option(help="diffprune, or faiss to compare with.")] = "diffprune",
+    memory: Annotated[
+        str | None, typer.Option(help="Embeddings in memory at a time, such as 2GiB; more stream from disk.")
+    ] = None,
+    sample: Annotated[int, typer.Option(min=10, help="Embeddings that --choose-k looks at, at most.")] = 100_000,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """k-means over embeddings: the columns cluster and distance."""
-    options = {"k": k, "seed": seed, "max_iter": max_iter, "metric": metric}
+    """k-means over embeddings: the columns cluster and distance; or, which number of clusters to take."""
+    if (k is None) == (choose_k is None):
+        raise typer.BadParameter("expected either -k or --choose-k")
+    if choose_k is not None:
+        options = {"seed": seed, "max_iter": max_iter, "metric": metric, "sample": sample}
+        run(diffprune.choose_k, embeddings, out, ks=choose_k, **options, dry_run=dry_run, as_json=as_json)
+        return
+    options = {"k": k, "seed": seed, "init": init, "n_init": n_init, "max_iter": max_iter, "metric": metric}
+    options |= {"batch_size": batch_size, "engine": engine, "memory": memory, "levels": _numbers("levels", levels)}
     run(diffprune.cluster, embeddings, out, **options, dry_run=dry_run, as_json=as_json)
 
 
@@ -416,3 +498,11 @@ def _named(pairs: list[str] | None) -> dict[str, Path]:
             raise typer.BadParameter(f"expected NAME=PATH, got {pair!r}")
         named[name] = Path(path)
     return named
+
+
+def _numbers(name: str, text: str | None) -> list[int]:
+    """Whole numbers with commas between them."""
+    try:
+        return [int(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise typer.BadParameter(f"expected numbers with commas for --{name}, got {text!r}") from None
