@@ -21,11 +21,18 @@ app = typer.Typer(
 train = typer.Typer(help="Train the VQ-VAE or the DiT, from a TOML config and overrides.", no_args_is_help=True)
 app.add_typer(train, name="train", rich_help_panel="Models")
 
+MAX_PIXELS = 100_000_000  # diffprune.pixels.MAX_PIXELS; that module imports numpy, which --help need not wait for
+
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say how much it would do, and do nothing.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Seed = Annotated[int, typer.Option(help="The seed of everything random.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time. Does not change the result.")]
+StrictDecode = Annotated[
+    bool,
+    typer.Option(help="Refuse a JPEG with any damage, flipped bits too; without it, take what Pillow makes of it."),
+]
+MaxPixels = Annotated[int, typer.Option(min=1, help="Refuse an image whose header says that it has more.")]
 Shards = Annotated[
     list[str], typer.Argument(help="Brace pattern, glob, folder, .tar or list file; several may be given.")
 ]
@@ -67,6 +74,8 @@ def pack(
     resize: Annotated[int | None, typer.Option(min=1, help="Crop to a square and resize to this side, as PNG.")] = None,
     shuffle: Annotated[bool, typer.Option(help="Shuffle the samples over the shards.")] = True,
     seed: Seed = 0,
+    strict_decode: StrictDecode = True,
+    max_pixels: MaxPixels = MAX_PIXELS,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -76,18 +85,29 @@ def pack(
     elif named_source is not None or out is None:
         raise typer.BadParameter("expected SOURCE OUT, or --source SOURCE OUT")
     options = {"prefix": prefix, "shard_size": shard_size, "resize": resize, "shuffle_seed": seed if shuffle else None}
+    options |= {"strict_decode": strict_decode, "max_pixels": max_pixels}
     run(diffprune.pack, source, out, **options, dry_run=dry_run, as_json=as_json)
 
 
 @app.command(rich_help_panel="Data")
 def verify(
     shards: Shards,
-    decode: Annotated[bool, typer.Option(help="Also decode every image, strictly.")] = False,
+    decode: Annotated[bool, typer.Option(help="Also decode every image.")] = False,
+    strict_decode: StrictDecode = True,
+    max_pixels: MaxPixels = MAX_PIXELS,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Count samples and keys, account for every byte, list all damage. Exits 1 if there is any."""
-    result = run(diffprune.verify, shards, decode=decode, dry_run=dry_run, as_json=as_json)
+    result = run(
+        diffprune.verify,
+        shards,
+        decode=decode,
+        strict_decode=strict_decode,
+        max_pixels=max_pixels,
+        dry_run=dry_run,
+        as_json=as_json,
+    )
     if result.get("damaged"):
         raise typer.Exit(1)
 
@@ -175,11 +195,14 @@ def encode(
     out: Annotated[Path, typer.Option("--out", "-o", help="The latents folder.")],
     batch_size: BatchSize = 256,
     device: Device = "auto",
+    strict_decode: StrictDecode = True,
+    max_pixels: MaxPixels = MAX_PIXELS,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Write the latents of every image, one fp16 .npy per shard."""
-    run(diffprune.encode, shards, vqvae, out, batch_size=batch_size, device=device, dry_run=dry_run, as_json=as_json)
+    options = {"batch_size": batch_size, "device": device, "strict_decode": strict_decode, "max_pixels": max_pixels}
+    run(diffprune.encode, shards, vqvae, out, **options, dry_run=dry_run, as_json=as_json)
 
 
 @app.command(rich_help_panel="Features")
@@ -196,11 +219,14 @@ def embed(
     batch_size: BatchSize = 256,
     device: Device = "auto",
     precision: Annotated[str, typer.Option(help="float32, bf16, or auto: bf16 on a GPU.")] = "auto",
+    strict_decode: StrictDecode = True,
+    max_pixels: MaxPixels = MAX_PIXELS,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Write an L2-normalised embedding of every image, one fp16 .npy per shard."""
     options = {"model": model, "batch_size": batch_size, "device": device, "precision": precision}
+    options |= {"strict_decode": strict_decode, "max_pixels": max_pixels}
     run(diffprune.embed, shards, out, **options, dry_run=dry_run, as_json=as_json)
 
 
