@@ -23,7 +23,11 @@ from diffprune.kmeans import KMeans
 from diffprune.kmeans_faiss import faiss_centroids
 from diffprune.kmeans_points import Part
 from diffprune.progress import Progress
+<<<<<<< HEAD
 from diffprune.tables import BASE_COLUMNS, read_folder, table_metadata
+=======
+from diffprune.tables import BASE_COLUMNS, read_folder
+>>>>>>> embed
 
 CENTROIDS_FILE = "centroids.safetensors"
 ENGINES = ("diffprune", "faiss")
@@ -154,8 +158,12 @@ class EmbeddingRows:
         self.rows, keys = 0, []
         for stem in self.stems:
             folder = self.folders[stem]
+<<<<<<< HEAD
             _of_folder(folder, stem)
             table = folder.table(stem).select(["key", "status"])
+=======
+            table = folder.keys(stem)
+>>>>>>> embed
             ok = pc.equal(table["status"], "ok")
             rows = np.flatnonzero(ok.to_numpy())
             array = folder.array(stem)
@@ -209,6 +217,7 @@ def _same_model(first: ArrayFolder, other: ArrayFolder) -> None:
             )
 
 
+<<<<<<< HEAD
 def _of_folder(folder: ArrayFolder, stem: str) -> None:
     """A shard that was copied in from another run may be of another model."""
     if type(folder) is not ArrayFolder:  # clip-retrieval's do not say which run they are of
@@ -222,6 +231,8 @@ def _of_folder(folder: ArrayFolder, stem: str) -> None:
         )
 
 
+=======
+>>>>>>> embed
 def _fit_summary(centroids: Path) -> dict[str, float]:
     with safe_open(centroids, framework="numpy") as file:
         return json.loads(file.metadata()["fit"])
