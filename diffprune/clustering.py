@@ -23,7 +23,7 @@ from diffprune.kmeans import KMeans
 from diffprune.kmeans_faiss import faiss_centroids
 from diffprune.kmeans_points import Part
 from diffprune.progress import Progress
-from diffprune.tables import BASE_COLUMNS, read_folder, table_metadata
+from diffprune.tables import BASE_COLUMNS, read_folder
 
 CENTROIDS_FILE = "centroids.safetensors"
 ENGINES = ("diffprune", "faiss")
@@ -154,8 +154,7 @@ class EmbeddingRows:
         self.rows, keys = 0, []
         for stem in self.stems:
             folder = self.folders[stem]
-            _of_folder(folder, stem)
-            table = folder.table(stem).select(["key", "status"])
+            table = folder.keys(stem)
             ok = pc.equal(table["status"], "ok")
             rows = np.flatnonzero(ok.to_numpy())
             array = folder.array(stem)
@@ -207,19 +206,6 @@ def _same_model(first: ArrayFolder, other: ArrayFolder) -> None:
                 f"{other.folder}: expected embeddings of the same model as {first.folder}, found {name} {another!r}, "
                 f"not {one!r}; distances between them mean nothing"
             )
-
-
-def _of_folder(folder: ArrayFolder, stem: str) -> None:
-    """A shard that was copied in from another run may be of another model."""
-    if type(folder) is not ArrayFolder:  # clip-retrieval's do not say which run they are of
-        return
-    path = folder.folder / f"{stem}.parquet"
-    found = table_metadata(path).get("fingerprint")
-    if found != folder.fingerprint:
-        raise InputError(
-            f"{path}: made by another run than {folder.folder} (fingerprint {found}, expected {folder.fingerprint}), "
-            f"maybe by another model; embed its shard again"
-        )
 
 
 def _fit_summary(centroids: Path) -> dict[str, float]:
