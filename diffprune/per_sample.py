@@ -13,9 +13,11 @@ tensor per sample (Goodfellow, arXiv 1510.01799; for tokens the Gram form: Roche
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import reduce
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +30,7 @@ from diffprune.gradient_rules import RULES, Rule
 def per_sample_gradients(
     model: nn.Module,
     norm: bool = True,
-    direction: Mapping[str, Tensor] | None = None,
+    direction: Mapping[str, Tensor] | Literal["total"] | None = None,
     rows_per_sample: int = 1,
     weight_gradients: bool = False,
     total: bool = False,
@@ -43,7 +45,7 @@ def per_sample_gradients(
         model: every trainable parameter must belong to a layer that a rule covers (`gradient_rules.RULES`).
         norm: compute `sqnorm` and `by_layer`.
         direction: compute `dot` with this: a tensor for each trainable parameter, by its name in
-            `model.named_parameters()`.
+            `model.named_parameters()`. "total": with the batch's own Σ_i g_i, in the same pass.
         rows_per_sample: J. Rows i·J ... i·J+J-1 are one sample, whose gradient is the sum over its rows.
         weight_gradients: also leave the batch's gradients in the parameters' `.grad`, as without this block. By
             default they are not computed, which saves a third of the backward.
@@ -60,9 +62,9 @@ def per_sample_gradients(
     if rows_per_sample < 1:
         raise InputError(f"per_sample_gradients: expected rows_per_sample >= 1, got {rows_per_sample}")
     layers = _covered_layers(model)
-    if direction is not None:
+    if direction is not None and direction != "total":
         _set_direction(layers, direction)
-    grads = PerSampleGradients(layers, norm, direction is not None, total, rows_per_sample)
+    grads = PerSampleGradients(layers, norm, direction is not None, total or direction == "total", rows_per_sample)
     with _hooks(layers, grads, weight_gradients):
         yield grads
         grads._finish()
@@ -80,7 +82,7 @@ class PerSampleGradients:
     @property
     def sqnorm(self) -> Tensor:
         """[B]: ‖g_i‖² over all trainable parameters."""
-        return torch.stack(list(self.by_layer.values())).sum(dim=0)
+        return _sum_in_order(self.by_layer.values())
 
     @property
     def by_layer(self) -> dict[str, Tensor]:
@@ -96,7 +98,7 @@ class PerSampleGradients:
         if not self._dot:
             raise InputError("per_sample_gradients: dot products were not asked for (direction=None)")
         self._finish()
-        return torch.stack([layer.dot for layer in self._layers]).sum(dim=0)
+        return _sum_in_order(layer.dot for layer in self._layers)
 
     @property
     def total(self) -> dict[str, Tensor]:
@@ -156,17 +158,23 @@ class PerSampleGradients:
             seen, gradient = (x.reshape(samples, -1, *x.shape[2:]) for x in (seen, gradient))
             if self._norm:
                 layer.sqnorm = layer.rule.sqnorm(seen, gradient, layer.parameters.keys()).double()
-            if self._dot:
-                layer.dot = layer.rule.dot(seen, gradient, layer.direction).double()
             if self._total:
                 sums = layer.rule.total(seen, gradient, layer.parameters)
                 layer.total = {key: sums[key].reshape(value.shape) for key, value in layer.parameters.items()}
+            if self._dot:
+                direction = layer.direction or {key: layer.total[key].to(p) for key, p in layer.parameters.items()}
+                layer.dot = layer.rule.dot(seen, gradient, direction).double()
         else:
             layer.total = {key: torch.zeros_like(p, dtype=torch.float64) for key, p in layer.parameters.items()}
             layer.sqnorm = layer.dot = next(iter(layer.total.values())).new_zeros(samples)
         for call in layer.calls:  # the graph holds on to the call: let go of what is large
             call.input = call.gradient = None
         layer.calls, layer.done = [], True
+
+
+def _sum_in_order(values: Iterable[Tensor]) -> Tensor:
+    """One after the other: torch.sum's order of a column depends on how many columns there are."""
+    return reduce(torch.add, values)
 
 
 @dataclass

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-PREFERENCE = ("cuda", "triton", "cpu", "reference")
+PREFERENCE = ("cuda", "triton", "cpp", "cpu", "reference")
 """Names of implementations; ``impl="auto"`` takes the first that does not refuse and is neither unconfirmed nor
 emulated. An op may have another order: where PyTorch's own op is there too, and nothing here has been measured to be
 faster, that comes first."""
