@@ -2,23 +2,29 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py --out runs/demo
 
-test: $(VENV)/.installed
+test: $(VENV)/.with-tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-bench: $(VENV)/.installed
+bench: $(VENV)/.with-tests
+	$(PIP) --no-build-isolation -e ".[bench]"
 	$(BIN)/python -m pytest benchmarks --benchmark-enable
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/cpu/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt setuptools pybind11
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e ".[demo,test]"
+	$(PIP) setuptools pybind11
+	$(PIP) --no-build-isolation -e ".[demo]"
+	touch $@
+
+$(VENV)/.with-tests: $(VENV)/.installed
+	$(PIP) --no-build-isolation -e ".[test]"
 	touch $@
 
 clean:

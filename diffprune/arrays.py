@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from diffprune.errors import InputError
 from diffprune.files import atomic_path
-from diffprune.tables import kept_keys, read_folder, read_stage, read_table
+from diffprune.tables import kept_keys, read_folder, read_stage, read_table, table_metadata
 
 
 def write_array(path: str | Path, array: np.ndarray) -> None:
@@ -46,6 +46,17 @@ class ArrayFolder:
     def table(self, stem: str) -> pa.Table:
         """The base columns of one shard's samples."""
         return read_table(self.folder / f"{stem}.parquet")
+
+    def keys(self, stem: str) -> pa.Table:
+        """The columns key and status of one shard; InputError if its table was copied in from another run."""
+        path = self.folder / f"{stem}.parquet"
+        found = table_metadata(path).get("fingerprint")
+        if found != self.fingerprint:
+            raise InputError(
+                f"{path}: made by another run than {self.folder} (fingerprint {found}, expected {self.fingerprint}), "
+                f"maybe by another model; embed its shard again"
+            )
+        return read_table(path, ["key", "status"])
 
     def array(self, stem: str) -> np.ndarray:
         """float16 [n, ...], memory-mapped, row-aligned with ``table(stem)``."""

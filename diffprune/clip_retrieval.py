@@ -56,9 +56,14 @@ class ClipRetrievalFolder(ArrayFolder):
         self.stems = sorted((name for name in names if _STEM.fullmatch(name)), key=lambda name: (int(name[8:]), name))
         if not self.stems:
             raise InputError(f"{self.folder / 'img_emb'}: expected img_emb_0.npy, …, found no such file")
-        width = self._stored(self.stems[0]).shape[1]
+        first = self._stored(self.stems[0])
+        width, self._dtype = first.shape[1], first.dtype
         self.metadata = {"kind": "embeddings", "model": MODEL, "model_sha256": None, "shape": [width]}
         self._unit: dict[str, bool] = {}
+        self._unique = False
+        for path in map(self._metadata_path, self.stems):
+            if not path.is_file():
+                raise InputError(f"{path}: no such file: it has the keys; copy clip-retrieval's whole output")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -68,8 +73,6 @@ class ClipRetrievalFolder(ArrayFolder):
 
     def table(self, stem: str) -> pa.Table:
         path = self._metadata_path(stem)
-        if not path.is_file():
-            raise InputError(f"{path}: no such file: it has the keys of {stem}.npy; copy clip-retrieval's whole output")
         names = column_names(path)
         source = "image_path" if "key" not in names and "image_path" in names else "key"
         found = read_table(path, [source, *(["uid"] if "uid" in names else [])])
@@ -86,6 +89,11 @@ class ClipRetrievalFolder(ArrayFolder):
             columns["uid"] = pc.if_else(pc.match_substring_regex(uids, "^[0-9a-f]{32}$"), uids, None)
         return pa.Table.from_arrays([columns[name] for name in BASE_SCHEMA.names], schema=BASE_SCHEMA)
 
+    def keys(self, stem: str) -> pa.Table:
+        if not self._unique:
+            self._whole_table()
+        return self.table(stem).select(["key", "status"])
+
     def array(self, stem: str) -> np.ndarray:
         """[n, D] float16 or float32 of length 1, memory-mapped if they are so on disk, row-aligned with the table."""
         array, rows = self._stored(stem), self.table(stem).num_rows
@@ -100,6 +108,8 @@ class ClipRetrievalFolder(ArrayFolder):
                 f"{path}: embeddings of {array.shape[1]} dimensions, but {self.stems[0]}.npy has "
                 f"{self.metadata['shape'][0]}: they are of two models"
             )
+        if array.dtype != self._dtype:
+            raise InputError(f"{path}: {array.dtype}, but {self.stems[0]}.npy has {self._dtype}: of two runs")
         if stem not in self._unit:
             self._unit[stem] = all(np.all(np.abs(lengths - 1) < UNIT_TOLERANCE) for lengths in _lengths(array))
         if self._unit[stem]:
@@ -110,7 +120,7 @@ class ClipRetrievalFolder(ArrayFolder):
             key = self.table(stem)["key"][int(zero[0])].as_py()
             raise InputError(f"{path}: {len(zero)} embeddings are all zero, key {key!r} first; make them again")
         with np.errstate(invalid="ignore"):  # inf / inf; ``load`` tells about NaN, by key
-            return array.astype(np.float32) / lengths[:, None]
+            return (array.astype(np.float32) / lengths[:, None]).astype(self._dtype)
 
     def _whole_table(self) -> pa.Table:
         table = pa.concat_tables([self.table(stem) for stem in self.stems])
@@ -121,6 +131,7 @@ class ClipRetrievalFolder(ArrayFolder):
                 f"{self.folder}: key {twice[0]['values'].as_py()!r} stands in it {twice[0]['counts'].as_py()} times; "
                 f"keys must be unique"
             )
+        self._unique = True
         return table
 
     @staticmethod
@@ -156,7 +167,7 @@ def bind_embeddings(source: str | Path, shards: ShardSpec, out: str | Path, dry_
     Then selections know where each sample lies. A sample of the shards without an embedding is a failed row; raises
     InputError if not one has an embedding.
     """
-    from diffprune.encoding import describe  # which imports this module
+    from diffprune.image_maps import describe
 
     folder = ClipRetrievalFolder(source)
     table = folder._whole_table()
