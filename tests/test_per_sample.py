@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from diffprune.errors import InputError
-from diffprune.per_sample import _Call, per_sample_gradients
+from diffprune.per_sample import per_sample_gradients
+from diffprune.weight_tensors import _Call
 
 B = 4
 
