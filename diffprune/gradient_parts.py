@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffprune.batch_layout import Layout, batch_first
 from diffprune.kernels import linear_grad_dot, linear_grad_sqnorm
 
 BLOCK = 2**22
@@ -197,18 +198,20 @@ class Scatter(Part):
 
 
 class Aligned(Part):
-    """The parameter's own dimension `dim` is the batch's: `gradient` [rows, ...], one row each; B·J rows."""
+    """The parameter has rows of its own for each sample: `gradient`, of the parameter's shape, the batch at `layout`."""
 
-    def __init__(self, gradient: Tensor, dim: int, samples: int) -> None:
-        self.gradient, self.dim, self.samples = gradient, dim, samples
+    def __init__(self, gradient: Tensor, layout: Layout, rows: int, samples: int) -> None:
+        self.gradient, self.layout, self.rows, self.samples = gradient, layout, rows, samples
         self.parameters, self.device = gradient.numel(), gradient.device
 
     def write_out(self, own: slice) -> Tensor:
         numbers = range(self.samples)[own]
-        result = self.gradient.new_zeros(len(numbers), self.samples, self.parameters // self.samples)
-        for i, sample in enumerate(numbers):
-            result[i, sample] = self.gradient.reshape(self.samples, -1)[sample]
-        return result.view(len(numbers), *self.gradient.shape).movedim(1, self.dim + 1).flatten(1)
+        result = self.gradient.new_zeros(len(numbers), *self.gradient.shape)
+        rows_first = batch_first(self.gradient, self.layout, self.rows)
+        for one, sample in zip(result, numbers, strict=True):
+            rows = slice(sample * self.rows // self.samples, (sample + 1) * self.rows // self.samples)
+            batch_first(one, self.layout, self.rows)[rows] = rows_first[rows]
+        return result.flatten(1)
 
 
 class Through(Part):

@@ -315,6 +315,18 @@ def instance_norm(
     return _affine(recorder, input, output, normalise, weight, bias, True)
 
 
+@rule(F.scaled_dot_product_attention)
+def attention(
+    recorder: Recorder, func: Callable, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kw: Any
+) -> Tensor:
+    """A weight in the mask: a bias by relative position."""
+    if not isinstance(attn_mask, Weight) or any(isinstance(x, Weight) for x in (query, key, value)):
+        raise _unknown(func, query, key, value, attn_mask)
+    layout = recorder.layout(query, attn_mask)
+    wide = recorder.spread(attn_mask, (*query.shape[:-1], key.shape[-2]), layout)
+    return func(query, key, value, wide, *args, **kw)
+
+
 # Element by element
 
 

@@ -201,7 +201,7 @@ def _stand_ins(model: nn.Module, uses: list[ParameterUse], recorder: Recorder) -
 
 def _rows_from(recorder: Recorder) -> Callable:
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if recorder.tracker.rows is None:
+        if recorder.tracker.rows is None and torch.is_grad_enabled():
             recorder.tracker.set_rows((args, kwargs))
 
     return hook

@@ -39,7 +39,7 @@ class Weight(Tensor):
         weight.plain, weight.recorder, weight.sources = plain, recorder, sources
         for leaf in (weight, plain) if plain.is_leaf else (weight,):
             with torch._C.DisableTorchFunctionSubclass():
-                leaf.register_post_accumulate_grad_hook(_refuse_gradient(sources))
+                leaf.register_post_accumulate_grad_hook(_refuse_gradient(sources, recorder))
         return weight
 
     @classmethod
@@ -139,15 +139,19 @@ class Recorder:
         shape = (1,) * (gradient.dim() - len(shape)) + shape
         rows, dim = self.tracker.rows, layout.dim
         if shape[dim] != 1:
-            if shape[dim] != rows or gradient.shape[dim] != rows:
-                raise InputError(f"{_names([weight])}: broadcast along the batch by a rule that cannot, {shape}")
             others = [i for i, size in enumerate(shape) if size == 1 and gradient.shape[i] > 1]
             gradient = _sum(gradient, others).reshape(weight.shape)
-            return weight, Aligned(gradient.movedim(dim - len(shape), 0), weight.dim() - len(shape) + dim, self.samples)
+            own = layout._replace(dim=dim - len(shape) + weight.dim())
+            return weight, Aligned(gradient, own, rows, self.samples)
         target = (*shape[:dim], 1, 1, *shape[dim + 1 :])
         gradient = batch_first(gradient, layout, rows)
         gradient = _sum(gradient, [i for i, size in enumerate(target, 1) if size == 1 and gradient.shape[i] > 1])
         return weight, Dense(_sum(gradient.reshape(self.samples, self.rows_per_sample, -1), [1]).flatten(1))
+
+    def spread(self, weight: Weight, shape: Sequence[int], layout: Layout) -> Tensor:
+        """A weight broadcast to `shape`, as a tensor that depends on the samples like any other."""
+        output = self.run(lambda x: x.expand(shape).clone(), weight)
+        return self.record(output, (), lambda gradient: [self.dense(weight, gradient, layout)], weight)
 
     # What happens to a torch function
 
@@ -265,8 +269,7 @@ class Recorder:
             return x
         if x.expanded.dim() == x.dim() and len(x.expanded) != 1:
             return x
-        output = self.run(torch.clone, x)
-        return self.record(output, (), lambda gradient: [self.dense(x, gradient, BATCH_FIRST)], x)
+        return self.spread(x, x.shape, BATCH_FIRST)
 
     # The backward
 
@@ -366,7 +369,8 @@ class _Start(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, compute: Callable[[], Tensor]) -> Tensor:
-        return compute()
+        output = compute()
+        return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output  # for in-place users
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
@@ -390,11 +394,11 @@ def _quoted(names: Iterable[str]) -> str:
     return "parameter " + ", ".join(sorted(names))
 
 
-def _refuse_gradient(sources: dict[str, ParameterUse]) -> Callable[[Tensor], None]:
+def _refuse_gradient(sources: dict[str, ParameterUse], recorder: Recorder) -> Callable[[Tensor], None]:
     def hook(_: Tensor) -> None:
         raise InputError(
-            f"{_quoted(sources)}: has a gradient that no rule covers: it reaches the loss without meeting a sample, or "
-            "through a function that hides it"
+            f"{_quoted(sources)}: has a gradient that no rule covers: it reaches the loss without meeting one of the "
+            f"{recorder.tracker.rows} rows of the batch, or through a function that hides it"
         )
 
     return hook
