@@ -22,6 +22,9 @@ from diffprune.kernels import linear_grad_dot, linear_grad_sqnorm
 BLOCK = 2**22
 """Elements of a temporary on the CPU: 16 MiB in float32. A GPU takes 16 times as many."""
 
+STRIP = 2**16
+"""Elements of a sample's product that are made at once."""
+
 MANY_TOKENS = 16
 """From here on `Outer.total` forms a matrix product per sample in the inputs' precision, below one in float64 over all
 samples: a sum over samples must not depend on which of them share a batch."""
@@ -109,9 +112,9 @@ class Outer(Part):
         return (left.to(right.dtype).mT @ right).flatten(1)
 
     def sums(self, norm: bool, direction: Tensor | None, total: bool) -> PartSums:
-        return self._sums_of_products(norm, direction) if total and self.tokens >= MANY_TOKENS else super().sums(
-            norm, direction, total
-        )
+        if total and self._in_strips:
+            return self._sums_of_strips(norm, direction)
+        return super().sums(norm, direction, total)
 
     def sqnorm(self) -> Tensor:
         return torch.cat(
@@ -132,36 +135,43 @@ class Outer(Part):
         return torch.cat(parts)
 
     def total(self) -> Tensor:
-        """As in `sums`, so that a total is the same whatever is asked for beside it."""
+        if self._in_strips:  # as in `sums`, so that a total is the same whatever is asked for beside it
+            return self._sums_of_strips(False, None).total
         if self.tokens >= MANY_TOKENS:
-            return self._sums_of_products(False, None).total
+            return super().total()
         parts = [
             left.double().transpose(0, 1).flatten(1, 2).mT @ right.double().transpose(0, 1).flatten(1, 2)
             for left, right in self.factor_blocks()
         ]
         return torch.stack(parts).sum(dim=0).flatten()
 
-    def _sums_of_products(self, norm: bool, direction: Tensor | None) -> PartSums:
-        """Each sample's product, made once for all sums and small enough to stay in a cache."""
-        total = torch.zeros(self.groups, self.rows, self.columns, dtype=torch.float64, device=self.device)
-        sqnorms, dots = [], []
-        wide = products = scratch = None
-        for own in blocks(self.samples, 4 * max(self.parameters, self.tokens), self.device):
-            left, right = self.factors(own)
+    @property
+    def _in_strips(self) -> bool:
+        return self.tokens >= MANY_TOKENS and self.groups == 1 and self.device.type == "cpu"
+
+    def _sums_of_strips(self, norm: bool, direction: Tensor | None) -> PartSums:
+        """Each sample's product is made once for all sums, in strips that stay in a core's cache."""
+        total = torch.zeros(self.rows, self.columns, dtype=torch.float64)
+        height = max(1, min(self.rows, STRIP // self.columns))
+        strips = [slice(start, start + height) for start in range(0, self.rows, height)]
+        sqnorm, dot = torch.zeros(2, self.samples, dtype=torch.float64)
+        for own in self.blocks(self.tokens * (self.rows + self.columns)):
+            left, right = (x.squeeze(1) for x in self.factors(own))
             dtype = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
-            if products is None or len(products) != len(left):
-                products = left.new_empty(len(left), *total.shape, dtype=dtype)
-                wide, scratch = torch.empty_like(products, dtype=torch.float64), torch.empty_like(products)
-            torch.matmul(left.to(dtype).mT, right.to(dtype), out=products)
-            wide.copy_(products)
-            for row in wide:
-                total += row
-            if direction is not None:
-                torch.mul(products, direction.reshape(total.shape).to(dtype), out=scratch)
-                dots.append(scratch.sum(dim=3).flatten(1).sum(dim=1, dtype=torch.float64))
-            if norm:
-                sqnorms.append(products.square_().sum(dim=3).flatten(1).sum(dim=1, dtype=torch.float64))
-        return PartSums(torch.cat(sqnorms) if sqnorms else None, torch.cat(dots) if dots else None, total.flatten())
+            left, right = left.to(dtype).mT, right.to(dtype)
+            along = None if direction is None else direction.reshape(total.shape).to(dtype)
+            for strip in strips:
+                sums, rows = total[strip], left[:, strip]
+                product, wide = torch.empty_like(sums, dtype=dtype), torch.empty_like(sums)
+                flat = product.view(-1)
+                for i in range(len(left)):
+                    torch.mm(rows[i], right[i], out=product)
+                    sums += wide.copy_(product)  # twice as fast as adding across dtypes
+                    if norm:
+                        sqnorm[own.start + i] += torch.dot(flat, flat)
+                    if along is not None:
+                        dot[own.start + i] += torch.dot(flat, along[strip].reshape(-1))
+        return PartSums(sqnorm if norm else None, None if direction is None else dot, total.flatten())
 
 
 class Scatter(Part):
