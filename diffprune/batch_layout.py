@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -81,7 +81,7 @@ class BatchTracker(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if is_composite(func):  # `Tensor.backward` too
+        if is_composite(func) and self._neutral not in types:  # `Tensor.backward` too
             if func is F.batch_norm:
                 refuse_batch_statistics(*args, **kwargs)
             with self, looked_into(func):
@@ -184,7 +184,7 @@ def looked_into(func: Callable) -> Iterator[None]:
         _open.pop()
 
 
-@lru_cache(maxsize=None)
+@cache
 def body(func: FunctionType) -> FunctionType:
     """A torch function written in Python, without its own dispatch: what it calls is dispatched instead."""
     names = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
@@ -229,8 +229,9 @@ def _functions(*names: str) -> set[Callable]:
 
 
 _FACTORIES = {torch.arange, torch.linspace, torch.zeros, torch.ones, torch.full, torch.eye}
-_PERMUTING = _functions(
-    "transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "unbind"
-) | {Tensor.T.__get__, Tensor.mT.__get__}
+_PERMUTING = _functions("transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "unbind") | {
+    Tensor.T.__get__,
+    Tensor.mT.__get__,
+}
 _RESHAPING = _functions("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as", "reshape_as")
 _INDEXING = {Tensor.__getitem__}

@@ -208,7 +208,7 @@ class Scatter(Part):
 
 
 class Aligned(Part):
-    """The parameter has rows of its own for each sample: `gradient`, of the parameter's shape, the batch at `layout`."""
+    """The parameter has rows of its own for each sample: `gradient`, of its shape, has the batch at `layout`."""
 
     def __init__(self, gradient: Tensor, layout: Layout, rows: int, samples: int) -> None:
         self.gradient, self.layout, self.rows, self.samples = gradient, layout, rows, samples
@@ -237,7 +237,9 @@ class Through(Part):
         [result] = torch.autograd.grad(
             self.value, self.leaf, gradient, is_grads_batched=True, retain_graph=True, allow_unused=True
         )
-        return gradient.new_zeros(len(gradient), self.parameters) if result is None else result.flatten(1)
+        return (
+            gradient.new_zeros(len(gradient), self.parameters) if result is None else result.reshape(len(gradient), -1)
+        )
 
     def blocks(self, elements: int | None = None) -> Iterator[slice]:
         return super().blocks(self.parameters + self.value.numel())
@@ -319,9 +321,9 @@ def _merged(parts: Sequence[Part]) -> list[Part]:
 
 def _sqnorm_of_sum(parts: list[Part]) -> Tensor:
     first, last = parts[0], parts[-1]
-    if len(parts) == 2 and isinstance(first, Outer) and isinstance(last, Scatter):
-        if first.groups == 1 and first.rows == last.table[0]:
-            return first.sqnorm() + last.sqnorm() + 2 * _table_product(first, last)
+    tied = len(parts) == 2 and isinstance(first, Outer) and isinstance(last, Scatter)
+    if tied and first.groups == 1 and first.rows == last.table[0]:
+        return first.sqnorm() + last.sqnorm() + 2 * _table_product(first, last)
     sqnorms = []
     for own in blocks(first.samples, len(parts) * first.parameters, first.device):
         sqnorms.append(sum(part.write_out(own).double() for part in parts).square().sum(dim=1))

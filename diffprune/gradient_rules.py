@@ -280,9 +280,7 @@ def batch_norm(
     cudnn_enabled: bool,
 ) -> Tensor:
     refuse_batch_statistics(input, training=training)
-    output = recorder.run(
-        func, input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled
-    )
+    output = recorder.run(func, input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled)
     return _affine(
         recorder, input, output, lambda x: F.batch_norm(x, running_mean, running_var, eps=eps), weight, bias, True
     )
@@ -317,7 +315,14 @@ def instance_norm(
 
 @rule(F.scaled_dot_product_attention)
 def attention(
-    recorder: Recorder, func: Callable, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kw: Any
+    recorder: Recorder,
+    func: Callable,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *args: Any,
+    **kw: Any,
 ) -> Tensor:
     """A weight in the mask: a bias by relative position."""
     if not isinstance(attn_mask, Weight) or any(isinstance(x, Weight) for x in (query, key, value)):

@@ -15,7 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffprune.batch_layout import BATCH_FIRST, BatchTracker, Layout, batch_first, body, is_composite, looked_into, tensors_in
+from diffprune.batch_layout import (
+    BATCH_FIRST,
+    BatchTracker,
+    Layout,
+    batch_first,
+    body,
+    is_composite,
+    looked_into,
+    tensors_in,
+)
 from diffprune.errors import InputError
 from diffprune.gradient_parts import Aligned, Dense, Outer, Part, PartSums, Scatter, Through, part_sums
 
@@ -412,7 +421,7 @@ def _expands(func: Callable, parent: Tensor, value: Tensor) -> bool:
 
 
 def _route(func: Callable, args: tuple, value: Tensor) -> Route | None:
-    """How a part for `value` becomes one for the weight args[0] that it was computed from, None if only autograd can."""
+    """How a part for `value` becomes one for args[0], from which it was computed; None if only autograd can tell."""
     parent: Weight = args[0]
     if func is torch.embedding and isinstance(args[1], Tensor):
         index = args[1].flatten()
@@ -429,11 +438,8 @@ def _route(func: Callable, args: tuple, value: Tensor) -> Route | None:
         return scatter
     if func in _SAME_ORDER and value.numel() == parent.numel():
         return lambda part: part if isinstance(part, (Dense, Outer)) else None
-    if func in (Tensor.t, Tensor.T.__get__, Tensor.transpose, torch.t, torch.transpose, Tensor.mT.__get__):
-        if parent.dim() == 2 and value.shape == parent.shape[::-1]:
-            return lambda part: (
-                Outer([pair[::-1] for pair in part.pairs]) if isinstance(part, Outer) and part.groups == 1 else None
-            )
+    if func in _TRANSPOSING and parent.dim() == 2 and value.shape == parent.shape[::-1]:
+        return _transposed
     if parent.dim() and value.dim() == parent.dim() and value.shape[1:] == parent.shape[1:]:
         return _row_slice(parent, value)
     return None
@@ -459,12 +465,16 @@ def _row_slice(parent: Weight, value: Tensor) -> Route | None:
     return pad
 
 
+def _transposed(part: Part) -> Part | None:
+    single = isinstance(part, Outer) and part.groups == 1
+    return Outer([(right[:], left) for left, right in part.pairs]) if single else None
+
+
+_TRANSPOSING = {Tensor.t, torch.t, Tensor.transpose, torch.transpose, Tensor.T.__get__, Tensor.mT.__get__}
+_ORDER_KEEPING = (
+    "view, reshape, flatten, unflatten, unsqueeze, squeeze, view_as, reshape_as, contiguous, clone, "
+    "to, float, half, bfloat16, double, type, type_as"
+)
 _SAME_ORDER = {
-    function
-    for name in (
-        "view reshape flatten unflatten unsqueeze squeeze view_as reshape_as contiguous clone to float half bfloat16 "
-        "double type type_as"
-    ).split()
-    for owner in (Tensor, torch)
-    if (function := getattr(owner, name, None)) is not None
+    getattr(owner, name) for name in _ORDER_KEEPING.split(", ") for owner in (Tensor, torch) if hasattr(owner, name)
 }

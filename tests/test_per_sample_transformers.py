@@ -9,7 +9,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from diffprune.errors import InputError
 from diffprune.per_sample import per_sample_gradients
 
 B = 3
