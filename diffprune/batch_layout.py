@@ -48,6 +48,7 @@ class BatchTracker(TorchFunctionMode):
     def __init__(self, neutral: type[Tensor]) -> None:
         super().__init__()
         self.rows: int | None = None
+        self.backward_began = False
         self._neutral = neutral
         self._constants = WeakTensorKeyDictionary()
         self._layouts = WeakTensorKeyDictionary()  # None: the batch was somewhere, and where it went is not known
@@ -84,6 +85,7 @@ class BatchTracker(TorchFunctionMode):
         if is_composite(func) and self._neutral not in types:  # `Tensor.backward` too
             if func is F.batch_norm:
                 refuse_batch_statistics(*args, **kwargs)
+            self.backward_began |= func in (Tensor.backward, torch.autograd.backward)
             with self, looked_into(func):
                 result = body(func)(*args, **kwargs)
         else:

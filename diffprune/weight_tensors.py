@@ -67,7 +67,7 @@ class ParameterUse:
     parameter: nn.Parameter
     leaf: Tensor
     direction: Tensor | None = None
-    expected: int = 0  # calls before the first gradient arrived, without autograd too: a checkpointed block's first run
+    expected: int = 0  # calls before the backward, without autograd too: the first run of a checkpointed block
     fired: int = 0
     parts: list[Part] = field(default_factory=list)
     sums: PartSums | None = None
@@ -109,7 +109,7 @@ class Recorder:
         """Once `output` has its gradient g, `contribute(*kept, g)` is asked for the part of each of `weights`."""
         sources = {source for weight in weights if isinstance(weight, Weight) for source in weight.sources.values()}
         for source in sources:
-            source.expected += not self.fired
+            source.expected += not self.tracker.backward_began
         saved = _Keep.apply(self._anchor, *(tensor.detach() for tensor in kept)) if kept else None
         call = _Call(saved, contribute, sources)
         output.register_hook(lambda gradient: self._backward_ran(call, gradient))
@@ -178,7 +178,7 @@ class Recorder:
                 return self.call(func, spread, kwargs)
         if batch and torch.is_grad_enabled():
             return self._meet(func, args, kwargs)
-        if batch and not self.fired:
+        if batch and not self.tracker.backward_began:
             for source in {s for x in inputs if isinstance(x, Weight) for s in x.sources.values()}:
                 source.expected += 1
         return self._among_weights(func, args, kwargs, [x for x in inputs if isinstance(x, Weight)])
@@ -254,7 +254,7 @@ class Recorder:
         outputs = torch.func.vmap(one, in_dims=tuple(places), randomness="different")(*flat)
         for tensor, weight in zip(own, [x for x in tensors_in((args, kwargs)) if isinstance(x, Weight)], strict=True):
             for source in weight.sources.values():
-                source.expected += not self.fired
+                source.expected += not self.tracker.backward_began
             call = _Call(None, lambda g, weight=weight: [self._written_out(weight, g)], set(weight.sources.values()))
             tensor.register_hook(lambda gradient, call=call: self._backward_ran(call, gradient))
         return self._map(lambda x: x.squeeze(1), outputs)
