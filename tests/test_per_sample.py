@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from diffprune import gradient_rules
 from diffprune.errors import InputError
 from diffprune.per_sample import per_sample_gradients
 from diffprune.weight_tensors import _Call
@@ -697,3 +700,20 @@ def test_the_model_is_as_before_after_an_error(where):
     model[2]._forward_pre_hooks.clear()
     model(torch.ones(2, 4)).sum().backward()  # no hook of ours is left to object
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_the_pages_examples_run():
+    page = Path(__file__).parents[1] / "docs" / "per_sample.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert len(blocks) == 4
+    names, sqnorms = {}, []
+    known = dict(gradient_rules.RULES)
+    try:
+        for block in blocks:
+            exec(compile(block, str(page), "exec"), names)
+            sqnorms.append(names["grads"].sqnorm)
+        assert torch.maximum in gradient_rules.RULES
+        assert torch.allclose(sqnorms[3], sqnorms[2], rtol=1e-6)  # the page's rule equals the fallback
+    finally:
+        gradient_rules.RULES.clear()
+        gradient_rules.RULES.update(known)
