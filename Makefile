@@ -15,7 +15,7 @@ test: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest benchmarks --benchmark-enable
 
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/cpu/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt setuptools pybind11
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e ".[demo,test]"

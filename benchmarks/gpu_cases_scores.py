@@ -1,4 +1,4 @@
-"""Cases of the ops behind scores and clusters: linear_grad_dot, linear_grad_sqnorm, kmeans_*, pairwise_topk."""
+"""Cases of the ops behind scores and clusters: linear_grad_*, kmeans_*, pairwise_topk."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_case import Case, Goal, Scale, Way, normal, ours, relative_error, sample_rows
-from diffprune.kernels import kmeans_assign, kmeans_update, linear_grad_dot, linear_grad_sqnorm, pairwise_topk
+from diffprune.kernels import (
+    kmeans_assign,
+    kmeans_update,
+    linear_grad_dot,
+    linear_grad_sqnorm,
+    linear_grad_sqnorm_dot,
+    pairwise_topk,
+)
 
 LAYERS = (("DiT-XL/2 MLP", 1152, 4608), ("DiT-XL/2 projection", 1152, 1152), ("DiT-S/2 MLP", 384, 1536))
 """Linear layers: name, inputs, outputs."""
@@ -70,6 +77,39 @@ def linear_grad_sqnorm_cases(scale: Scale) -> Iterator[Case]:
         shape = {"B": b, "T": t, "I": i, "O": o}
         moved = 2 * b * t * (i + o) + 4 * b
         yield Case("linear_grad_sqnorm", name, shape, "bfloat16", make, ways, moved, operations, (goal,))
+
+
+def linear_grad_sqnorm_dot_cases(scale: Scale) -> Iterator[Case]:
+    """bfloat16 tokens of a batch, the direction in float32 as MoSo has it, and in bfloat16; against the two ops."""
+    for name, wide, high, tokens, dtype in (
+        ("DiT-XL/2 MLP", 1152, 4608, 256, torch.float32),
+        ("DiT-XL/2 MLP", 1152, 4608, 256, torch.bfloat16),
+        ("DiT-XL/2 projection", 1152, 1152, 1024, torch.bfloat16),
+        ("DiT-XL/2 final", 1152, 32, 256, torch.float32),
+    ):
+        b, t = scale.size(64, 2), scale.size(tokens, 8)
+        i, o = scale.size(wide, 16), scale.size(high, 24)
+
+        def make(generator: torch.Generator, b=b, t=t, i=i, o=o, dtype=dtype) -> tuple:
+            a, g = (normal(generator, b, t, n, dtype=torch.bfloat16) for n in (i, o))
+            return a, g, normal(generator, o, i, dtype=dtype)
+
+        def check(inputs: tuple, output: Any) -> float:
+            a, g, m = inputs
+            rows = sample_rows(len(a), 8, a.device)
+            expected = linear_grad_sqnorm_dot(a[rows].double(), g[rows].double(), m.double(), impl="reference")
+            return max(relative_error(x[rows], y) for x, y in zip(output, expected, strict=True))
+
+        def ways(check: Callable = check) -> list[Way]:
+            run = lambda impl, *x: linear_grad_sqnorm_dot(*x, impl=impl)  # noqa: E731
+            own = list(ours(scale, "linear_grad_sqnorm_dot", run, check, 1e-3))
+            return [*own, *(Way(f"two ops, {way.name}", _two_ops(way.name), missing=way.missing) for way in own)]
+
+        goal = Goal("no slower than the two ops", "faster", 1.0, ("two ops",))
+        moved = 2 * b * t * (i + o) + dtype.itemsize * o * i + 8 * b
+        label = f"{name}, {_name(dtype)} direction"
+        shape = {"B": b, "T": t, "I": i, "O": o}
+        yield Case("linear_grad_sqnorm_dot", label, shape, "bfloat16", make, ways, moved, 2 * b * t * i * o, (goal,))
 
 
 def kmeans_assign_cases(scale: Scale) -> Iterator[Case]:
@@ -196,6 +236,10 @@ def _check_labels(inputs: tuple, labels: Tensor) -> float:
     rows = sample_rows(len(points), 4096, points.device)
     nearest, _ = kmeans_assign(points[rows].double(), centroids.double(), impl="reference")
     return float((labels[rows] != nearest).double().mean())
+
+
+def _two_ops(impl: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    return lambda a, g, m: (linear_grad_sqnorm(a, g, False, impl=impl), linear_grad_dot(a, g, m, impl=impl))
 
 
 def _materialised_sqnorm(a: Tensor, g: Tensor) -> Tensor:

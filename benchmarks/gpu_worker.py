@@ -56,6 +56,7 @@ CASES: dict[str, Callable[[Scale], Iterator[Case]]] = {
     "ceilings": ceiling_cases,
     "linear_grad_dot": scores.linear_grad_dot_cases,
     "linear_grad_sqnorm": scores.linear_grad_sqnorm_cases,
+    "linear_grad_sqnorm_dot": scores.linear_grad_sqnorm_dot_cases,
     "kmeans_assign": scores.kmeans_assign_cases,
     "kmeans_update": scores.kmeans_update_cases,
     "flow_matching_loss": models.flow_matching_loss_cases,

@@ -21,11 +21,19 @@ def write_array(path: str | Path, array: np.ndarray) -> None:
 
 
 class ArrayFolder:
-    """A folder that ``encode`` (latents) or ``embed`` (embeddings) wrote.
+    """A folder that ``encode`` (latents) or ``embed`` (embeddings) wrote, or embeddings that clip-retrieval wrote.
 
     ``metadata`` says what the rows are: ``kind`` ("latents" or "embeddings"), ``shape`` of a row, ``model`` and
     ``model_sha256`` that made them, ``latent_scale`` for latents. Rows of failed samples are NaN.
     """
+
+    def __new__(cls, folder: str | Path, kind: str | None = None) -> ArrayFolder:
+        from diffprune.clip_retrieval import ClipRetrievalFolder, is_clip_retrieval
+
+        return super().__new__(ClipRetrievalFolder if is_clip_retrieval(folder) else cls)
+
+    def __getnewargs__(self) -> tuple[Path]:  # for pickle: what ``__new__`` asks for
+        return (self.folder,)
 
     def __init__(self, folder: str | Path, kind: str | None = None) -> None:
         self.folder = Path(folder)
@@ -33,9 +41,7 @@ class ArrayFolder:
         self.metadata: dict[str, Any] = {**stage.get("config", {}), **stage.get("metadata", {})}
         self.fingerprint: str = stage["fingerprint"]
         self.stems: list[str] = stage["shards"]
-        found = self.metadata.get("kind")
-        if kind is not None and found != kind:
-            raise InputError(f"{folder}: expected {kind}, found {found or stage.get('stage')}")
+        self._check_kind(kind, self.metadata.get("kind") or stage.get("stage"))
 
     def table(self, stem: str) -> pa.Table:
         """The base columns of one shard's samples."""
@@ -44,12 +50,7 @@ class ArrayFolder:
     def array(self, stem: str) -> np.ndarray:
         """float16 [n, ...], memory-mapped, row-aligned with ``table(stem)``."""
         path = self.folder / f"{stem}.npy"
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise InputError(
-                f"{path}: not a readable .npy file ({error}); delete {stem}.* and make it again"
-            ) from error
+        array = load_array(path, f"delete {stem}.* and make it again")
         rows = read_table(self.folder / f"{stem}.parquet", ["status"]).num_rows
         if array.dtype != np.float16 or len(array) != rows:
             raise InputError(f"{path}: expected float16 with {rows} rows, found {array.dtype} {array.shape}")
@@ -61,7 +62,7 @@ class ArrayFolder:
         ``kept`` (a kept.parquet) restricts them to its keys; raises InputError if one of them is not here or failed,
         or if a value is not finite.
         """
-        table = read_folder(self.folder)
+        table = self._whole_table()
         use = pc.equal(table["status"], "ok")
         if kept is not None:
             wanted = kept_keys(kept)
@@ -88,3 +89,18 @@ class ArrayFolder:
                 f"{self.folder}: {int((~finite).sum())} rows are NaN or infinite, key {key!r} first; make them again"
             )
         return table, values
+
+    def _whole_table(self) -> pa.Table:
+        return read_folder(self.folder)
+
+    def _check_kind(self, kind: str | None, found: str | None) -> None:
+        if kind is not None and found != kind:
+            raise InputError(f"{self.folder}: expected {kind}, found {found}")
+
+
+def load_array(path: Path, remedy: str) -> np.ndarray:
+    """A memory-mapped ``.npy``; InputError that names it and says the remedy if it cannot be read. No pickles."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path}: not a readable .npy file ({error}); {remedy}") from error

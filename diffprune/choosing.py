@@ -1,35 +1,24 @@
-"""The rows of a table that an order keeps. The arithmetic of the orders is in ``orders``."""
+"""The rows of a table that an order keeps. The arithmetic of the orders is in ``orders`` and ``diversity``."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from diffprune import orders
-from diffprune.draws import draw_noise, uniform
 from diffprune.errors import InputError
+from diffprune.expressions import combine
 from diffprune.progress import progress
-from diffprune.tables import score_columns
+from diffprune.requests import DIVERSE, Request
 
-NEEDS = {  # what each order works on
-    "highest": {"by"},
-    "lowest": {"by"},
-    "middle": {"by"},
-    "random": set(),
-    "cluster-nearest": {"cluster"},
-    "cluster-farthest": {"cluster"},
-    "cluster-middle": {"cluster"},
-    "cluster-random": {"cluster"},
-    "balanced": {"cluster", "within"},
-    "equal": {"cluster", "within"},
-    "drop-clusters": {"cluster"},
-    "k-center": {"embeddings"},
-    "herding": {"embeddings"},
-}
-ORDERS = tuple(NEEDS)
+if TYPE_CHECKING:  # torch takes longer to import than a million rows to rank
+    from torch import Tensor
+
 _FEATURES = 512
 _BANDWIDTH_ROWS = 1000
 
@@ -37,12 +26,18 @@ _BANDWIDTH_ROWS = 1000
 def choose(
     table: pa.Table,
     order: str,
-    count: int,
+    count: int | None = None,
     *,
     by: str | None = None,
     seed: int = 0,
     within: str = "nearest",
+    per: str | None = None,
+    shares: str = "proportional",
+    quota: Mapping[str, int] | None = None,
+    dedup: float | None = None,
+    dedup_keep: str = "farthest",
     embeddings: np.ndarray | None = None,
+    device: str = "auto",
 ) -> np.ndarray:
     """The rows of a table that an order keeps: [count] int64, ascending.
 
@@ -52,94 +47,113 @@ def choose(
     Args:
         table: ``key``, ``status`` ("ok" or "failed"; failed rows are never chosen) and the columns that the order
             works on.
-        order: of a score column ``by``: "highest", "lowest", "middle" (the contiguous middle of the ranking);
+        order: of what ``by`` says: "highest", "lowest", "middle" (the contiguous middle of the ranking);
             "random" (the highest of the column ``random`` that ``score`` computes with this seed);
             with columns ``cluster`` and ``distance``, each cluster giving its share of ``count`` in proportion to its
             size (largest remainder): "cluster-nearest" to the centroid, "cluster-farthest", "cluster-middle",
-            "cluster-random"; "balanced" (the same from each cluster, at most K times the smallest), "equal" (the same
-            from each, what small clusters lack taken from the others), "drop-clusters" (whole clusters in random
-            order, of the last one random samples);
+            "cluster-random", "cluster-herding"; "balanced" (the same from each cluster, at most K times the smallest),
+            "equal" (the same from each, what small clusters lack taken from the others), "drop-clusters" (whole
+            clusters in random order, of the last one random samples);
             with ``embeddings``: "k-center" (farthest first, from a random sample on) and "herding" (kernel herding on
             512 random Fourier features of a Gaussian kernel as wide as the median distance).
+        count: how many; None for as many as ``quota`` says, or, with ``dedup``, for all that are left.
+        by: a score column, a sum of several columns' ranks, and perhaps groups inside which to rank: see ``parse_by``.
         within: how balanced and equal, and only these, choose inside a cluster: "nearest", "farthest", "middle",
-            "random", "highest:<column>", "lowest:<column>" or "herding".
-        embeddings: [N, D] float32, row-aligned with the table (rows that failed may hold anything).
+            "random", "highest:<column>", "lowest:<column>", "herding" or "k-center".
+        per: a column of whole numbers or text, such as "label": the order is applied to the samples of each of its
+            values by themselves. ``by="grand & label"`` means ``by="grand", per="label"``.
+        shares: how many each group of ``per`` gives: "proportional" to its size, or as "balanced" and "equal" do.
+        quota: instead of ``count`` and ``shares``: how many of each group of ``per``, by name; "*" for all others.
+        dedup: leave out near-duplicates first (SemDeDup): inside each cluster, samples whose cosine similarity to
+            another one is above 1 - ``dedup``, except the one that ``dedup_keep`` says: the farthest from the centroid
+            (the paper's choice), the nearest, or a random one.
+        embeddings: [N, D] float16 or float32, row-aligned with the table (rows that failed may hold anything).
+        device: where k-center, herding and dedup compute: "auto", "cpu", "cuda", "cuda:N".
 
     Raises:
         InputError: see ``select``.
     """
-    check_arguments(table, order, by, within, seed)
+    request = Request(order, by, seed, within, per, shares, quota, dedup, dedup_keep)
+    request.check(table)
+    return choose_rows(table, request, count, embeddings, device)
+
+
+def choose_rows(
+    table: pa.Table, request: Request, count: int | None, embeddings: np.ndarray | None, device: str
+) -> np.ndarray:
+    """``choose``, of a request that was checked."""
     rows = np.flatnonzero(pc.equal(table["status"], "ok").to_numpy())
-    if not 1 <= count <= len(rows):
-        raise InputError(f"count: expected 1 to {len(rows)} (the samples that did not fail), got {count}")
-    rows = rows[pc.sort_indices(table["key"].take(pa.array(rows))).to_numpy()]
-    return np.sort(rows[_Chooser(table, rows, seed, embeddings).choose(order, count, by, within)])
-
-
-def check_arguments(table: pa.Table, order: str, by: str | None, within: str, seed: int) -> None:
-    """Raise InputError if the order is unknown, or the table lacks a column that it needs."""
-    if order not in NEEDS:
-        raise InputError(f"order: expected one of {', '.join(ORDERS)}, got {order!r}")
-    if not 0 <= seed < 1 << 32:
-        raise InputError(f"seed: expected 0 to 2**32 - 1, got {seed}")
-    if "by" in NEEDS[order]:
-        if by is None:
-            raise InputError(f"order {order!r} ranks a score column: give `by`, one of {_columns_there(table)}")
-        _check_column(table, by)
-    elif by is not None:
-        raise InputError(f"order {order!r} takes no score column, got by={by!r}; leave `by` out")
-    if "cluster" not in NEEDS[order]:
-        return
-    part = order.removeprefix("cluster-")
-    if "within" in NEEDS[order]:
-        part = within
-        end, _, column = within.partition(":")
-        if column and end in ("highest", "lowest"):
-            _check_column(table, column)
-        elif within not in ("nearest", "farthest", "middle", "random", "herding"):
-            raise InputError(
-                "within: expected nearest, farthest, middle, random, herding, highest:<column> or lowest:<column>, "
-                f"got {within!r}"
-            )
-    for name in ("cluster", *(["distance"] if part in ("nearest", "farthest", "middle") else [])):
-        if name not in table.column_names:
-            raise InputError(
-                f"order {order!r} needs the column {name!r}, found {_columns_there(table)}: "
-                "run `diffprune cluster` and pass its folder too"
-            )
+    what = "the samples that did not fail"
+    if not len(rows) >= 1:
+        raise InputError("expected samples to choose from, found none that did not fail")
+    keys = table["key"].take(pa.array(rows))
+    if not pc.all(pc.less_equal(keys[:-1], keys[1:])).as_py():
+        rows = rows[pc.sort_indices(keys).to_numpy()]
+    chooser = _Chooser(table, rows, request, embeddings, device)
+    members = np.arange(len(rows))
+    if request.dedup is not None:
+        members = chooser.without_duplicates()
+        what += f" and are no near-duplicates ({len(rows) - len(members)} are)"
+    if count is None and request.quota is None:
+        return np.sort(rows[members])
+    if count is not None and not 1 <= count <= len(members):
+        raise InputError(f"count: expected 1 to {len(members)} ({what}), got {count}")
+    return np.sort(rows[chooser.choose(members, count)])
 
 
 class _Chooser:
-    """The orders over the candidate rows of one table, which are in key order."""
+    """The orders over the candidate rows of one table, which are in key order. Results are positions among them."""
 
-    def __init__(self, table: pa.Table, rows: np.ndarray, seed: int, embeddings: np.ndarray | None) -> None:
-        self.table, self.rows, self.seed, self.embeddings = table, rows, seed, embeddings
-        self.total = table.num_rows
+    def __init__(
+        self, table: pa.Table, rows: np.ndarray, request: Request, embeddings: np.ndarray | None, device: str
+    ) -> None:
+        self.table, self.rows, self.request = table, rows, request
+        self.embeddings, self.device = embeddings, device
 
-    def choose(self, order: str, count: int, by: str | None, within: str) -> np.ndarray:
-        """Positions in ``rows``."""
-        if by is not None:
-            return getattr(orders, order)(self.column(by), count)
+    def choose(self, members: np.ndarray, count: int | None) -> np.ndarray:
+        """Of ``members``, ascending positions, those that the order keeps, group by group of ``per``."""
+        if self.request.group is None:
+            return self.apply(members, count)
+        names, group = self.groups(members)
+        sizes = np.bincount(group)
+        if self.request.quota is not None:
+            quotas = orders.given_quotas(names, sizes, self.request.quota, self.request.group)
+        else:
+            quotas = getattr(orders, f"{self.request.shares}_quotas")(sizes, count)
+        if self.request.order == "random":
+            return members[orders.within_clusters(group, quotas, self.random[members], "highest")]
+        if self.request.ranking is not None:
+            return members[orders.within_clusters(group, quotas, self.score[members], self.request.order)]
+        parts = np.split(members[np.argsort(group, kind="stable")], np.cumsum(sizes)[:-1])
+        chosen = [self.apply(part, int(quota)) for part, quota in zip(parts, quotas, strict=True) if quota]
+        return np.concatenate(chosen)
+
+    def apply(self, members: np.ndarray, count: int) -> np.ndarray:
+        """Of ``members`` the ``count`` that the order keeps."""
+        order = self.request.order
+        if self.request.ranking is not None:
+            return members[getattr(orders, order)(self.score[members], count)]
         if order == "random":
-            return orders.highest(self.random, count)
-        if order == "k-center":
-            points = self.points(order)
-            with progress(order, total=count, unit="samples") as bar:
-                return orders.k_center(points, count, int(np.argmax(self.random)), bar.advance)
-        if order == "herding":
-            return self.herd(np.zeros(len(self.rows), dtype=np.int64), np.array([count]))
-        names, cluster = np.unique(self.column("cluster").astype(np.int64), return_inverse=True)
+            return members[orders.highest(self.random[members], count)]
+        if order in DIVERSE:
+            return self.diverse(order, [members], [count])
+        names, cluster = orders.group_codes(self.cluster[members])
         sizes = np.bincount(cluster)
         if order == "drop-clusters":
-            draws = uniform(self.seed, [str(name) for name in names], "drop-clusters").numpy()
-            return orders.whole_clusters(cluster, np.argsort(-draws, kind="stable"), self.random, count)
+            from diffprune.draws import uniform
+
+            draws = uniform(self.request.seed, [str(name) for name in names.tolist()], "drop-clusters").numpy()
+            ranking = np.argsort(-draws, kind="stable")
+            return members[orders.whole_clusters(cluster, ranking, self.random[members], count)]
         if order in ("balanced", "equal"):
-            quotas = getattr(orders, f"{order}_quotas")(sizes, count)
+            quotas, within = getattr(orders, f"{order}_quotas")(sizes, count), self.request.within
         else:
             quotas, within = orders.proportional_quotas(sizes, count), order.removeprefix("cluster-")
-        if within == "herding":
-            return self.herd(cluster, quotas)
-        return orders.within_clusters(cluster, quotas, *self.ranking(within))
+        if within in DIVERSE:
+            parts = np.split(members[np.argsort(cluster, kind="stable")], np.cumsum(sizes)[:-1])
+            return self.diverse(within, parts, quotas.tolist())
+        values, part = self.ranking(within)
+        return members[orders.within_clusters(cluster, quotas, values[members], part)]
 
     def ranking(self, within: str) -> tuple[np.ndarray, str]:
         """The values to rank by inside clusters, and which end of them to keep."""
@@ -148,12 +162,97 @@ class _Chooser:
         end, _, column = within.partition(":")
         if column:
             return self.column(column), end
-        return self.column("distance"), {"nearest": "lowest", "farthest": "highest", "middle": "middle"}[within]
+        return self.distance, {"nearest": "lowest", "farthest": "highest", "middle": "middle"}[within]
+
+    def without_duplicates(self) -> np.ndarray:
+        """The positions that are left by ``dedup``."""
+        from diffprune.diversity import near_duplicates
+
+        keep = self.request.dedup_keep
+        values = self.random if keep == "random" else self.distance if keep == "farthest" else -self.distance
+        points = self.points("dedup")
+        zero = np.flatnonzero((points.abs().amax(dim=1) == 0).cpu().numpy())
+        if len(zero):
+            key = self.table["key"][int(self.rows[zero[0]])].as_py()
+            raise InputError(f"dedup: {len(zero)} embeddings have length 0, so no cosine similarity, first key {key!r}")
+        _, cluster = orders.group_codes(self.cluster)
+        with progress("dedup", total=len(values), unit="samples") as bar:
+            return np.flatnonzero(~near_duplicates(points, cluster, values, self.request.dedup, bar.advance))
+
+    def diverse(self, order: str, parts: list[np.ndarray], quotas: list[int]) -> np.ndarray:
+        """k-center or herding inside each of the parts; herding with one kernel for all of them."""
+        import torch
+
+        from diffprune import diversity
+
+        points = self.points(order)
+        chosen = [np.empty(0, dtype=np.int64)]
+        with progress(order, total=sum(quotas), unit="samples") as bar:
+            for members, quota in zip(parts, quotas, strict=True):
+                if quota == 0:
+                    continue
+                inside = points
+                if len(members) < len(points):
+                    inside = points[torch.from_numpy(members).to(points.device)]
+                if order == "k-center":
+                    first = int(np.argmax(self.random[members]))
+                    chosen.append(members[diversity.k_center(inside, quota, first, bar.advance)])
+                else:
+                    features = diversity.fourier_features(inside, *self.kernel)
+                    chosen.append(members[diversity.herding(features, quota, bar.advance)])
+        return np.concatenate(chosen)
+
+    @cached_property
+    def kernel(self) -> tuple[Tensor, Tensor, float]:
+        """Directions, phases and bandwidth of the random Fourier features."""
+        from diffprune.diversity import median_distance
+        from diffprune.draws import draw_noise, uniform
+
+        points = self.points("herding")
+        spread = median_distance(points, orders.highest(self.random, _BANDWIDTH_ROWS))
+        names = [f"fourier-{feature}" for feature in range(_FEATURES)]
+        directions = draw_noise(self.request.seed, names, 0, (points.shape[1],)).to(points.device)
+        return directions, uniform(self.request.seed, names, "phase").to(points.device), spread
 
     @cached_property
     def random(self) -> np.ndarray:
         """A number in [0, 1) for (seed, key), [n] float64."""
-        return uniform(self.seed, self.table["key"].take(pa.array(self.rows)).to_pylist(), "random").numpy()
+        import torch
+
+        from diffprune.draws import hash_keys, uniform
+
+        hashes = hash_keys(self.table["key"].take(pa.array(self.rows)).to_pylist())
+        blocks = hashes.split(1 << 14)  # what a block needs stays in the cache: five times as fast
+        return torch.cat([uniform(self.request.seed, block, "random") for block in blocks]).numpy()
+
+    @cached_property
+    def score(self) -> np.ndarray:
+        """What ``by`` says, float64 [n]."""
+        return combine(self.request.ranking, {name: self.column(name) for name in self.request.ranking.columns})
+
+    @cached_property
+    def cluster(self) -> np.ndarray:
+        return self.column("cluster").astype(np.int64)
+
+    @cached_property
+    def distance(self) -> np.ndarray:
+        return self.column("distance")
+
+    def groups(self, members: np.ndarray) -> tuple[list[Any], np.ndarray]:
+        """The names of the groups of ``per``, ascending, and each member's group [len(members)]."""
+        name = self.request.group
+        values = self.table[name].take(pa.array(self.rows[members])).combine_chunks()
+        if values.null_count:
+            key = self.table["key"][int(self.rows[members[int(np.argmax(values.is_null().to_numpy(False)))]])].as_py()
+            raise InputError(f"per {name!r}: {values.null_count} of {len(values)} samples have none, first key {key!r}")
+        if pa.types.is_integer(values.type):
+            names, group = orders.group_codes(values.cast(pa.int64()).to_numpy())
+            return names.tolist(), group
+        encoded = values.dictionary_encode() if not pa.types.is_dictionary(values.type) else values
+        texts = encoded.dictionary.to_pylist()
+        ranks = np.empty(len(texts), dtype=np.int64)
+        ranks[sorted(range(len(texts)), key=texts.__getitem__)] = np.arange(len(texts))
+        return sorted(texts), ranks[encoded.indices.to_numpy()]
 
     def column(self, name: str) -> np.ndarray:
         """float64 [n]; InputError if a value is missing."""
@@ -167,41 +266,33 @@ class _Chooser:
             )
         return values
 
-    def points(self, order: str) -> np.ndarray:
-        if self.embeddings is None:
-            raise InputError(f"order {order!r} works on embeddings: give the folder that `diffprune embed` wrote")
-        if self.embeddings.ndim != 2 or len(self.embeddings) != self.total:
-            raise InputError(f"embeddings: expected [{self.total}, D], one row each, got {self.embeddings.shape}")
-        points = self.embeddings[self.rows].astype(np.float32, copy=False)
-        bad = np.flatnonzero(~np.isfinite(points).all(axis=1))
+    @cached_property
+    def _points(self) -> Tensor:
+        import torch
+
+        from diffprune.device import pick_device
+
+        shape = self.embeddings.shape
+        if len(shape) != 2 or shape[0] != self.table.num_rows or shape[1] == 0:
+            raise InputError(f"embeddings: expected [{self.table.num_rows}, D], one row each, got {shape}")
+        values = self.embeddings[self.rows]
+        if values.dtype not in (np.float16, np.float32):
+            values = values.astype(np.float32)
+        points = torch.from_numpy(values)
+        finite = [_finite(tile) for tile in points.split(max(1, (1 << 22) // shape[1]))]
+        bad = np.flatnonzero(~torch.cat(finite).numpy())
         if len(bad):
             key = self.table["key"][int(self.rows[bad[0]])].as_py()
             raise InputError(f"embeddings: {len(bad)} rows hold NaN or infinity, first key {key!r}; embed them again")
-        return points
+        return points.to(pick_device(self.device))
 
-    def herd(self, cluster: np.ndarray, quotas: np.ndarray) -> np.ndarray:
-        """Herding inside each cluster, with one kernel for all of them."""
-        points = self.points("herding")
-        spread = orders.median_distance(points, orders.highest(self.random, _BANDWIDTH_ROWS))
-        names = [f"fourier-{feature}" for feature in range(_FEATURES)]
-        directions = draw_noise(self.seed, names, 0, (points.shape[1],)).numpy()
-        phases = uniform(self.seed, names, "phase").numpy()
-        members = np.split(np.argsort(cluster, kind="stable"), np.cumsum(np.bincount(cluster))[:-1])
-        chosen = []
-        with progress("herding", total=int(quotas.sum()), unit="samples") as bar:
-            for rows, quota in zip(members, quotas.tolist(), strict=True):
-                features = orders.fourier_features(points[rows], directions, phases, spread)
-                chosen.append(rows[orders.herding(features, quota, bar.advance)])
-        return np.concatenate(chosen)
+    def points(self, what: str) -> Tensor:
+        """The candidates' embeddings, [n, D] float16 or float32."""
+        if self.embeddings is None:
+            raise InputError(f"{what} works on embeddings: give the folder that `diffprune embed` wrote")
+        return self._points
 
 
-def _check_column(table: pa.Table, name: str) -> None:
-    if name not in score_columns(table):
-        raise InputError(f"no score column {name!r}; the tables have {_columns_there(table)}")
-    kind = table.schema.field(name).type
-    if not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
-        raise InputError(f"column {name!r}: expected numbers to rank by, found {kind}")
-
-
-def _columns_there(table: pa.Table) -> str:
-    return ", ".join(score_columns(table)) or "no score column"
+def _finite(tile: Tensor) -> Tensor:
+    low, high = tile.aminmax(dim=1)
+    return low.isfinite() & high.isfinite()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,17 @@ from safetensors.numpy import save_file
 
 from diffprune.arrays import ArrayFolder
 from diffprune.engines import run_stage
+from diffprune.errors import InputError
 from diffprune.files import atomic_path
+from diffprune.hierarchical_kmeans import HierarchicalKMeans
 from diffprune.kmeans import KMeans
+from diffprune.kmeans_faiss import faiss_centroids
+from diffprune.kmeans_points import Part
 from diffprune.progress import Progress
-from diffprune.tables import BASE_COLUMNS, read_folder
+from diffprune.tables import BASE_COLUMNS, read_folder, read_table, table_metadata
 
 CENTROIDS_FILE = "centroids.safetensors"
+ENGINES = ("diffprune", "faiss")
 
 CLUSTER_FIELD = pa.field("cluster", pa.int32(), metadata={"meaning": "k-means label over the embeddings"})
 DISTANCE_FIELD = pa.field(
@@ -30,59 +37,181 @@ DISTANCE_FIELD = pa.field(
 
 
 def cluster(
-    embeddings: str | Path,
+    embeddings: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
     k: int,
+    levels: Sequence[int] = (),
     seed: int = 0,
+    init: str = "k-means||",
+    n_init: int = 1,
     max_iter: int = 100,
+    tol: float = 1e-4,
     metric: str = "euclidean",
+    batch_size: int | None = None,
+    engine: str = "diffprune",
+    memory: int | str | None = None,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """k-means over an embeddings folder: tables with ``cluster`` (int32) and ``distance`` per sample, and centroids.
+    """k-means over embeddings: tables with ``cluster`` (int32) and ``distance`` per sample, and centroids.
 
     Assignments are exact and deterministic for a seed. ``<out>/centroids.safetensors`` holds the centroids float32
-    [k, D]. Returns counts, ``inertia``, ``iterations`` and the cluster sizes' range. Raises InputError if there are
-    fewer distinct embeddings than ``k``.
+    [k, D]. Failed samples have no cluster.
+
+    Args:
+        embeddings: a folder that ``embed`` wrote, or several by the same model.
+        levels: falling numbers of clusters of the clusters, see ``HierarchicalKMeans``: columns ``cluster_2``, ....
+        init, n_init, max_iter, tol, metric, batch_size: as ``KMeans``; "split" is the start for many clusters.
+        engine: "diffprune", or "faiss": centroids by faiss's own Lloyd, float32 and in memory, to compare with; labels
+            and distances are exact either way.
+        memory: bytes, or "500MB", "2GiB", of embeddings in memory at a time; more are read from disk in every round,
+            with the same result. By default 1 GiB.
+
+    Returns counts, ``inertia``, ``iterations`` and the cluster sizes' range. Raises InputError if there are fewer
+    distinct embeddings than ``k``, if one is not finite (naming its key), or if they are of different models.
     """
-    folder = ArrayFolder(embeddings, kind="embeddings")
+    if engine not in ENGINES:
+        raise InputError(f"cluster: expected engine to be one of {', '.join(ENGINES)}, got {engine!r}")
+    if engine == "faiss" and (levels or batch_size or n_init > 1):
+        raise InputError("cluster: engine 'faiss' takes no levels, batch_size or n_init; use 'diffprune'")
+    if levels and (batch_size or n_init > 1):
+        raise InputError("cluster: levels take no batch_size or n_init")
+    source = EmbeddingRows(embeddings)
     out = Path(out)
-    table, points = folder.load()
+    options = {"max_iter": max_iter, "tol": tol, "metric": metric, "seed": seed}
     config = {
         "method": "cluster",
         "k": k,
-        "seed": seed,
-        "max_iter": max_iter,
-        "metric": metric,
-        "embeddings": folder.fingerprint,
-        "model": folder.metadata.get("model"),
-        "model_sha256": folder.metadata.get("model_sha256"),
+        **options,
+        "init": init,
+        "n_init": n_init,
+        "embeddings": source.fingerprint,
+        "model": source.metadata.get("model"),
+        "model_sha256": source.metadata.get("model_sha256"),
     }
-    fitted: dict[str, Any] = {}
+    unusual = {"levels": list(levels), "batch_size": batch_size, "engine": engine if engine != "diffprune" else None}
+    config |= {name: value for name, value in unusual.items() if value}
+    options["memory"] = parse_bytes(memory)
+    fitted: dict[str, np.ndarray] = {}
 
     def fit() -> None:
-        kmeans = KMeans(k, max_iter=max_iter, metric=metric, seed=seed).fit(points)
-        keys = table["key"].to_pylist()
-        fitted["rows"] = dict(zip(keys, range(len(keys)), strict=True))
-        fitted["cluster"], fitted["distance"] = (np.asarray(a) for a in (kmeans.assignment_, kmeans.distance_))
-        # one entry: safetensors writes several in no fixed order
-        about = {"fit": json.dumps({"inertia": float(kmeans.inertia_), "iterations": int(kmeans.n_iter_)})}
+        about: dict[str, Any] = {}
+        if levels:
+            tree = HierarchicalKMeans([k, *levels], init=init, **options).fit(source.parts, keys=source.keys)
+            kmeans = tree.levels_[0]
+            fitted.update({f"cluster_{i}": a for i, a in enumerate(tree.assignments_[1:], start=2)})
+            fitted.update(cluster=kmeans.assignment, distance=kmeans.distance)
+            about = {"inertia": kmeans.inertia}
+            centroids = kmeans.centroids
+        else:
+            start, rounds = (init, options), None
+            if engine == "faiss":
+                start = faiss_centroids(source.parts, k, keys=source.keys, **options), {**options, "max_iter": 0}
+                rounds = max_iter
+            given = {"n_init": n_init, "batch_size": batch_size, **start[1]}
+            kmeans = KMeans(k, init=start[0], **given).fit(source.parts, keys=source.keys)
+            fitted.update(cluster=kmeans.assignment_, distance=kmeans.distance_)
+            about = {"inertia": kmeans.inertia_, "iterations": kmeans.n_iter_ if rounds is None else rounds}
+            centroids = kmeans.centroids_
         with atomic_path(out / CENTROIDS_FILE) as temporary:
-            save_file({"centroids": np.ascontiguousarray(kmeans.centroids_, np.float32)}, temporary, metadata=about)
+            # one entry: safetensors writes several in no fixed order
+            arrays = {"centroids": np.ascontiguousarray(centroids, np.float32)}
+            save_file(arrays, temporary, metadata={"fit": json.dumps(about)})
 
     def work(stem: str, bar: Progress) -> pa.Table:
-        base = folder.table(stem).select(BASE_COLUMNS)
-        rows = [fitted["rows"].get(key) for key in base["key"].to_pylist()]
-        clusters = [None if row is None else int(fitted["cluster"][row]) for row in rows]
-        distances = [None if row is None else float(fitted["distance"][row]) for row in rows]
+        base = source.table(stem).select(BASE_COLUMNS)
         bar.advance(base.num_rows)
-        base = base.append_column(CLUSTER_FIELD, pa.array(clusters, pa.int32()))
-        return base.append_column(DISTANCE_FIELD, pa.array(distances, pa.float64()))
+        base = base.append_column(CLUSTER_FIELD, source.column(stem, fitted["cluster"], pa.int32()))
+        for i in range(2, 2 + len(levels)):
+            field = pa.field(f"cluster_{i}", pa.int32(), metadata={"meaning": f"cluster of the clusters, level {i}"})
+            base = base.append_column(field, source.column(stem, fitted[f"cluster_{i}"], pa.int32()))
+        return base.append_column(DISTANCE_FIELD, source.column(stem, fitted["distance"], pa.float64()))
 
-    summary = run_stage("cluster", out, config, folder.stems, work, total=table.num_rows, prepare=fit, dry_run=dry_run)
+    summary = run_stage("cluster", out, config, source.stems, work, total=source.rows, prepare=fit, dry_run=dry_run)
     if dry_run:
-        return {**summary, "k": k, "dimensions": points.shape[1]}
+        return {**summary, "k": k, "dimensions": source.dimensions}
     return {**summary, "k": k, **_sizes(out), **_fit_summary(out / CENTROIDS_FILE)}
+
+
+class EmbeddingRows:
+    """The embeddings of one or several folders of the same model: the rows that are ok, in shard order, on disk."""
+
+    def __init__(self, folders: str | Path | Sequence[str | Path]) -> None:
+        paths = [folders] if isinstance(folders, (str, Path)) else list(folders)
+        if not paths:
+            raise InputError("cluster: expected at least one folder of embeddings, got none")
+        opened = [ArrayFolder(path, kind="embeddings") for path in paths]
+        self.metadata = opened[0].metadata
+        for folder in opened:
+            _same_model(opened[0], folder)
+        self.folders = {stem: folder for folder in opened for stem in folder.stems}
+        self.stems = [stem for folder in opened for stem in folder.stems]
+        if len(self.folders) != len(self.stems):
+            twice = next(stem for stem in self.stems if self.stems.count(stem) > 1)
+            raise InputError(f"cluster: shard {twice!r} is in two of the folders; names of shards must be unique")
+        self.fingerprint = opened[0].fingerprint if len(opened) == 1 else [folder.fingerprint for folder in opened]
+        self.parts: list[Part] = []
+        self.spans: dict[str, tuple[int, np.ndarray]] = {}  # stem -> its first row here, and which rows are ok
+        self.rows, keys = 0, []
+        for stem in self.stems:
+            folder = self.folders[stem]
+            path = folder.folder / f"{stem}.parquet"
+            _of_folder(folder, path)
+            table = read_table(path, ["key", "status"])
+            ok = pc.equal(table["status"], "ok")
+            rows = np.flatnonzero(ok.to_numpy())
+            array = folder.array(stem)
+            self.parts.append(Part(array, None if len(rows) == len(array) else rows))
+            self.spans[stem] = (self.rows, rows)
+            keys.append(table["key"].filter(ok))
+            self.rows += len(rows)
+        self.keys = pa.chunked_array([chunk for column in keys for chunk in column.chunks], pa.string())
+        self.dimensions = self.parts[0].array.shape[1] if self.parts else 0
+        if self.rows == 0:
+            raise InputError(f"{', '.join(map(str, paths))}: no sample has an embedding")
+
+    def table(self, stem: str) -> pa.Table:
+        """The base columns of one shard's samples, failed ones too."""
+        return self.folders[stem].table(stem)
+
+    def column(self, stem: str, values: np.ndarray, dtype: pa.DataType) -> pa.Array:
+        """The part of ``values`` [rows] that is of one shard, null for failed samples."""
+        first, rows = self.spans[stem]
+        total = len(self.folders[stem].array(stem))
+        column, missing = np.zeros(total, values.dtype), np.ones(total, bool)
+        column[rows], missing[rows] = values[first : first + len(rows)], False
+        return pa.array(column.astype(dtype.to_pandas_dtype()), dtype, mask=missing)
+
+
+def parse_bytes(size: int | str | None) -> int | None:
+    """A number of bytes: 1000, "500MB", "2GiB"."""
+    if size is None or isinstance(size, int):
+        return size
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", size.strip(), re.IGNORECASE)
+    if not found:
+        raise InputError(f"memory: expected bytes such as 500MB or 2GiB, got {size!r}")
+    number, prefix, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
+
+
+def _same_model(first: ArrayFolder, other: ArrayFolder) -> None:
+    for name in ("model", "model_sha256", "shape"):
+        one, another = first.metadata.get(name), other.metadata.get(name)
+        if one != another:
+            raise InputError(
+                f"{other.folder}: expected embeddings of the same model as {first.folder}, found {name} {another!r}, "
+                f"not {one!r}; distances between them mean nothing"
+            )
+
+
+def _of_folder(folder: ArrayFolder, path: Path) -> None:
+    """A shard that was copied in from another run may be of another model."""
+    found = table_metadata(path).get("fingerprint")
+    if found != folder.fingerprint:
+        raise InputError(
+            f"{path}: made by another run than {folder.folder} (fingerprint {found}, expected {folder.fingerprint}), "
+            f"maybe by another model; embed its shard again"
+        )
 
 
 def _fit_summary(centroids: Path) -> dict[str, float]:

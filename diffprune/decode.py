@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -29,6 +29,15 @@ MAX_PIXELS = 100_000_000
 
 class DecodeError(ValueError):
     """An image that cannot be decoded; the message says why."""
+
+
+class Resizer(Protocol):
+    """Makes any image one of ``size`` (height, width), as a model's own preprocessing does."""
+
+    @property
+    def size(self) -> tuple[int, int]: ...
+
+    def __call__(self, image: Image) -> Image: ...
 
 
 @dataclass
@@ -49,23 +58,24 @@ class Batch:
         return [sample.key for sample in self.samples]
 
 
-def decode_image(data: bytes, *, size: int | None = None, channels: int = 3) -> np.ndarray:
+def decode_image(data: bytes, *, size: int | Resizer | None = None, channels: int = 3) -> np.ndarray:
     """Decode one JPEG, PNG or WebP to uint8 [C, H, W].
 
-    ``size``: centre-cropped to a square and resized to it, unless it has that size already; None keeps the image's
-    own size. ``channels``: 3 for RGB, 1 for luminance. The format is told by the bytes, not by a name. Raises
-    DecodeError if the bytes are damaged, no known image, or over 100 million pixels.
+    ``size``: centre-cropped to a square and resized to it, unless it has that size already; a Resizer does as it says;
+    None keeps the image's own size. ``channels``: 3 for RGB, 1 for luminance. The format is told by the bytes, not by
+    a name. Raises DecodeError if the bytes are damaged, no known image, or over 100 million pixels.
     """
     if channels not in (1, 3):
         raise ValueError(f"expected channels 1 or 3, got {channels}")
     pixels = _decode_jpeg(data, channels) if data[:3] == b"\xff\xd8\xff" else None
     if pixels is None:
         pixels = _decode_pillow(data, channels)
-    if size is not None and pixels.shape[:2] != (size, size):
+    if callable(size) or (size is not None and pixels.shape[:2] != (size, size)):
         from PIL import Image
 
         image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
-        pixels = np.asarray(center_crop(image, size)).reshape(size, size, channels)
+        image = size(image) if callable(size) else center_crop(image, size)
+        pixels = np.asarray(image).reshape(image.height, image.width, channels)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
@@ -87,7 +97,7 @@ def center_crop(image: Image, size: int) -> Image:
 def read_batches(
     index: ShardIndex,
     *,
-    size: int | None,
+    size: int | Resizer | None,
     channels: int,
     batch_size: int = 256,
     keys: frozenset[str] | None = None,
@@ -100,6 +110,14 @@ def read_batches(
     with ShardReader(index.path) as reader:
         for start in range(0, len(samples), batch_size):
             yield _read_batch(reader, samples[start : start + batch_size], size, channels)
+
+
+def read_annotations(reader: ShardReader, sample: Sample) -> tuple[int | None, str | None, str | None]:
+    """(label, uid, error) of a sample: ``cls`` and the json's uid, None where there is none; why ``cls`` is wrong."""
+    try:
+        return _read_label(reader, sample), _read_uid(reader, sample), None
+    except DecodeError as failure:
+        return None, _read_uid(reader, sample), str(failure)
 
 
 def load_images(
@@ -134,24 +152,25 @@ def load_images(
     return table, np.concatenate(images) if images else np.zeros((0, channels, size or 0, size or 0), np.uint8)
 
 
-def _read_batch(reader: ShardReader, samples: list[Sample], size: int | None, channels: int) -> Batch:
+def _read_batch(reader: ShardReader, samples: list[Sample], size: int | Resizer | None, channels: int) -> Batch:
     pixels: list[np.ndarray | None] = []
     labels: list[int | None] = []
     uids: list[str | None] = []
     errors: list[str | None] = []
     for sample in samples:
-        image, label, error = None, None, None
-        try:
-            label = _read_label(reader, sample)
-            image = decode_image(_read_image(reader, sample), size=size, channels=channels)
-        except DecodeError as failure:
-            error = str(failure)
+        label, uid, error = read_annotations(reader, sample)
+        image = None
+        if error is None:
+            try:
+                image = decode_image(_read_image(reader, sample), size=size, channels=channels)
+            except DecodeError as failure:
+                error = str(failure)
         pixels.append(image)
         labels.append(label)
-        uids.append(_read_uid(reader, sample))
+        uids.append(uid)
         errors.append(error)
-    shape = next((image.shape for image in pixels if image is not None), (channels, size or 1, size or 1))
-    blank = np.zeros(shape, dtype=np.uint8)
+    sides = size.size if callable(size) else (size or 1, size or 1)
+    blank = np.zeros(next((image.shape for image in pixels if image is not None), (channels, *sides)), dtype=np.uint8)
     images = np.stack([blank if image is None else image for image in pixels])
     return Batch(samples, images, labels, uids, errors)
 
@@ -215,12 +234,22 @@ def _decode_pillow(data: bytes, channels: int) -> np.ndarray:
             if image.mode.startswith("I"):  # 16 bit: Pillow's own conversion would clip, not scale
                 values = np.asarray(image, dtype=np.float64) / 257
                 image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
-            pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+            pixels = np.asarray(_on_white(image).convert("L" if channels == 1 else "RGB"))
     except UnidentifiedImageError:
         raise DecodeError(f"damaged, or no JPEG, PNG or WebP: {len(data):,} bytes, first {data[:8]!r}") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DecodeError(f"damaged image: {error}") from error
     return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def _on_white(image: Image) -> Image:
+    """What is transparent shows white, not the colour that happens to be stored there."""
+    from PIL import Image
+
+    if not image.has_transparency_data:
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
 def _check_pixels(width: int, height: int) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from diffprune._version import __version__
 from diffprune.kernels import report
-from diffprune.kernels.dispatch import UNCONFIRMED
+from diffprune.kernels.dispatch import UNCONFIRMED, orders
 
 PACKAGES = ("torch", "numpy", "pyarrow", "safetensors", "simplejpeg", "pillow", "triton", "cupy", "faiss", "webdataset")
 
@@ -19,7 +19,8 @@ PACKAGES = ("torch", "numpy", "pyarrow", "safetensors", "simplejpeg", "pillow", 
 def doctor() -> dict[str, Any]:
     """Versions, devices, and per op each implementation: "runs", "runs when asked for by name", or the reason why not.
 
-    An implementation that no GPU has confirmed yet is never chosen by itself; the entry says so.
+    In the order in which they are tried; where that is not the usual one, ``orders`` says why. An implementation that
+    no GPU has confirmed yet is in ``unconfirmed``: it is never chosen by itself, and its entries say so.
     """
     return {
         "diffprune": __version__,
@@ -28,14 +29,16 @@ def doctor() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "device": _device(),
         "threads": torch.get_num_threads(),
+        "unconfirmed": sorted(UNCONFIRMED),
+        "orders": {op: f"{', '.join(names)}: {because}" for op, (names, because) in orders().items()},
         "ops": {op: {name: _say(name, reason) for name, reason in found.items()} for op, found in report().items()},
     }
 
 
 def _say(name: str, reason: str | None) -> str:
-    if reason is not None:
-        return reason
-    return "runs when asked for by name: not yet confirmed on a GPU" if name in UNCONFIRMED else "runs"
+    if name in UNCONFIRMED:
+        return f"{reason or 'runs when asked for by name'}; no GPU has confirmed it yet"
+    return reason or "runs"
 
 
 def _version(name: str) -> str | None:

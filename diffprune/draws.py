@@ -91,7 +91,11 @@ def uniform(
 
 def key_hash(key: str) -> int:
     """64-bit hash of a sample key, in [0, 2**64): BLAKE2b with an 8-byte digest of its UTF-8, little-endian."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(_digest(key), "little")
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.blake2b(key.encode(), digest_size=8).digest()
 
 
 def hash_keys(keys: Keys, device: torch.device | str | None = None) -> KeyHashes:
@@ -105,5 +109,6 @@ def hash_keys(keys: Keys, device: torch.device | str | None = None) -> KeyHashes
         return keys if device is None else keys.to(device)
     if isinstance(keys, str):
         raise ValueError(f"expected a sequence of sample keys, got the single string {keys!r}")
-    signed = [value - 2**64 if value >= 2**63 else value for value in map(key_hash, keys)]
-    return torch.tensor(signed, dtype=torch.int64, device=device)
+    digests = bytearray(b"".join([_digest(key) for key in keys]))
+    hashes = torch.frombuffer(digests, dtype=torch.int64) if digests else torch.empty(0, dtype=torch.int64)
+    return hashes if device is None else hashes.to(device)

@@ -13,11 +13,13 @@ import torch
 
 from diffprune.arrays import write_array
 from diffprune.checkpoints import load_vqvae
-from diffprune.decode import read_batches
+from diffprune.clip_retrieval import bind_embeddings
+from diffprune.decode import Resizer, read_batches
 from diffprune.device import pick_device
 from diffprune.engines import run_stage
 from diffprune.errors import InputError
 from diffprune.files import read_json
+from diffprune.models.embedders import load_embedder
 from diffprune.progress import Progress
 from diffprune.shards import ShardIndex, ShardSpec, index_shards
 from diffprune.tables import base_table
@@ -45,7 +47,11 @@ def encode(
         "model_sha256": state["sha256"],
         "latent_scale": float(model.latent_scale),
     }
-    network = _Network(model.encode, model.image_size, model.in_channels, head, str(vqvae))
+
+    def latents(images: torch.Tensor) -> torch.Tensor:
+        return model.encode(images.float() / 127.5 - 1)
+
+    network = _Network(latents, model.image_size, model.in_channels, head, str(vqvae))
     return _map_images("encode", network, shards, Path(out), batch_size, pick_device(device), dry_run)
 
 
@@ -56,41 +62,40 @@ def embed(
     model: str,
     batch_size: int = 256,
     device: str = "auto",
+    precision: str = "auto",
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Write an L2-normalised embedding of every image: ``<out>/<shard>.npy`` float16 [n, D] beside a table of keys.
 
-    ``model``: ``vqvae:PATH``, the features of a trained VQ-VAE's own encoder. Failed images as in ``encode``.
+    ``model``: a folder or hub id of CLIP, OpenCLIP, SigLIP, DINOv2 or DINOv3, ``efficientnet-lite0``, ``vqvae:PATH``,
+    or ``package.module:function``; see docs/embedding.md. Images are prepared as the model was published with.
+    ``clip-retrieval:PATH`` computes nothing: it takes the embeddings that clip-retrieval wrote, by key.
+    ``precision``: "float32", "bf16", or "auto": bf16 on a GPU. Failed images as in ``encode``; an embedding that is not
+    finite, or all zero, is a failed row too.
     """
-    name, _, path = model.partition(":")
-    if name != "vqvae" or not path:
-        raise InputError(
-            f"model: expected vqvae:PATH (a checkpoint or run folder of `diffprune train vqvae`), got {model!r}"
-        )
-    vqvae, state = load_vqvae(path, pick_device(device))
-    head = {"kind": "embeddings", "model": name, "model_sha256": state["sha256"]}
-
-    def features(images: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.normalize(vqvae.embed(images).double(), dim=1)
-
-    network = _Network(features, vqvae.image_size, vqvae.in_channels, head, path)
-    return _map_images("embed", network, shards, Path(out), batch_size, pick_device(device), dry_run)
-
-
-def to_model_range(images: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """uint8 [B, C, H, W] -> float32 in [-1, 1] on ``device``."""
-    return torch.as_tensor(images).to(device).float() / 127.5 - 1
+    if model.startswith("clip-retrieval:"):
+        return bind_embeddings(model.removeprefix("clip-retrieval:"), shards, out, dry_run)
+    chosen = pick_device(device)
+    embedder = load_embedder(model, chosen, precision)
+    head = {"kind": "embeddings", **embedder.head}
+    network = _Network(embedder.embed, embedder.resize, embedder.channels, head, embedder.path)
+    return _map_images("embed", network, shards, Path(out), batch_size, chosen, dry_run)
 
 
 @dataclass(frozen=True)
 class _Network:
-    """A function of images [B, C, size, size] in [-1, 1], with what identifies it."""
+    """A function of uint8 images [B, C, H, W] made by ``resize``, with what identifies it."""
 
     function: Callable[[torch.Tensor], torch.Tensor]
-    size: int
+    resize: int | Resizer
     channels: int
     head: dict[str, Any]
     path: str
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of its images."""
+        return (self.resize, self.resize) if isinstance(self.resize, int) else self.resize.size
 
 
 def _map_images(
@@ -100,7 +105,7 @@ def _map_images(
         raise InputError(f"batch_size: expected 1 or more, got {batch_size}")
     indexes = {index.path.stem: index for index in index_shards(shards)}
     with torch.inference_mode():
-        blank = torch.zeros(1, network.channels, network.size, network.size, device=device)
+        blank = torch.zeros(1, network.channels, *network.size, dtype=torch.uint8, device=device)
         row_shape = tuple(network.function(blank).shape[1:])
 
     def work(stem: str, bar: Progress) -> pa.Table:
@@ -111,7 +116,7 @@ def _map_images(
     config = {
         **network.head,
         "shape": list(row_shape),
-        "image_size": network.size,
+        "image_size": network.size[0] if network.size[0] == network.size[1] else list(network.size),
         "inputs": describe(list(indexes.values())),
     }
     return run_stage(
@@ -150,13 +155,14 @@ def _run(
     labels: list[int | None] = []
     uids: list[str | None] = []
     errors: list[str | None] = []
-    for batch in read_batches(index, size=network.size, channels=network.channels, batch_size=batch_size):
+    for batch in read_batches(index, size=network.resize, channels=network.channels, batch_size=batch_size):
         start = len(errors)
         with torch.inference_mode():
-            values = network.function(to_model_range(batch.images, device)).float().cpu().numpy().astype(np.float16)
+            images = torch.from_numpy(batch.images).to(device)
+            values = network.function(images).float().cpu().numpy().astype(np.float16)
         for row, error in enumerate(batch.errors):
             if error is None and not np.isfinite(values[row]).all():
-                error = f"the {network.head['model']} gave NaN, or a value too large for float16"
+                error = f"the {network.head['model']} gave NaN, only zeros, or a value too large for float16"
             if error is None:
                 array[start + row] = values[row]
             errors.append(error)

@@ -6,6 +6,7 @@ are done, refuses to go on with the work of another run, and leaves nothing half
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from diffprune._version import __version__
-from diffprune.errors import ResumeError
+from diffprune.errors import DiskFullError, ResumeError
 from diffprune.files import TEMPORARY_PREFIX, fingerprint, write_json
 from diffprune.progress import Progress, progress
 from diffprune.tables import STAGE_FILE, read_stage, read_table, write_table
@@ -31,15 +32,17 @@ def run_stage(
     unit: str = "images",
     metadata: dict[str, Any] | None = None,
     prepare: Callable[[], None] | None = None,
+    begin: Callable[[], None] | None = None,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Run ``work(stem, progress)`` for every shard that has no table in ``out`` yet, and write the tables.
 
     ``config`` is everything that the result depends on (inputs included, JSON-able): its fingerprint goes into the
     folder and into each table, and a folder with another one is refused with a ResumeError that names what differs.
-    ``metadata`` is told to readers but not compared. ``prepare`` runs once, if any shard is to be
-    done, before anything is written. ``work`` advances the progress itself; ``total`` counts ``unit``s over all
-    shards. Returns counts: shards, shards_done_before, samples, failed, first_error, out.
+    ``metadata`` is told to readers but not compared. ``prepare`` runs once, if any shard is to be done, before anything
+    is written; ``begin`` runs after it, when ``out`` is there and this stage's, and may keep files of its own in it.
+    ``work`` advances the progress itself; ``total`` counts ``unit``s over all shards. Returns counts: shards,
+    shards_done_before, samples, failed, first_error, out. A full disk is a DiskFullError.
     """
     out = Path(out)
     stage = {
@@ -57,18 +60,29 @@ def run_stage(
         return {**plan, "dry_run": True, f"{unit}_in_all": total}
     if todo and prepare:
         prepare()
-    out.mkdir(parents=True, exist_ok=True)
-    for leftover in out.glob(TEMPORARY_PREFIX + "*"):  # of a run that was killed
-        leftover.unlink()
-    if not (out / STAGE_FILE).is_file():
-        write_json(out / STAGE_FILE, stage)
-    if todo:
-        with progress(name, total=total, unit=unit) as bar:
-            done_rows = sum(_rows(out / f"{stem}.parquet") for stem in shards if stem not in set(todo))
-            if done_rows:
-                bar.advance(min(done_rows, total))
-            for stem in todo:
-                write_table(out / f"{stem}.parquet", work(stem, bar), stage)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for leftover in out.glob(TEMPORARY_PREFIX + "*"):  # of a run that was killed
+            leftover.unlink()
+        if not (out / STAGE_FILE).is_file():
+            write_json(out / STAGE_FILE, stage)
+        if todo and begin:
+            begin()
+        if todo:
+            with progress(name, total=total, unit=unit) as bar:
+                done_rows = sum(_rows(out / f"{stem}.parquet") for stem in shards if stem not in set(todo))
+                if done_rows:
+                    bar.advance(min(done_rows, total))
+                for stem in todo:
+                    write_table(out / f"{stem}.parquet", work(stem, bar), stage)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        done = sum((out / f"{stem}.parquet").is_file() for stem in shards)
+        raise DiskFullError(
+            f"{out}: no space left on the disk ({error}). {done} of {len(shards)} shards are finished and kept; free "
+            "some space and run the same command again"
+        ) from error
     return {**plan, **count_rows(out, shards)}
 
 

@@ -13,3 +13,7 @@ class InputError(DiffpruneError, ValueError):
 
 class ResumeError(DiffpruneError):
     """The output folder holds work of another run: other inputs, another config or another seed."""
+
+
+class DiskFullError(DiffpruneError):
+    """A stage ran out of disk; what it had finished is kept."""

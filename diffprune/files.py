@@ -17,11 +17,12 @@ TEMPORARY_PREFIX = ".tmp-"
 
 
 @contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path, *, sync_folder: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; it becomes ``path`` if the block ends without an exception.
 
     The temporary name is a function of ``path``, so a run that was killed leaves at most one such file, which
-    the next run overwrites.
+    the next run overwrites. ``sync_folder=False`` leaves it to the next file of the folder to make the name, not the
+    content, last through a power cut.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,7 +31,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         yield temporary
         _fsync(temporary)
         os.replace(temporary, path)
-        _fsync(path.parent)
+        if sync_folder:
+            _fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

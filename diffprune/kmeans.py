@@ -1,46 +1,62 @@
-"""k-means in memory: exact assignments, no empty clusters, the same bytes for the same points and seed."""
+"""k-means: exact assignments, no empty clusters, the same bytes for a seed however the points are split."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from diffprune.errors import InputError
-from diffprune.kernels import kmeans_assign, kmeans_update
+from diffprune.kernels import kmeans_assign
+from diffprune.kmeans_init import parallel, plus_plus, random_rows
+from diffprune.kmeans_lloyd import Fit, Lloyd, too_few, total
+from diffprune.kmeans_minibatch import minibatch
+from diffprune.kmeans_points import Points, open_points, refuse_rows
+from diffprune.kmeans_split import split_start
+from diffprune.kmeans_sums import ClusterSums
 
 METRICS = ("euclidean", "cosine")
-
-Array = TypeVar("Array", Tensor, np.ndarray)
+INITS = ("k-means++", "k-means||", "random", "split")
+ALGORITHMS = ("auto", "lloyd", "yinyang")
 
 
 class KMeans:
-    """Lloyd's k-means (Lloyd 1982) with k-means++ starts (Arthur and Vassilvitskii 2007).
+    """Lloyd's k-means (Lloyd 1982), exact: each label is the nearest centroid (see ``kernels.kmeans_assign``).
 
-    Each point goes to its nearest centroid exactly (see ``kernels.kmeans_assign``), and ``assignment_`` and
-    ``distance_`` belong to ``centroids_`` as returned, not to those of a round before. No cluster is ever empty: a
-    centroid without points restarts at the point farthest from its own centroid, the first of them if several are. The
-    result is the same to the bit for the same points in the same order, seed and device; another order of the points is
-    another sample of starts.
+    ``assignment_`` and ``distance_`` belong to ``centroids_`` as returned, not to those of a round before. No cluster
+    is ever empty: a centroid without points restarts at the point farthest from its own centroid, the first of them if
+    several are. Sums are exact (see ``kmeans_sums``), so the result is the same to the bit for the same points in the
+    same order, seed and device, whatever the number of files, blocks, threads, and whichever ``algorithm``; another
+    order of the points is another sample of starts.
 
     Args:
         k: number of clusters.
-        init: "k-means++", or the first centroids [k, D].
-        max_iter: rounds of assignment and update at most.
+        init: "k-means++" (Arthur and Vassilvitskii 2007; k passes over the points), "k-means||" (Bahmani et al. 2012; 6
+            passes), "random" (k different rows), "split" (for many clusters: √k of them, each split on its own), or the
+            first centroids [k, D].
+        max_iter: rounds of assignment and update at most; with ``batch_size``, passes over the points. 0 with given
+            centroids: only assign to them.
         tol: stop when the squared shifts of all centroids sum to at most ``tol`` times the mean variance of the
-            dimensions (scikit-learn's meaning). 0 runs until nothing moves.
+            dimensions (scikit-learn's meaning). 0 runs until no label changes.
         metric: "euclidean", or "cosine": points and centroids are scaled to length 1 (spherical k-means, Dhillon and
             Modha 2001).
-        seed: of the starts; used by k-means++ alone.
+        weights: [N], at least 0 and finite, how much each point counts; ``fit`` takes them too.
+        seed: of the starts and of minibatches.
         n_init: number of starts; the one with the smallest inertia is kept.
+        algorithm: "lloyd" computes every distance in every round; "yinyang" leaves out those that bounds rule out;
+            "auto" does so once that is faster. All give the same bytes.
+        batch_size: learn the centroids from random batches of so many points (Sculley 2010) instead of full rounds. The
+            final assignment is exact all the same.
+        memory: bytes of rows held at a time when the points are files; they are held whole if they fit.
 
-    After ``fit``, of the kind of the points (torch tensors on their device, or NumPy arrays):
+    After ``fit``, of the kind of the points (torch tensors on their device, CuPy or NumPy arrays):
         ``centroids_`` float32 [k, D]; ``assignment_`` int32 [N]; ``distance_`` float32 [N], Euclidean, to the own
-        centroid (with "cosine" between scaled vectors); and the numbers ``inertia_``, the sum of squared distances, and
-        ``n_iter_``, the rounds of the start that was kept.
+        centroid (with "cosine" between scaled vectors); and the numbers ``inertia_``, the weighted sum of squared
+        distances, ``n_iter_``, the rounds of the start that was kept, and ``moved_``, how many labels each changed.
     """
 
     centroids_: Any
@@ -48,6 +64,7 @@ class KMeans:
     distance_: Any
     inertia_: float
     n_iter_: int
+    moved_: list[int]
 
     def __init__(
         self,
@@ -57,175 +74,153 @@ class KMeans:
         max_iter: int = 100,
         tol: float = 1e-4,
         metric: str = "euclidean",
+        weights: Tensor | np.ndarray | Sequence[float] | None = None,
         seed: int = 0,
         n_init: int = 1,
+        algorithm: str = "auto",
+        batch_size: int | None = None,
+        memory: int | None = None,
     ) -> None:
-        if k < 1 or max_iter < 1 or n_init < 1:
+        if k < 1 or max_iter < isinstance(init, str) or n_init < 1:
             raise InputError(f"k-means: expected k, max_iter and n_init of at least 1, got {k}, {max_iter}, {n_init}")
         if not tol >= 0:
             raise InputError(f"k-means: expected tol of at least 0, got {tol}")
-        if metric not in METRICS:
-            raise InputError(f"k-means: expected metric to be one of {', '.join(METRICS)}, got {metric!r}")
-        if isinstance(init, str) and init != "k-means++":
-            raise InputError(f"k-means: expected init to be 'k-means++' or centroids [k, D], got {init!r}")
+        for name, value, allowed in (("metric", metric, METRICS), ("algorithm", algorithm, ALGORITHMS)):
+            if value not in allowed:
+                raise InputError(f"k-means: expected {name} to be one of {', '.join(allowed)}, got {value!r}")
+        if isinstance(init, str) and init not in INITS:
+            raise InputError(f"k-means: expected init to be {', '.join(INITS)} or centroids [k, D], got {init!r}")
         if not isinstance(init, str) and n_init > 1:
             raise InputError(f"k-means: given centroids are one start, expected n_init 1, got {n_init}")
+        for name, number in (("batch_size", batch_size), ("memory", memory)):
+            if number is not None and number < 1:
+                raise InputError(f"k-means: expected {name} of at least 1, got {number}")
         self.k, self.init, self.max_iter, self.tol = k, init, max_iter, tol
-        self.metric, self.seed, self.n_init = metric, seed, n_init
+        self.metric, self.weights, self.seed, self.n_init = metric, weights, seed, n_init
+        self.algorithm, self.batch_size, self.memory = algorithm, batch_size, memory
 
-    def fit(self, points: Array) -> KMeans:
-        """Cluster ``points`` [N, D], a torch tensor or NumPy array of a floating dtype; returns self.
+    def fit(
+        self,
+        points: Any,
+        weights: Tensor | np.ndarray | Sequence[float] | None = None,
+        *,
+        keys: Sequence[str] | None = None,
+    ) -> KMeans:
+        """Cluster ``points``; returns self.
 
-        float16 and bfloat16 are upcast by blocks, float64 is rounded to float32; "cosine" holds a scaled float32 copy.
-        Raises InputError for fewer distinct points than k, and, with the rows, for NaN, infinity and, with "cosine",
-        zero vectors.
+        Args:
+            points: [N, D] of a floating dtype: a torch tensor, a NumPy or CuPy array; or, to be read from disk by
+                blocks, a ``numpy.memmap`` or a list of arrays and paths of ``.npy`` files, each [n, D]. Half precision
+                stays as it is, float64 is rounded to float32; "cosine" holds a scaled float32 copy of points in memory.
+            weights: [N], instead of those of the constructor.
+            keys: [N] names of the points, for errors: strings, or a column of pyarrow.
+
+        Raises InputError for fewer distinct points than k; for NaN, infinity and, with "cosine", zero vectors, naming
+        the points; for weights that are negative, not finite, all 0 or of another length.
         """
-        data = self._prepared("points", points)
-        if len(data) < self.k:
-            raise _too_few(data, self.k)
-        tolerance = self.tol * _variance(data)
+        data = open_points(points, metric=self.metric, memory=self.memory)
+        masses = _weights(self.weights if weights is None else weights, data)
+        largest = data.check(keys=keys)
+        if data.rows < self.k:
+            raise too_few(self.k, len(torch.unique(data.take(torch.arange(data.rows)), dim=0)), data.rows)
+        tolerance = self.tol * _variance(data, largest, masses)
         generator = torch.Generator().manual_seed(self.seed)
-        starts = (self._start(data, generator) for _ in range(self.n_init))
-        best = min((self._lloyd(data, start, tolerance) for start in starts), key=lambda fit: fit.inertia)
-        self.centroids_, self.assignment_ = _like(points, best.centroids), _like(points, best.assignment)
-        self.distance_ = _like(points, best.sqdistance.sqrt())
-        self.inertia_, self.n_iter_ = best.inertia, best.rounds
+        lloyd = Lloyd(data, self.k, largest, masses, self.algorithm)
+        best: Fit | None = None
+        for _ in range(self.n_init):
+            fit = self._run(lloyd, self._start(data, generator, largest, masses), tolerance, generator)
+            if best is None or fit.inertia < best.inertia:
+                best = fit
+        self._centroids = best.centroids
+        self.centroids_, self.assignment_ = data.like(best.centroids), data.like(best.assignment)
+        self.distance_ = data.like(best.sqdistance.sqrt())
+        self.inertia_, self.n_iter_, self.moved_ = best.inertia, best.rounds, best.moved
         return self
 
-    def predict(self, points: Array) -> Array:
-        """The nearest centroid of each of ``points`` [M, D]: [M] int32."""
+    def predict(self, points: Any) -> Any:
+        """The nearest centroid of each of ``points`` [M, D], of any kind that ``fit`` takes: [M] int32."""
+        data, centroids = self._fitted("predict", points)
+        assignment = torch.empty(data.rows, dtype=torch.int32, device=data.device)
+        for own, block in data.blocks():
+            assignment[own] = kmeans_assign(block, centroids)[0]
+        return data.like(assignment)
+
+    def transform(self, points: Any) -> Any:
+        """The distance of each of ``points`` [M, D] to each centroid: [M, k] float32."""
+        data, centroids = self._fitted("transform", points)
+        distance = torch.empty(data.rows, len(centroids), device=data.device)
+        centre = centroids.double().mean(dim=0)
+        c = centroids.double() - centre
+        size = max(1, 2**22 // max(centroids.shape))
+        for own, block in data.blocks():
+            for start in range(0, len(block), size):
+                x = block[start : start + size].double() - centre
+                sizes = x.square().sum(dim=1)[:, None] + c.square().sum(dim=1)
+                square = torch.addmm(sizes, x, c.T, alpha=-2)
+                row, column = (square < 1e-6 * sizes).nonzero().unbind(dim=1)  # cancelled: by the differences
+                square[row, column] = (x[row] - c[column]).square().sum(dim=1)
+                distance[own.start + start : own.start + start + len(x)] = square.sqrt()
+        return data.like(distance)
+
+    def _fitted(self, what: str, points: Any) -> tuple[Points, Tensor]:
         if not hasattr(self, "centroids_"):
-            raise InputError("k-means: predict needs centroids; call fit first")
-        data = self._prepared("points", points)
-        centroids = _tensor(self.centroids_).to(data.device)
-        if data.shape[1] != centroids.shape[1]:
-            raise InputError(f"k-means: expected points [M, {centroids.shape[1]}], got {tuple(data.shape)}")
-        return _like(points, kmeans_assign(data, centroids)[0])
+            raise InputError(f"k-means: {what} needs centroids; call fit first")
+        data = open_points(points, metric=self.metric, memory=self.memory)
+        data.check()
+        centroids = self._centroids.to(data.device)
+        if data.dimensions != centroids.shape[1]:
+            raise InputError(f"k-means: expected points [M, {centroids.shape[1]}], got {(data.rows, data.dimensions)}")
+        return data, centroids
 
-    def _prepared(self, name: str, array: Tensor | np.ndarray) -> Tensor:
-        """[N, D], finite; float32 or half; of length 1 with "cosine"."""
-        data = _tensor(array)
-        if data.dim() != 2 or data.shape[1] == 0 or not data.is_floating_point():
-            raise InputError(
-                f"k-means: expected {name} [N, D] of a floating dtype, got {list(data.shape)} {data.dtype}"
-            )
-        if data.dtype == torch.float64:
-            data = data.float()
-        lowest, highest = data.aminmax(dim=1, keepdim=True)
-        _refuse_rows(name, ~(lowest.isfinite() & highest.isfinite()), "NaN or infinity")
-        if self.metric == "cosine":
-            # The largest entry is divided out first: the squares of tiny vectors would vanish.
-            largest = torch.maximum(-lowest, highest)
-            _refuse_rows(name, largest == 0, "length 0, so no direction")
-            data = data.float() / largest.float()
-            data /= torch.linalg.vector_norm(data, dim=1, keepdim=True)
-        return data
+    def _start(self, points: Points, generator: torch.Generator, largest: Tensor, weights: Tensor | None) -> Tensor:
+        if not isinstance(self.init, str):
+            given = open_points(self.init, metric=self.metric)
+            given.check("init")
+            if (given.rows, given.dimensions) != (self.k, points.dimensions):
+                found = [given.rows, given.dimensions]
+                raise InputError(f"k-means: expected init [{self.k}, {points.dimensions}], got {found}")
+            return given.take(torch.arange(self.k)).to(points.device)
+        if self.init in ("k-means||", "split"):
+            start = parallel if self.init == "k-means||" else split_start
+            return start(points, self.k, generator, largest, weights)
+        return (plus_plus if self.init == "k-means++" else random_rows)(points, self.k, generator, weights)
 
-    def _start(self, points: Tensor, generator: torch.Generator) -> Tensor:
-        if isinstance(self.init, str):
-            return _plus_plus(points, self.k, generator)
-        centroids = self._prepared("init", self.init).to(points.device, torch.float32)
-        if centroids.shape != (self.k, points.shape[1]):
-            raise InputError(f"k-means: expected init [{self.k}, {points.shape[1]}], got {list(centroids.shape)}")
-        return centroids
-
-    def _lloyd(self, points: Tensor, centroids: Tensor, tolerance: float) -> _Fit:
-        rounds, shift = 0, math.inf
-        while rounds < self.max_iter and shift > tolerance:
-            centroids, assignment, _ = _assign(points, centroids)
-            sums, counts = kmeans_update(points, assignment, self.k)
-            if self.metric == "cosine":
-                length = torch.linalg.vector_norm(sums, dim=1, keepdim=True)
-                # Vectors that sum to 0 are equally far from every direction: their centroid stays.
-                moved = torch.where(length > 0, sums / length, centroids.double()).float()
-            else:
-                moved = (sums / counts[:, None]).float()
-            shift = _total((moved.double() - centroids.double()).square())
-            centroids, rounds = moved, rounds + 1
-        return _Fit(*_assign(points, centroids), rounds)
+    def _run(self, lloyd: Lloyd, start: Tensor, tolerance: float, generator: torch.Generator) -> Fit:
+        if self.batch_size is None:
+            return lloyd.run(start, self.max_iter, tolerance)
+        learnt, rounds = minibatch(
+            lloyd.points, start, self.batch_size, self.max_iter, tolerance, generator, lloyd.weights
+        )
+        fit = lloyd.run(learnt, 0, tolerance)
+        fit.rounds = rounds
+        return fit
 
 
-class _Fit:
-    """One start, run to its end."""
-
-    def __init__(self, centroids: Tensor, assignment: Tensor, sqdistance: Tensor, rounds: int) -> None:
-        self.centroids, self.assignment, self.sqdistance, self.rounds = centroids, assignment, sqdistance, rounds
-        self.inertia = _total(sqdistance)
-
-
-def _assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The centroids with the empty ones restarted, and the points' assignment and squared distance to them.
-
-    Ends, because a restarted centroid sits on a point on which no other sits, so it is never empty again.
-    """
-    while True:
-        assignment, sqdistance = kmeans_assign(points, centroids)
-        empty = (assignment.bincount(minlength=len(centroids)) == 0).nonzero().flatten()
-        if len(empty) == 0:
-            return centroids, assignment, sqdistance
-        centroids = centroids.clone()
-        for index in empty:
-            farthest = sqdistance.argmax()
-            if sqdistance[farthest] == 0:
-                raise _too_few(points, len(centroids))
-            centroids[index] = points[farthest]
-            sqdistance = torch.minimum(sqdistance, kmeans_assign(points, centroids[index][None])[1])
+def _weights(weights: Any, points: Points) -> Tensor | None:
+    """[N] float64 on the points' device."""
+    if weights is None:
+        return None
+    values = torch.as_tensor(weights).detach().to(points.device, torch.float64)
+    if values.shape != (points.rows,):
+        raise InputError(f"k-means: expected weights [{points.rows}], one for each point, got {list(values.shape)}")
+    bad = ~(values.isfinite() & (values >= 0))
+    refuse_rows("weights", bad.nonzero().flatten().tolist(), points.rows, "a value that is negative or not finite")
+    if not bool((values > 0).any()):
+        raise InputError("k-means: expected a weight above 0, got only zeros")
+    return values
 
 
-def _plus_plus(points: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """k-means++: the next centroid is a point drawn with probability D²/ΣD², D its distance to the centroids so far."""
-    centroids = torch.empty(k, points.shape[1], device=points.device)
-    centroids[0] = points[int(torch.randint(len(points), (1,), generator=generator))]
-    _, sqdistance = kmeans_assign(points, centroids[:1])
-    for i in range(1, k):
-        cumulated = np.cumsum(sqdistance.cpu().numpy(), dtype=np.float64)  # NumPy adds in one order, torch by threads
-        if cumulated[-1] == 0:
-            raise _too_few(points, k)
-        uniform = float(torch.rand((), generator=generator, dtype=torch.float64))
-        # Below the total even after rounding, so that no point of probability 0 is drawn.
-        threshold = min(uniform * cumulated[-1], math.nextafter(cumulated[-1], 0.0))
-        centroids[i] = points[int(np.searchsorted(cumulated, threshold, side="right"))]
-        sqdistance = torch.minimum(sqdistance, kmeans_assign(points, centroids[i : i + 1])[1])
-    return centroids
-
-
-def _variance(points: Tensor) -> float:
+def _variance(points: Points, largest: Tensor, weights: Tensor | None) -> float:
     """Mean over the dimensions of the points' variance; InputError where squared distances overflow."""
-    everything = torch.zeros(len(points), dtype=torch.int32, device=points.device)
-    sums, _ = kmeans_update(points, everything, 1)
-    _, sqdistance = kmeans_assign(points, (sums / len(points)).float())
-    total = _total(sqdistance)
-    if not math.isfinite(total):
+    sums = ClusterSums(1, points.rows, largest, points.dtype, weights)
+    for own, block in points.blocks():
+        sums.add(block, own, torch.zeros(len(block), dtype=torch.int32, device=points.device))
+    mean = sums.means().float()
+    sqdistance = torch.empty(points.rows, device=points.device)
+    for own, block in points.blocks():
+        sqdistance[own] = kmeans_assign(block, mean)[1]
+    if not math.isfinite(total(sqdistance)):
         raise InputError("k-means: the points' squared distances overflow float32; scale the points down")
-    return total / points.numel()
-
-
-def _total(values: Tensor) -> float:
-    """Sum in float64 in an order that does not depend on the number of threads."""
-    return float(values.cpu().numpy().sum(dtype=np.float64))
-
-
-def _refuse_rows(name: str, bad: Tensor, why: str) -> None:
-    if bool(bad.any()):
-        rows = bad.flatten().nonzero().flatten().tolist()
-        shown = ", ".join(map(str, rows[:10])) + (", ..." if len(rows) > 10 else "")
-        raise InputError(f"k-means: {len(rows)} of {len(bad)} {name} have {why}: rows {shown}; leave them out")
-
-
-def _too_few(points: Tensor, k: int) -> InputError:
-    distinct = len(torch.unique(points, dim=0))
-    if distinct >= k:
-        return InputError(f"k-means: {distinct} points differ, but squared distances vanish in float32; scale them up")
-    return InputError(f"k-means: expected at least k={k} distinct points, got {distinct} ({len(points)} rows); lower k")
-
-
-def _tensor(array: Tensor | np.ndarray) -> Tensor:
-    if isinstance(array, Tensor):
-        return array.detach()
-    if not isinstance(array, np.ndarray):
-        raise InputError(f"k-means: expected a torch tensor or a NumPy array, got {type(array).__name__}")
-    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
-
-
-def _like(points: Array, result: Tensor) -> Array:
-    return result if isinstance(points, Tensor) else result.numpy()
+    if weights is None:
+        return total(sqdistance) / (points.rows * points.dimensions)
+    return total(sqdistance.double() * weights) / (total(weights) * points.dimensions)

@@ -15,15 +15,17 @@ function that a parameter enters, in whatever module; `gradient_rules.py` has a 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import reduce
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from diffprune.errors import InputError
 from diffprune.gradient_rules import RULES
-from diffprune.weight_tensors import ParameterUse, Recorder, Weight
+from diffprune.weight_tensors import ParameterUse, Recorder, Wanted, Weight
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -32,7 +34,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def per_sample_gradients(
     model: nn.Module,
     norm: bool = True,
-    direction: Mapping[str, Tensor] | None = None,
+    direction: Mapping[str, Tensor] | Literal["total"] | None = None,
     rows_per_sample: int = 1,
     weight_gradients: bool = False,
     total: bool = False,
@@ -49,7 +51,7 @@ def per_sample_gradients(
         model: its trainable parameters are float16, bfloat16, float32 or float64. Its mode stays as it is.
         norm: compute `sqnorm` and `by_layer`.
         direction: compute `dot` with this: a tensor for each trainable parameter, by its name in
-            `model.named_parameters()`.
+            `model.named_parameters()`. "total": with the batch's own Σ_i g_i, in the same pass.
         rows_per_sample: J. Rows i·J ... i·J+J-1 are one sample, whose gradient is the sum over its rows.
         weight_gradients: also leave the batch's gradients in the parameters' `.grad`, as without this block. By
             default they are not computed, which saves a third of the backward.
@@ -70,11 +72,11 @@ def per_sample_gradients(
     if fallback not in (None, "vmap"):
         raise InputError(f"per_sample_gradients: expected fallback None or 'vmap', got {fallback!r}")
     uses = _parameter_uses(model)
-    if direction is not None:
+    if direction is not None and direction != "total":
         _set_direction(uses, direction)
-    recorder = Recorder(RULES, rows_per_sample, weight_gradients, fallback)
-    recorder.wanted = {"norm": norm, "total": total}
-    grads = PerSampleGradients(uses, recorder, norm, direction is not None, total)
+    wanted = Wanted(norm, total or direction == "total", direction == "total")
+    recorder = Recorder(RULES, wanted, rows_per_sample, weight_gradients, fallback)
+    grads = PerSampleGradients(uses, recorder, norm, direction is not None, wanted.total)
     with _stand_ins(model, uses, recorder):
         yield grads
         grads._finish()
@@ -90,7 +92,7 @@ class PerSampleGradients:
     @property
     def sqnorm(self) -> Tensor:
         """[B]: ‖g_i‖² over all trainable parameters."""
-        return torch.stack(list(self.by_layer.values())).sum(dim=0)
+        return _sum_in_order(self.by_layer.values())
 
     @property
     def by_layer(self) -> dict[str, Tensor]:
@@ -112,7 +114,7 @@ class PerSampleGradients:
         if not self._dot:
             raise InputError("per_sample_gradients: dot products were not asked for (direction=None)")
         self._finish()
-        return torch.stack([use.sums.dot for use in self._uses]).sum(dim=0)
+        return _sum_in_order(use.sums.dot for use in self._uses)
 
     @property
     def total(self) -> dict[str, Tensor]:
@@ -130,6 +132,11 @@ class PerSampleGradients:
             raise InputError("per_sample_gradients: expected a forward and a backward in the block, found none")
         for use in self._uses:
             self._recorder.finish(use)
+
+
+def _sum_in_order(values: Iterable[Tensor]) -> Tensor:
+    """One after the other: torch.sum's order of a column depends on how many columns there are."""
+    return reduce(torch.add, values)
 
 
 def _parameter_uses(model: nn.Module) -> list[ParameterUse]:

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from diffprune.copying import copy_ranges, write_all
 from diffprune.errors import InputError
-from diffprune.files import atomic_path
+from diffprune.files import atomic_path, fingerprint, write_json
 from diffprune.packing import BLOCK, brace_pattern, check_prefix
 from diffprune.plans import claim_folder
 from diffprune.progress import progress
 from diffprune.shards import Sample, ShardSpec, index_shard, list_shards
 from diffprune.tables import read_table
 
-_COPY_BYTES = 4 << 20
+MANIFEST = "prune.json"
+# What may lie beside the new shards: class names, and what `export` writes for other tools.
+BESIDE = ("classes.json", "_info.json", "index.json", ".nv-meta")
 
 
 def prune(
@@ -32,6 +37,7 @@ def prune(
     *,
     shard_size: int | None = None,
     prefix: str | None = None,
+    workers: int | None = None,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Copy the samples of ``kept`` from ``shards`` into new shards in ``out``.
@@ -44,21 +50,26 @@ def prune(
         shards: the shards that it was made from: a brace pattern, glob, folder, list file or several of them.
         shard_size: samples per new shard; by default that of the largest input shard.
         prefix: new shards are named ``<prefix>-<number>.tar``; by default like the input, with as many digits.
+        workers: shards written at a time, by threads; by default one per CPU core, at most 8.
         dry_run: check the selection against the shards, say how much would be copied and write nothing.
 
-    ``prune.json`` (the plan) is written beside the new shards, and ``classes.json`` is copied where there is one.
+    ``prune.json`` is written beside the new shards: the plan, and at the end counts and, per new shard, its samples,
+    bytes and a fingerprint of its keys and sizes. ``classes.json`` is copied where there is one.
 
     Returns counts and paths: ``count`` (samples), ``bytes`` (of the new shards), ``shards`` (paths), ``pattern``,
     ``shard_size``, ``written`` and ``present`` (shards), ``samples_in`` and ``shards_in``, ``out``.
 
     Raises:
-        InputError: a shard that is missing or damaged; a key that is not where the selection says (a selection of
-            another data set); an ``out`` that holds other files.
+        InputError: a shard that is missing, damaged or changed since the selection or while it is copied; a key that
+            is not where the selection says (a selection of another data set); an ``out`` that holds other files.
         ResumeError: ``out`` was begun with another selection, other shards or settings.
     """
     if shard_size is not None and shard_size < 1:
         raise InputError(f"shard_size: expected at least 1 sample, got {shard_size}")
+    if workers is not None and workers < 1:
+        raise InputError(f"workers: expected at least 1, got {workers}")
     sources = list_shards(shards)
+    listing = [_state(path) for path in sources]
     selection = _Selection.read(kept, sources)
     sizes = _check_samples(kept, selection, sources)
     shard_size = shard_size or max(sizes)
@@ -66,7 +77,7 @@ def prune(
     paths = [Path(out) / name for name in _names(sources, prefix, number)]
     plan = {
         "selection": selection.digest(),
-        "shards": _listing(sources),
+        "shards": fingerprint(listing),
         "shard_size": shard_size,
         "prefix": prefix,
     }
@@ -81,22 +92,43 @@ def prune(
         "out": str(out),
     }
     classes = _classes(sources)
-    missing = claim_folder(out, "prune.json", plan, paths, extra=["classes.json"], dry_run=dry_run)
+    missing = claim_folder(out, MANIFEST, plan, paths, extra=BESIDE, dry_run=dry_run)
+    wanted = {path: range(len(selection.keys))[i * shard_size :][:shard_size] for i, path in enumerate(paths)}
+    shards_about = [selection.about(path, rows) for path, rows in wanted.items()]
+    for path, about in zip(paths, shards_about, strict=True):
+        if path not in missing and path.stat().st_size != about["bytes"]:
+            raise InputError(
+                f"{path}: expected {about['bytes']} bytes, found {path.stat().st_size}: it was changed; "
+                "delete it and run the same command again"
+            )
     report |= {"written": len(missing), "present": len(paths) - len(missing), "dry_run": dry_run}
     if dry_run:
         return report
     if classes is not None:
         with atomic_path(Path(out) / "classes.json") as temporary:
             temporary.write_bytes(classes)
-    wanted = [(path, range(len(selection.keys))[i * shard_size :][:shard_size]) for i, path in enumerate(paths)]
-    wanted = [(path, rows) for path, rows in wanted if path in missing]
-    with progress("prune", total=sum(len(rows) for _, rows in wanted), unit="samples") as bar:
-        for path, rows in wanted:
-            with atomic_path(path) as temporary, open(temporary, "wb") as file:
-                for source, spans in groupby(selection.spans(rows), key=lambda span: span[0]):
-                    _copy(sources[source], [span[1:] for span in spans], file)
-                file.write(bytes(2 * BLOCK))
-            bar.advance(len(rows), note=path.name)
+
+    def write(path: Path) -> Path:
+        with (
+            atomic_path(path, sync_folder=False) as temporary,  # the manifest, written last, does
+            open(temporary, "wb", buffering=0) as file,
+        ):
+            for source, spans in groupby(selection.spans(wanted[path]), key=lambda span: span[0]):
+                copy_ranges(sources[source], [span[1:] for span in spans], file.fileno())
+                if _state(sources[source]) != listing[source]:
+                    raise InputError(f"{sources[source]}: changed while it was copied; select again, then prune again")
+            write_all(file.fileno(), bytes(2 * BLOCK))
+        return path
+
+    with progress("prune", total=sum(len(wanted[path]) for path in missing), unit="samples") as bar:
+        pool = ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1))
+        try:
+            for done in as_completed([pool.submit(write, path) for path in paths if path in missing]):
+                bar.advance(len(wanted[done.result()]), note=done.result().name)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    counts = {name: report[name] for name in ("count", "bytes", "samples_in", "shards_in")}
+    write_json(Path(out) / MANIFEST, {"fingerprint": fingerprint(plan), "plan": plan, **counts, "shards": shards_about})
     return report
 
 
@@ -137,6 +169,16 @@ class _Selection:
         for column in (self.shards, self.offsets, self.sizes):
             digest.update(column.astype("<i8").tobytes())
         return digest.hexdigest()
+
+    def about(self, path: Path, rows: range) -> dict[str, Any]:
+        """What the manifest says of a new shard."""
+        sizes = self.sizes[rows.start : rows.stop].tolist()
+        return {
+            "name": path.name,
+            "samples": len(rows),
+            "bytes": sum(sizes) + 2 * BLOCK,
+            "fingerprint": fingerprint([self.keys[rows.start : rows.stop], sizes]),
+        }
 
     def spans(self, rows: Sequence[int]) -> Iterator[tuple[int, int, int]]:
         """(shard, begin, end) in bytes of these rows, neighbours joined."""
@@ -191,18 +233,6 @@ def _misplaced(
     )
 
 
-def _copy(source: Path, spans: Sequence[tuple[int, int]], target: BinaryIO) -> None:
-    with open(source, "rb") as file:
-        for begin, end in spans:
-            file.seek(begin)
-            while begin < end:
-                data = file.read(min(_COPY_BYTES, end - begin))
-                if not data:
-                    raise InputError(f"{source}: expected bytes up to {end}, found its end at {begin}: it was changed")
-                target.write(data)
-                begin += len(data)
-
-
 def _names(sources: Sequence[Path], prefix: str | None, number: int) -> list[str]:
     """File names like the input's: what stands before the number, and as many digits."""
     parts = [re.fullmatch(r"(.*?)(\d*)", path.stem, re.DOTALL).groups() for path in sources]
@@ -217,12 +247,9 @@ def _names(sources: Sequence[Path], prefix: str | None, number: int) -> list[str
     return [f"{begin}{index:0{width}d}.tar" for index in range(number)]
 
 
-def _listing(sources: Sequence[Path]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for path in sources:
-        about = path.stat()
-        digest.update(f"{path.name}\0{about.st_size}\0{about.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+def _state(path: Path) -> list[Any]:
+    about = path.stat()
+    return [path.name, about.st_size, about.st_mtime_ns]
 
 
 def _classes(sources: Sequence[Path]) -> bytes | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,13 @@ import pyarrow.compute as pc
 
 from diffprune._version import __version__
 from diffprune.arrays import ArrayFolder
-from diffprune.choosing import NEEDS, ORDERS, check_arguments, choose
+from diffprune.choosing import choose_rows
 from diffprune.errors import InputError
 from diffprune.files import fingerprint
+from diffprune.requests import NEEDS, Request, read_quota
 from diffprune.tables import read_stage, read_tables, table_metadata, write_table
 
-__all__ = ["ORDERS", "choose", "select"]
+__all__ = ["select"]
 
 
 def select(
@@ -32,7 +35,13 @@ def select(
     count: int | None = None,
     seed: int = 0,
     within: str = "nearest",
+    per: str | None = None,
+    shares: str = "proportional",
+    quota: str | Path | Mapping[str, int] | None = None,
+    dedup: float | None = None,
+    dedup_keep: str = "farthest",
     embeddings: str | Path | None = None,
+    device: str = "auto",
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Choose the samples to keep and write them to ``out``, a parquet of key, shard, offset and size.
@@ -40,69 +49,103 @@ def select(
     Args:
         scores: a folder of score tables, or several, which are joined by key.
         out: the file to write (kept.parquet); an earlier selection there is replaced.
-        keep, prune, count: how much to keep; exactly one of them. ``keep`` is a fraction of the samples that did not
-            fail, ``prune`` the fraction to leave out; keep·N is rounded half up, in exact decimal arithmetic.
-        by, order, seed, within: see ``choose``.
-        embeddings: the embeddings folder that k-center and herding work on.
+        keep, prune, count: how much to keep; exactly one of them, unless ``quota`` says it, or ``dedup`` alone is to
+            decide. ``keep`` is a fraction of the samples that did not fail, ``prune`` the fraction to leave out; keep·N
+            is rounded half up, in exact decimal arithmetic.
+        quota: how many of each group of ``per``, by name, "*" for all others: a mapping, the text "0=100,1=50,*=20",
+            or a JSON file with an object.
+        by, order, seed, within, per, shares, dedup, dedup_keep, device: see ``choose``.
+        embeddings: the embeddings folder that k-center, herding and ``dedup`` work on.
         dry_run: choose nothing, write nothing; say how many would be kept.
 
     Samples that failed are never kept; ``failed`` in the result says how many there are. ``out`` is sorted by shard
-    and place in it, and its metadata holds order, by, within, count, total, seed and a fingerprint of the inputs.
+    and place in it, has a column ``uid`` where the tables have uids, and its metadata holds the arguments, count,
+    total and a fingerprint of the inputs.
 
     Returns order, by, within, count, total (samples that did not fail), failed, seed, ``column_keeps`` (the end of
-    ``by`` that its method means to keep, "highest" or "lowest", where its table says so), fingerprint, out.
+    ``by`` that its methods mean to keep, "highest" or "lowest", where the tables say so and agree), fingerprint, out,
+    and, if they were given, per, shares, quota, dedup and dedup_keep.
 
     Raises:
-        InputError: an unknown order or column, tables of different data sets, NaN or missing scores, too many or no
-            samples asked for, or an ``out`` that is no selection.
+        InputError: an unknown order or column, a ``by`` that cannot be read, tables of different data sets, NaN or
+            missing scores, more samples asked for than there are (in all, in a group, or without near-duplicates) or
+            none, or an ``out`` that is no selection.
     """
     folders = [scores] if isinstance(scores, (str, Path)) else list(scores)
     table = read_tables(folders)
-    check_arguments(table, order, by, within, seed)
+    quota = None if quota is None else read_quota(quota)
+    request = Request(order, by, seed, within, per, shares, quota, dedup, dedup_keep)
+    request.check(table)
     total = int(pc.sum(pc.equal(table["status"], "ok")).as_py() or 0)
-    count = _resolve_count(total, keep, prune, count)
-    used_within = within if "within" in NEEDS[order] else None
+    count = _resolve_count(total, keep, prune, count, request)
     inputs = [read_stage(folder).get("fingerprint") for folder in folders]
-    needs_points = "embeddings" in NEEDS[order] or used_within == "herding"
-    points_folder = _open_embeddings(embeddings, needs_points, order if used_within is None else f"within={within}")
+    points_folder = _open_embeddings(embeddings, request)
     if points_folder is not None:
         inputs.append(points_folder.fingerprint)
-    about = {
-        "stage": "select",
-        "version": __version__,
-        "order": order,
-        "by": by,
-        "within": used_within,
-        "count": count,
-        "total": total,
-        "seed": seed,
-    }
-    about["fingerprint"] = fingerprint({**about, "inputs": inputs})
+    about = {"stage": "select", "version": __version__, **_settings(request), "total": total}
     _check_out(Path(out))
     report = {
         **about,
+        "count": count,
         "failed": table.num_rows - total,
-        "column_keeps": None if by is None else _column_keeps(table, by),
+        "column_keeps": _column_keeps(table, request),
         "out": str(out),
         "dry_run": dry_run,
     }
     if dry_run:
         return report
     points = None if points_folder is None else _aligned(table, points_folder)
-    rows = choose(table, order, count, by=by, seed=seed, within=within, embeddings=points)
-    kept = table.select(["key", "shard", "index", "offset", "size"]).take(pa.array(rows))
-    kept = kept.sort_by([("shard", "ascending"), ("index", "ascending")]).drop_columns(["index"])
-    write_table(out, kept, about)
+    rows = choose_rows(table, request, count, points, device)
+    about["count"] = report["count"] = len(rows)
+    about["fingerprint"] = report["fingerprint"] = fingerprint({**about, "inputs": inputs})
+    write_table(out, _kept(table, rows), about)
     return report
 
 
-def _column_keeps(table: pa.Table, name: str) -> str | None:
-    value = (table.schema.field(name).metadata or {}).get(b"keep")
-    return None if value is None else value.decode()
+def _settings(request: Request) -> dict[str, Any]:
+    """The arguments that made a difference, for metadata and report."""
+    settings = {
+        "order": request.order,
+        "by": request.by,
+        "within": request.within if "within" in NEEDS[request.order] else None,
+        "seed": request.seed,
+    }
+    if request.group is not None:
+        settings |= {"per": request.group, "shares": None if request.quota else request.shares}
+        settings |= {"quota": dict(request.quota)} if request.quota else {}
+    if request.dedup is not None:
+        settings |= {"dedup": request.dedup, "dedup_keep": request.dedup_keep}
+    return settings
 
 
-def _resolve_count(total: int, keep: float | None, prune: float | None, count: int | None) -> int:
+def _kept(table: pa.Table, rows: np.ndarray) -> pa.Table:
+    """The rows, by shard and place in it."""
+    kept = table.select(["key", "shard", "index", "offset", "size", "uid"]).take(pa.array(rows))
+    shards = kept["shard"].combine_chunks().dictionary_encode()
+    ranks = pc.rank(shards.dictionary, tiebreaker="first").to_numpy()[shards.indices.to_numpy()]
+    kept = kept.drop_columns(["index"]).take(pa.array(np.lexsort((kept["index"].to_numpy(), ranks))))
+    return kept if kept["uid"].null_count < len(kept) else kept.drop_columns(["uid"])
+
+
+def _column_keeps(table: pa.Table, request: Request) -> str | None:
+    """The end of ``by`` to keep, as its columns' metadata say; None if they don't, or disagree."""
+    ends = set()
+    for term in request.ranking.terms if request.ranking else ():
+        end = (table.schema.field(term.column).metadata or {}).get(b"keep", b"").decode()
+        ends.add({"highest": "lowest", "lowest": "highest"}.get(end, "") if term.reversed else end)
+    return (ends.pop() or None) if len(ends) == 1 else None
+
+
+def _resolve_count(
+    total: int, keep: float | None, prune: float | None, count: int | None, request: Request
+) -> int | None:
     given = {name: value for name, value in (("keep", keep), ("prune", prune), ("count", count)) if value is not None}
+    if request.quota is not None:
+        if given:
+            raise InputError(f"a quota says how many to keep; got {', '.join(given)} too: leave it out")
+        return None
+    if not given and request.dedup is not None:
+        return None
     if len(given) != 1:
         raise InputError(f"expected exactly one of keep, prune and count, got {', '.join(given) or 'none'}")
     [(name, value)] = given.items()
@@ -119,34 +162,60 @@ def _resolve_count(total: int, keep: float | None, prune: float | None, count: i
     return count
 
 
-def _open_embeddings(folder: str | Path | None, needed: bool, what: str) -> ArrayFolder | None:
-    if needed == (folder is not None):
-        return ArrayFolder(folder, kind="embeddings") if needed else None
-    if needed:
-        raise InputError(f"{what}: works on embeddings: give the folder that `diffprune embed` wrote")
-    raise InputError(f"order {what!r} works on no embeddings, got {folder}; leave `embeddings` out")
+def _open_embeddings(folder: str | Path | None, request: Request) -> ArrayFolder | None:
+    needed = request.needs_embeddings
+    if folder is not None:
+        if needed is None:
+            raise InputError(f"order {request.order!r} works on no embeddings, got {folder}; leave `embeddings` out")
+        return ArrayFolder(folder, kind="embeddings")
+    if needed is not None:
+        raise InputError(f"{needed}: works on embeddings: give the folder that `diffprune embed` wrote")
+    return None
 
 
 def _aligned(table: pa.Table, folder: ArrayFolder) -> np.ndarray:
-    """Embeddings row-aligned with the table: [N, D] float32, NaN where a row failed and has none."""
-    theirs, values = folder.load()
-    where = pc.index_in(table["key"], value_set=theirs["key"].combine_chunks())
-    found = pc.is_valid(where).to_numpy()
-    lost = np.flatnonzero(~found & pc.equal(table["status"], "ok").to_numpy())
+    """Embeddings row-aligned with the table: [N, D] of the dtype on disk, NaN where a row failed and has none."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        theirs = pa.concat_tables(pool.map(folder.table, folder.stems))
+    rows = _rows_of(table, theirs, folder)
+    there = np.flatnonzero(rows >= 0)
+    for name in ("shard", "offset"):  # null in the folders of other tools
+        differs = pc.not_equal(table[name].take(pa.array(there)), theirs[name].take(pa.array(rows[there])))
+        if pc.any(differs).as_py():
+            key = table["key"][int(there[pc.index(differs, True).as_py()])].as_py()
+            raise InputError(f"{folder.folder}: of another data set than the scores: key {key!r} has another {name}")
+    places = np.full(len(theirs), -1)
+    places[rows[there]] = there
+    arrays = [array.reshape(len(array), -1) for array in map(folder.array, folder.stems)]
+    for stem, array in zip(folder.stems, arrays, strict=True):
+        if array.shape[1] != arrays[0].shape[1]:
+            raise InputError(
+                f"{folder.folder}: {stem}.npy has {array.shape[1]} dimensions, "
+                f"{folder.stems[0]}.npy {arrays[0].shape[1]}"
+            )
+    points = np.full((table.num_rows, arrays[0].shape[1]), np.nan, dtype=arrays[0].dtype)
+    for array, here in zip(arrays, np.split(places, np.cumsum([len(array) for array in arrays])[:-1]), strict=True):
+        points[here[here >= 0]] = array[here >= 0]
+    return points
+
+
+def _rows_of(table: pa.Table, theirs: pa.Table, folder: ArrayFolder) -> np.ndarray:
+    """The row of each key of ``table`` in ``theirs``, -1 where a sample that failed is not there."""
+    if theirs["key"].equals(table["key"]):
+        rows = np.arange(table.num_rows)
+    else:
+        if pc.count_distinct(theirs["key"]).as_py() < len(theirs):
+            raise InputError(f"{folder.folder}: a sample key stands in it twice; keys must be unique")
+        found = pc.index_in(table["key"], value_set=theirs["key"].combine_chunks())
+        rows = pc.fill_null(found, -1).to_numpy().astype(np.int64)
+    usable = (rows >= 0) & pc.equal(theirs["status"], "ok").to_numpy()[rows] if len(theirs) else rows >= 0
+    lost = np.flatnonzero(~usable & pc.equal(table["status"], "ok").to_numpy())
     if len(lost):
         raise InputError(
             f"{folder.folder}: no embedding for {len(lost)} of {table.num_rows} samples, first key "
             f"{table['key'][int(lost[0])].as_py()!r}; were they made from other shards? Run `diffprune embed` on these"
         )
-    rows = where.drop_null().to_numpy()
-    for name in ("shard", "offset"):
-        differs = pc.not_equal(table[name].filter(pa.array(found)), theirs[name].take(pa.array(rows))).to_numpy()
-        if differs.any():
-            key = table["key"][int(np.flatnonzero(found)[np.argmax(differs)])].as_py()
-            raise InputError(f"{folder.folder}: of another data set than the scores: key {key!r} has another {name}")
-    points = np.full((table.num_rows, int(np.prod(values.shape[1:]))), np.nan, dtype=np.float32)
-    points[found] = values.reshape(len(values), -1)[rows]
-    return points
+    return rows
 
 
 def _check_out(out: Path) -> None:

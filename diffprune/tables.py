@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -79,19 +80,33 @@ def table_metadata(table: pa.Table | str | Path) -> dict[str, Any]:
     return json.loads(raw)
 
 
-def read_table(path: str | Path, columns: list[str] | None = None) -> pa.Table:
-    """Read one parquet file; InputError that names it if it is missing, malformed or lacks a column."""
+def read_table(path: str | Path, columns: list[str] | None = None, *, threads: bool = True) -> pa.Table:
+    """Read one parquet file; InputError that names it if it is missing, malformed or lacks a column.
+
+    ``threads``: decode columns in parallel; where many small files are read at once, that costs more than it saves.
+    """
     path = Path(path)
-    schema = _read(path, schema_only=True)
-    missing = [name for name in columns or [] if name not in schema.names]
-    if missing:
-        raise InputError(f"{path}: no column {missing[0]!r}; it has {', '.join(schema.names)}")
-    return _read(path, columns=columns)
+    if columns is not None:
+        schema = _read(path, schema_only=True)
+        missing = [name for name in columns if name not in schema.names]
+        if missing:
+            raise InputError(f"{path}: no column {missing[0]!r}; it has {', '.join(schema.names)}")
+    return _read(path, columns=columns, threads=threads)
+
+
+def column_names(path: str | Path) -> list[str]:
+    """The columns of one parquet file, of diffprune's or not; InputError as ``read_table``."""
+    return _read(Path(path), schema_only=True).names
 
 
 def read_folder(folder: str | Path, columns: list[str] | None = None) -> pa.Table:
     """The tables of one folder, concatenated in shard order. All its shards must be finished."""
-    folder = Path(folder)
+    table = _read_shards(Path(folder), columns)
+    _check_unique(table, folder)
+    return table
+
+
+def _read_shards(folder: Path, columns: list[str] | None = None) -> pa.Table:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder of tables")
     stems = read_stage(folder)["shards"]
@@ -101,15 +116,18 @@ def read_folder(folder: str | Path, columns: list[str] | None = None) -> pa.Tabl
             f"{folder}: {len(stems) - len(missing)} of {len(stems)} shards are done, {missing[0]} is not; "
             f"run the command that made it again to finish the rest"
         )
-    tables = [read_table(folder / f"{stem}.parquet", columns) for stem in stems]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        tables = list(pool.map(lambda stem: read_table(folder / f"{stem}.parquet", columns, threads=False), stems))
     try:
         table = pa.concat_tables(tables)
     except pa.ArrowInvalid as error:
         raise InputError(f"{folder}: its tables have different columns ({error})") from error
-    table = table.replace_schema_metadata(tables[0].schema.metadata)
+    return table.replace_schema_metadata(tables[0].schema.metadata)
+
+
+def _check_unique(table: pa.Table, folder: str | Path) -> None:
     if "key" in table.column_names and pc.count_distinct(table["key"]).as_py() != table.num_rows:
         raise InputError(f"{folder}: a sample key stands in it twice; keys must be unique over all shards")
-    return table
 
 
 def read_tables(folders: str | Path | Sequence[str | Path], columns: list[str] | None = None) -> pa.Table:
@@ -123,7 +141,7 @@ def read_tables(folders: str | Path | Sequence[str | Path], columns: list[str] |
         raise InputError("expected at least one folder of score tables, got none")
     result = read_folder(paths[0])
     for path in paths[1:]:
-        result = _join(result, read_folder(path), paths[0], path)
+        result = _join(result, _read_shards(Path(path)), paths[0], path)
     if columns is not None:
         missing = [name for name in columns if name not in result.column_names]
         if missing:
@@ -159,14 +177,17 @@ def kept_keys(path: str | Path) -> frozenset[str]:
 
 
 def _join(left: pa.Table, right: pa.Table, left_path: str | Path, right_path: str | Path) -> pa.Table:
-    rows = pc.index_in(left["key"], value_set=right["key"].combine_chunks())
-    if rows.null_count or left.num_rows != right.num_rows:
-        lost = left["key"].filter(pc.is_null(rows))
-        example = f"; key {lost[0].as_py()!r} is only in the first" if len(lost) else ""
-        raise InputError(
-            f"{right_path}: of another data set than {left_path}: {right.num_rows} and {left.num_rows} samples{example}"
-        )
-    right = right.take(rows)
+    if not left["key"].equals(right["key"]):
+        _check_unique(right, right_path)
+        rows = pc.index_in(left["key"], value_set=right["key"].combine_chunks())
+        if rows.null_count or left.num_rows != right.num_rows:
+            lost = left["key"].filter(pc.is_null(rows))
+            example = f"; key {lost[0].as_py()!r} is only in the first" if len(lost) else ""
+            raise InputError(
+                f"{right_path}: of another data set than {left_path}: "
+                f"{right.num_rows} and {left.num_rows} samples{example}"
+            )
+        right = right.take(rows)
     for name in ("shard", "offset", "size"):
         differs = pc.not_equal(left[name], right[name])
         if pc.any(differs).as_py():
@@ -183,9 +204,9 @@ def _join(left: pa.Table, right: pa.Table, left_path: str | Path, right_path: st
     return left
 
 
-def _read(path: Path, *, columns: list[str] | None = None, schema_only: bool = False) -> Any:
+def _read(path: Path, *, columns: list[str] | None = None, schema_only: bool = False, threads: bool = True) -> Any:
     try:
-        return pq.read_schema(path) if schema_only else pq.ParquetFile(path).read(columns=columns)
+        return pq.read_schema(path) if schema_only else pq.ParquetFile(path).read(columns=columns, use_threads=threads)
     except FileNotFoundError:
         raise InputError(f"{path}: no such table") from None
     except (pa.ArrowException, OSError, ValueError) as error:

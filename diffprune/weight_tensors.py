@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,14 @@ class ParameterUse:
     sums: PartSums | None = None
 
 
+class Wanted(NamedTuple):
+    """What is to be found beside dot products with given directions."""
+
+    norm: bool
+    total: bool
+    dot_with_total: bool
+
+
 class _Call:
     """One run of a rule: what it keeps for its backward, and the backward."""
 
@@ -85,13 +93,17 @@ class Recorder:
     """Runs torch functions on weights, and collects the parts of each parameter's gradient."""
 
     def __init__(
-        self, rules: dict[Callable, Callable], rows_per_sample: int, weight_gradients: bool, fallback: str | None
+        self,
+        rules: dict[Callable, Callable],
+        wanted: Wanted,
+        rows_per_sample: int,
+        weight_gradients: bool,
+        fallback: str | None,
     ) -> None:
-        self.rules, self.rows_per_sample = rules, rows_per_sample
+        self.rules, self.wanted, self.rows_per_sample = rules, wanted, rows_per_sample
         self.weight_gradients, self.fallback = weight_gradients, fallback
         self.tracker = BatchTracker(neutral=Weight)
         self.fired = self.closed = False
-        self.wanted: dict[str, bool] = {}  # norm, total
         self._anchor = torch.empty(0, requires_grad=True)
 
     # What rules call
@@ -293,6 +305,8 @@ class Recorder:
         try:
             kept = () if call.node is None else call.node.saved_tensors
         except RuntimeError as error:
+            if "inplace" not in str(error):  # a checkpointed block that is made again may fail otherwise
+                raise
             names = _quoted(source.name for source in call.sources)
             raise InputError(f"{names}: what it met was changed in place afterwards: {error}") from None
         with torch.no_grad(), torch._C.DisableTorchFunction():
@@ -318,13 +332,17 @@ class Recorder:
         if source.sums is not None:
             return
         with torch.no_grad(), torch._C.DisableTorchFunction():
-            norm, total = self.wanted["norm"], self.wanted["total"]
-            if source.parts:
-                source.sums = part_sums(source.parts, norm, source.direction, total)
-            else:
-                zeros = source.parameter.new_zeros(self.samples, dtype=torch.float64)
-                nothing = source.parameter.new_zeros(source.parameter.numel(), dtype=torch.float64)
-                source.sums = PartSums(zeros, zeros, nothing if total else None)
+            wanted, parameter = self.wanted, source.parameter
+            if not source.parts:
+                zeros = parameter.new_zeros(self.samples, dtype=torch.float64)
+                nothing = parameter.new_zeros(parameter.numel(), dtype=torch.float64)
+                source.sums = PartSums(zeros, zeros, nothing if wanted.total else None)
+                return
+            source.sums = part_sums(source.parts, wanted.norm, source.direction, wanted.total)
+            if wanted.dot_with_total:
+                dtype = torch.promote_types(parameter.dtype, torch.float32)
+                direction = source.sums.total.view(parameter.shape).to(dtype)
+                source.sums = source.sums._replace(dot=part_sums(source.parts, False, direction, False).dot)
             source.parts = []
 
     def _usable(self, x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""The CUDA extension: what the compiler made of csrc/, and what is said where it cannot run. Needs nvcc, and no GPU."""
+"""The extensions: what nvcc made of csrc/, the C++ compiler of csrc/cpu, and what is said where one cannot run."""
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffprune.kernels import cuda, dispatch, kmeans_assign, kmeans_update, linear_grad_dot, linear_grad_sqnorm
+from diffprune.kernels import cpp, cuda, dispatch, kmeans_assign, kmeans_update, linear_grad_dot, linear_grad_sqnorm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "csrc"))
 import cuda_build
@@ -165,3 +166,38 @@ def test_a_failed_compilation_shows_the_compilers_message(tmp_path: Path, monkey
     with pytest.raises(cuda_build.BuildError, match='identifier "undeclared" is undefined'):
         cuda_build.build(tmp_path / cuda_build.MODULE)
     assert not list(tmp_path.glob("*.so"))
+
+
+def test_the_cpu_extension_is_there_where_a_compiler_is() -> None:
+    """Its tests are skipped without it: a build that fails must not look like a processor that lacks AVX2."""
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler here")
+    assert find_spec("diffprune._cpu") is not None, "pip install -e . did not build csrc/cpu"
+    assert cpp.extension().variants()[-1] == "portable"
+
+
+@pytest.mark.parametrize(("setting", "built"), [("0", False), ("auto", True), ("1", True)])
+def test_the_setting_of_the_cpu_extension(setting: str, built: bool) -> None:
+    code = "import sys; sys.argv = ['setup.py', '--name']; import runpy; found = runpy.run_path('setup.py')"
+    code += "; print([(e.name, e.optional) for e in found['cpp_extension']()])"
+    result = run_setup(code, DIFFPRUNE_CPP=setting)
+    expected = [("diffprune._cpu", setting == "auto")] if built else []
+    assert result.stdout.splitlines()[-1] == str(expected)
+
+
+def test_a_bad_setting_of_the_cpu_extension() -> None:
+    result = run_setup(
+        "import sys; sys.argv = ['setup.py', '--name']; import runpy; runpy.run_path('setup.py')", DIFFPRUNE_CPP="yes"
+    )
+    assert result.returncode != 0
+    assert "expected DIFFPRUNE_CPP to be auto, 0 or 1, got 'yes'" in result.stderr
+
+
+def run_setup(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=cuda_build.ROOT,
+        env={**os.environ, "DIFFPRUNE_CUDA": "0", **environment},
+    )

@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.memory import peak_bytes
 from diffprune.models.dit import DiT
 from diffprune.per_sample import per_sample_gradients
 
 BATCH = 16
-
-
-def peak_bytes(run: Callable[[], object]) -> int:
-    """How much more torch held at its fullest moment than when `run` began."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        kept = run()
-    held = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    del kept
-    return peak
 
 
 class Decoder(nn.Module):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -191,18 +192,18 @@ def test_a_stopped_run_goes_on_and_gives_the_same_bytes(tmp_path, kept, monkeypa
     from diffprune import pruning
 
     prune(tmp_path / "kept.parquet", tmp_path / "in", tmp_path / "whole", shard_size=3)
-    copy, calls = pruning._copy, []
+    copy, calls = pruning.copy_ranges, []
 
     def stopping(source, spans, target):
         calls.append(source.name)
         if len(calls) == 4:
-            target.write(b"half")
+            os.write(target, b"half")
             raise KeyboardInterrupt
         copy(source, spans, target)
 
-    monkeypatch.setattr(pruning, "_copy", stopping)
+    monkeypatch.setattr(pruning, "copy_ranges", stopping)
     with pytest.raises(KeyboardInterrupt):
-        prune(tmp_path / "kept.parquet", tmp_path / "in", tmp_path / "out", shard_size=3)
+        prune(tmp_path / "kept.parquet", tmp_path / "in", tmp_path / "out", shard_size=3, workers=1)
     there = [path.name for path in (tmp_path / "out").iterdir()]
     assert sorted(there) == ["prune.json", "train-0000.tar", "train-0001.tar"]
     (tmp_path / "out/.tmp-train-0002.tar").write_bytes(b"left by a killed run")
@@ -327,14 +328,14 @@ def test_selections_that_cannot_be_used_are_refused(tmp_path, kept):
 def test_a_shard_that_shrinks_while_it_is_copied_leaves_nothing_half_written(tmp_path, kept, monkeypatch):
     from diffprune import pruning
 
-    copy = pruning._copy
+    copy = pruning.copy_ranges
 
     def shrinking(source, spans, target):
         if source.name == "train-0002.tar":
             source.write_bytes(source.read_bytes()[:3000])
         copy(source, spans, target)
 
-    monkeypatch.setattr(pruning, "_copy", shrinking)
+    monkeypatch.setattr(pruning, "copy_ranges", shrinking)
     with pytest.raises(InputError, match=r"train-0002.tar: expected bytes up to \d+, found its end at 3000"):
         prune(tmp_path / "kept.parquet", tmp_path / "in", tmp_path / "out", shard_size=9)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["prune.json"]

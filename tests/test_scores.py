@@ -17,12 +17,13 @@ from diffprune.draws import hash_keys
 from diffprune.errors import InputError
 from diffprune.models.dit import DiT
 from diffprune.per_sample import per_sample_gradients
-from diffprune.scores.batches import Draws, Samples, padded_batches
-from diffprune.scores.grand import GRAND, grand_scores
-from diffprune.scores.loss import EL2N, LOSS, loss_scores
+from diffprune.scores.batches import BatchSize, Draws, Network, Samples, in_batches
+from diffprune.scores.grand import GRAND
+from diffprune.scores.loss import EL2N, LOSS
 from diffprune.scores.monotonicity import MONOTONICITY, monotonicity
-from diffprune.scores.moso import MODES, MOSO, gradient_products, gradient_sum, moso
+from diffprune.scores.moso import MODES, gradient_sum, moso, moso_field
 from diffprune.scores.random import RANDOM, random_scores
+from diffprune.scores.visit import visit
 
 N, CLASSES = 11, 5
 
@@ -100,10 +101,30 @@ def relative(got: Tensor, expected: Tensor) -> float:
 
 
 def moso_terms(model: nn.Module, samples: Samples, draws: Draws, batch_size: int) -> tuple[Tensor, Tensor, Tensor, int]:
-    total, count = gradient_sum(model, samples, draws, batch_size)
+    total, count = sums_of(model, samples, draws, batch_size)
     mean = {name: value / count for name, value in total.items()}
-    dot, sqnorm = gradient_products(model, mean, samples, draws, batch_size)
+    dot, sqnorm = products_of(model, mean, samples, draws, batch_size)
     return dot, sum(value.square().sum() for value in mean.values()), sqnorm, count
+
+
+def sums_of(model: nn.Module, samples: Samples, draws: Draws, batch_size: int) -> tuple[dict[str, Tensor], int]:
+    found = gradient_sum(Network(model), samples, draws, BatchSize(batch_size))
+    assert found.population == found.samples
+    return found.sums, found.samples
+
+
+def products_of(
+    model: nn.Module, mean: dict[str, Tensor], samples: Samples, draws: Draws, batch_size: int
+) -> tuple[Tensor, Tensor]:
+    found = visit(Network(model), samples, draws, BatchSize(batch_size), direction=mean)
+    return found["dot"], found["sqnorm"]
+
+
+def scores_of(
+    model: nn.Module, samples: Samples, draws: Draws, batch_size: int, norms: bool = True
+) -> dict[str, Tensor]:
+    found = visit(Network(model), samples, draws, BatchSize(batch_size), norms=norms)
+    return {name: values.mean(dim=1) for name, values in found.items()}
 
 
 @pytest.mark.parametrize("draws", [1, 3])
@@ -111,10 +132,11 @@ def moso_terms(model: nn.Module, samples: Samples, draws: Draws, batch_size: int
 def test_scores_equal_float64_autograd_one_sample_at_a_time(num_classes, draws):
     model, (keys, samples) = small_dit(num_classes), small_set(num_classes)
     expected = reference(model, keys, samples, 3, draws)
-    got = grand_scores(model, samples, Draws(3, draws), batch_size=4)
+    got = scores_of(model, samples, Draws(3, draws), batch_size=4)
     for name in ("loss", "el2n", "grand"):
         assert relative(got[name], getattr(expected, name)) < 1e-5, name
-    without = loss_scores(model, samples, Draws(3, draws), batch_size=4)
+    without = scores_of(model, samples, Draws(3, draws), batch_size=4, norms=False)
+    assert set(without) == {"loss", "el2n"}
     for name in ("loss", "el2n"):
         assert relative(without[name], getattr(expected, name)) < 1e-5, name
 
@@ -257,14 +279,14 @@ def same(a: Tensor, b: Tensor) -> bool:
 def test_a_score_does_not_depend_on_who_is_beside_it():
     model, (_, samples) = small_dit(CLASSES), small_set(CLASSES)
     draws = Draws(9, 2)
-    whole = grand_scores(model, samples, draws, 8)
+    whole = scores_of(model, samples, draws, 8)
     order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
-    shuffled = grand_scores(model, samples.take(order), draws, 8)
-    part = grand_scores(model, samples.take(torch.arange(3)), draws, 8)
+    shuffled = scores_of(model, samples.take(order), draws, 8)
+    part = scores_of(model, samples.take(torch.arange(3)), draws, 8)
     for batch_size in (1, 13):
-        other = grand_scores(model, samples, draws, batch_size)
+        other = scores_of(model, samples, draws, batch_size)
         for name, values in whole.items():
-            assert relative(other[name], values) < 1e-6
+            assert same(other[name], values)
     for name, values in whole.items():
         assert same(shuffled[name], values[order]) and same(part[name], values[:3])
 
@@ -272,26 +294,23 @@ def test_a_score_does_not_depend_on_who_is_beside_it():
 def test_moso_does_not_depend_on_who_is_beside_it():
     model, (_, samples) = small_dit(CLASSES), small_set(CLASSES)
     draws = Draws(9, 3)
-    mean = {name: value / N for name, value in gradient_sum(model, samples, draws, 24)[0].items()}
-    whole = gradient_products(model, mean, samples, draws, 24)
+    mean = {name: value / N for name, value in sums_of(model, samples, draws, 24)[0].items()}
+    whole = products_of(model, mean, samples, draws, 24)
     order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
-    for got, values in zip(gradient_products(model, mean, samples.take(order), draws, 24), whole, strict=True):
+    for got, values in zip(products_of(model, mean, samples.take(order), draws, 24), whole, strict=True):
         assert same(got, values[order])
-    scores = {mode: moso(mode, N, 9, 0.1, *_in_order(whole, mean)) for mode in MODES}
     for batch_size in (1, 48):
-        dot, mean_sqnorm, sqnorm, _ = moso_terms(model, samples, draws, batch_size)
-        for mode, values in scores.items():
-            assert relative(moso(mode, N, 9, 0.1, dot, mean_sqnorm, sqnorm), values) < 1e-6
-
-
-def _in_order(products: tuple[Tensor, Tensor], mean: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    return products[0], sum(value.square().sum() for value in mean.values()), products[1]
+        for got, values in zip(products_of(model, mean, samples, draws, batch_size), whole, strict=True):
+            assert same(got, values)
+        total, _ = sums_of(model, samples, draws, batch_size)
+        for name, value in mean.items():
+            assert torch.allclose(total[name] / N, value, rtol=0, atol=1e-6 * float(value.norm()))
 
 
 def test_partial_sums_of_shards_add_up():
     model, (_, samples) = small_dit(CLASSES), small_set(CLASSES)
-    whole, _ = gradient_sum(model, samples, Draws(9, 1), 4)
-    parts = [gradient_sum(model, samples.take(rows), Draws(9, 1), 4) for rows in torch.arange(N).split(5)]
+    whole, _ = sums_of(model, samples, Draws(9, 1), 4)
+    parts = [sums_of(model, samples.take(rows), Draws(9, 1), 4) for rows in torch.arange(N).split(5)]
     assert [count for _, count in parts] == [5, 5, 1]
     for name, value in whole.items():
         assert torch.allclose(sum(part[name] for part, _ in parts), value, rtol=0, atol=1e-6 * float(value.norm()))
@@ -302,34 +321,53 @@ def test_a_sample_that_is_not_finite_spoils_nothing_else():
     draws, bad = Draws(9, 2), samples.labels == 3
     assert 0 < bad.sum() < N
     good = torch.arange(N)[~bad]
-    mean = {name: value / len(good) for name, value in gradient_sum(model, samples.take(good), draws, 4)[0].items()}
-    clean = grand_scores(model, samples.take(good), draws, 4)
-    products = gradient_products(model, mean, samples.take(good), draws, 4)
+    mean = {name: value / len(good) for name, value in sums_of(model, samples.take(good), draws, 4)[0].items()}
+    clean = scores_of(model, samples.take(good), draws, 4)
+    products = products_of(model, mean, samples.take(good), draws, 4)
     model.y_embedder.embedding_table.weight.data[3] = torch.nan
-    got = grand_scores(model, samples, draws, 4)
+    got = scores_of(model, samples, draws, 4)
     for name, values in clean.items():
         assert torch.equal(got[name][good], values) and not got[name][bad].isfinite().any()
-    total, count = gradient_sum(model, samples, draws, 4)
+    total, count = sums_of(model, samples, draws, 4)
     assert count == len(good)
     for name, value in mean.items():
         assert torch.allclose(total[name] / count, value, rtol=0, atol=1e-6 * float(value.norm()))
-    for got_products, values in zip(gradient_products(model, mean, samples, draws, 4), products, strict=True):
+    for got_products, values in zip(products_of(model, mean, samples, draws, 4), products, strict=True):
         assert torch.equal(got_products[good], values) and not got_products[bad].isfinite().any()
 
 
 def test_padding_repeats_the_last_row():
     _, samples = small_set(CLASSES)
-    batches = list(padded_batches(samples, 5))
+    batches: list[tuple[Samples, int]] = []
+
+    def work(batch: Samples, real: int) -> dict[str, Tensor]:
+        batches.append((batch, real))
+        return {"hash": batch.hashes[:real]}
+
+    assert torch.equal(in_batches(samples, 1, BatchSize(5), work)["hash"], samples.hashes)
     assert [(len(batch), real) for batch, real in batches] == [(8, 8), (8, 3)]
     assert torch.equal(batches[1][0].hashes, samples.hashes[[8, 9, 10, 10, 10, 10, 10, 10]])
+
+
+@pytest.mark.parametrize(("draws", "rows", "expected"), [(3, 24, 8), (3, 8, 8), (4, 20, 6), (16, 8, 1), (12, 30, 2)])
+def test_all_draws_of_a_batch_are_a_multiple_of_8_rows(draws, rows, expected):
+    _, samples = small_set(CLASSES)
+    sizes = []
+
+    def work(batch: Samples, real: int) -> dict[str, Tensor]:
+        sizes.append(len(batch))
+        return {"hash": batch.hashes[:real]}
+
+    in_batches(samples, draws, BatchSize(rows), work)
+    assert set(sizes) == {expected} and expected * draws % 8 == 0
 
 
 def test_no_samples_give_no_scores():
     model, (_, samples) = small_dit(0), small_set(0)
     none = samples.take(torch.arange(0))
-    assert [len(values) for values in grand_scores(model, none, Draws(0, 2), 4).values()] == [0, 0, 0]
-    total, count = gradient_sum(model, none, Draws(0, 2), 4)
-    assert count == 0 and len(gradient_products(model, total, none, Draws(0, 2), 4)[0]) == 0
+    assert [len(values) for values in scores_of(model, none, Draws(0, 2), 4).values()] == [0, 0, 0]
+    total, count = sums_of(model, none, Draws(0, 2), 4)
+    assert count == 0 and len(products_of(model, total, none, Draws(0, 2), 4)[0]) == 0
 
 
 def test_monotonicity_counts_the_rises():
@@ -347,6 +385,6 @@ def test_random_depends_on_key_and_seed_alone():
     assert (values.sort().values - torch.linspace(0, 1, 500)).abs().max() < 1.63 / 500**0.5
 
 
-@pytest.mark.parametrize("field", [RANDOM, LOSS, EL2N, GRAND, MONOTONICITY, *MOSO.values()])
+@pytest.mark.parametrize("field", [RANDOM, LOSS, EL2N, GRAND, MONOTONICITY, *map(moso_field, MODES)])
 def test_columns_say_what_they_mean_and_which_end_is_kept(field):
     assert field.metadata[b"keep"] == b"highest" and len(field.metadata[b"meaning"]) > 20

@@ -7,14 +7,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffprune import orders
+from diffprune import diversity, orders
 from diffprune.arrays import write_array
+from diffprune.choosing import choose
 from diffprune.errors import InputError
 from diffprune.files import write_json
-from diffprune.selection import ORDERS, choose, select
+from diffprune.requests import ORDERS
+from diffprune.selection import select
 from diffprune.tables import base_table, table_metadata, write_table
 
 
@@ -171,7 +174,7 @@ def test_balanced_and_equal_rank_inside_clusters(table, within, part, column):
 def test_balanced_refuses_more_than_the_smallest_cluster_allows(table):
     most = len(sizes_of(table)) * min(sizes_of(table).values())
     assert len(choose(table, "balanced", most)) == most
-    with pytest.raises(InputError, match=rf"at most {most}; ask for fewer, or use order 'equal'"):
+    with pytest.raises(InputError, match=rf"at most {most}; ask for fewer, or use 'equal'"):
         choose(table, "balanced", most + 1)
     assert len(choose(table, "equal", most + 1)) == most + 1
 
@@ -236,7 +239,7 @@ def test_drop_clusters_drops_other_clusters_for_other_seeds(table):
 def test_k_center_takes_the_farthest_each_time():
     rng = np.random.default_rng(0)
     points = (rng.normal(size=(83, 5)) + 40).astype(np.float32)
-    chosen = orders.k_center(points, 30, 7)
+    chosen = diversity.k_center(torch.from_numpy(points), 30, 7)
     assert chosen[0] == 7
     assert len(set(chosen.tolist())) == 30
     exact = points.astype(np.float64)
@@ -247,8 +250,8 @@ def test_k_center_takes_the_farthest_each_time():
 
 
 def test_k_center_of_copies_takes_each_row_once():
-    assert sorted(orders.k_center(np.ones((5, 3), np.float32), 5, 2)) == [0, 1, 2, 3, 4]
-    np.testing.assert_array_equal(orders.k_center(np.ones((4, 2), np.float32), 3, 2), [2, 0, 1])
+    assert sorted(diversity.k_center(torch.ones(5, 3), 5, 2)) == [0, 1, 2, 3, 4]
+    np.testing.assert_array_equal(diversity.k_center(torch.ones(4, 2), 3, 2), [2, 0, 1])
 
 
 def test_herding_follows_its_equations():
@@ -262,13 +265,14 @@ def test_herding_follows_its_equations():
         left.remove(best)
         expected.append(best)
         weight += mean - exact[best]
-    np.testing.assert_array_equal(orders.herding(features, 41), expected)
+    np.testing.assert_array_equal(diversity.herding(torch.from_numpy(features), 41), expected)
 
 
 def test_fourier_features_approximate_the_gaussian_kernel():
     rng = np.random.default_rng(0)
     points = rng.normal(size=(20, 3)).astype(np.float32)
-    features = orders.fourier_features(points, rng.normal(size=(20000, 3)), rng.uniform(size=20000), 1.7)
+    directions, phases = torch.from_numpy(rng.normal(size=(20000, 3))), torch.from_numpy(rng.uniform(size=20000))
+    features = diversity.fourier_features(torch.from_numpy(points), directions, phases, 1.7).numpy()
     squares = np.square(points[:, None] - points[None]).sum(axis=2)
     np.testing.assert_allclose(features @ features.T, np.exp(-squares / (2 * 1.7**2)), atol=0.04)
 
@@ -276,8 +280,9 @@ def test_fourier_features_approximate_the_gaussian_kernel():
 def test_median_distance_ignores_copies_and_offsets():
     points = np.array([[0, 0], [3, 4], [3, 4], [0, 0]], np.float32)
     for offset in (0, 1000):
-        assert orders.median_distance(points + np.float32(offset), np.arange(4)) == pytest.approx(5, rel=1e-6)
-    assert orders.median_distance(np.full((3, 2), 7, np.float32), np.arange(3)) == 1
+        moved = torch.from_numpy(points + np.float32(offset))
+        assert diversity.median_distance(moved, np.arange(4)) == pytest.approx(5, rel=1e-6)
+    assert diversity.median_distance(torch.full((3, 2), 7.0), np.arange(3)) == 1
 
 
 def mean_discrepancy(points: np.ndarray, rows: np.ndarray, bandwidth: float) -> float:
@@ -336,7 +341,7 @@ def test_embedding_orders_depend_on_keys_not_on_row_order(table, order):
 def arguments_of(order: str, points: np.ndarray) -> dict:
     if order in ("highest", "lowest", "middle"):
         return {"by": "loss"}
-    return {"embeddings": points} if order in ("k-center", "herding") else {}
+    return {"embeddings": points} if order in ("k-center", "herding", "cluster-herding") else {}
 
 
 @pytest.mark.parametrize("order", ORDERS)

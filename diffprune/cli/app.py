@@ -99,11 +99,31 @@ def prune(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder for the pruned shards.")],
     shard_size: Annotated[int | None, typer.Option(min=1, help="Samples per shard; as the input's by default.")] = None,
     prefix: Annotated[str | None, typer.Option(help="The shards' prefix; the input's by default.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Shards written at a time; by default one a core.")] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Write the kept samples into new shards, byte for byte."""
-    run(diffprune.prune, kept, shards, out, shard_size=shard_size, prefix=prefix, dry_run=dry_run, as_json=as_json)
+    options = {"shard_size": shard_size, "prefix": prefix, "workers": workers}
+    run(diffprune.prune, kept, shards, out, **options, dry_run=dry_run, as_json=as_json)
+
+
+@app.command(rich_help_panel="Data")
+def export(
+    kept: Annotated[Path, typer.Argument(help="The selection: a kept.parquet.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
+    format: Annotated[str, typer.Option("--format", "-f", help="keys, datacomp, energon, wids or timm.")],
+    shards: Annotated[
+        list[str] | None,
+        typer.Option(help="energon: the shards selected from; wids, timm: the pruned shards. Repeatable."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="The split's name, for energon and timm.")] = "train",
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Write a selection in another tool's format."""
+    options = {"format": format, "shards": shards or None, "split": split}
+    run(diffprune.export, kept, out, **options, dry_run=dry_run, as_json=as_json)
 
 
 @train.command("vqvae")
@@ -165,15 +185,22 @@ def encode(
 @app.command(rich_help_panel="Features")
 def embed(
     shards: Shards,
-    model: Annotated[str, typer.Option(help="vqvae:PATH, the features of a trained VQ-VAE's encoder.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="A folder or hub id of CLIP, OpenCLIP, SigLIP, DINOv2 or DINOv3; efficientnet-lite0; vqvae:PATH; "
+            "package.module:function; or clip-retrieval:FOLDER."
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The embeddings folder.")],
     batch_size: BatchSize = 256,
     device: Device = "auto",
+    precision: Annotated[str, typer.Option(help="float32, bf16, or auto: bf16 on a GPU.")] = "auto",
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Write an L2-normalised embedding of every image, one fp16 .npy per shard."""
-    options = {"model": model, "batch_size": batch_size, "device": device}
+    options = {"model": model, "batch_size": batch_size, "device": device, "precision": precision}
     run(diffprune.embed, shards, out, **options, dry_run=dry_run, as_json=as_json)
 
 
@@ -187,35 +214,117 @@ def score(
     method: Annotated[str, typer.Option(help="loss, el2n, grand, moso, monotonicity, random; several with commas.")] = (
         "loss,el2n,grand"
     ),
-    draws: Annotated[int, typer.Option(min=1, help="Draws of (t, noise) per sample, t stratified over them.")] = 1,
-    mode: Annotated[str, typer.Option(help="MoSo's form: paper, loo1 or authors.")] = "paper",
-    weights: Annotated[str, typer.Option(help="The surrogate's weights: model or ema.")] = "model",
-    seed: Seed = 0,
-    batch_size: BatchSize = 64,
-    device: Device = "auto",
+    draws: Annotated[
+        int, typer.Option(min=1, help="Draws of (t, noise) per sample, t stratified.", rich_help_panel="Draws")
+    ] = 1,
+    antithetic: Annotated[
+        bool, typer.Option("--antithetic", help="Draws in pairs of one t, noise ±x0.", rich_help_panel="Draws")
+    ] = False,
+    normalise_t: Annotated[
+        bool,
+        typer.Option(
+            "--normalise-t", help="Each draw's loss, el2n, norm over its mean at that t.", rich_help_panel="Draws"
+        ),
+    ] = False,
+    seed: Annotated[int, typer.Option(help="The seed of everything random.", rich_help_panel="Draws")] = 0,
+    mode: Annotated[str, typer.Option(help="Its form: paper, loo1 or authors.", rich_help_panel="MoSo")] = "paper",
+    trials: Annotated[
+        int, typer.Option(min=1, help="Support sets, by key; a sample is scored in its own.", rich_help_panel="MoSo")
+    ] = 1,
+    support_fraction: Annotated[
+        float, typer.Option(help="Share of the samples that the mean gradient is made from.", rich_help_panel="MoSo")
+    ] = 1.0,
+    one_pass: Annotated[
+        bool,
+        typer.Option("--one-pass", help="An ESTIMATE from groups of samples, cheaper.", rich_help_panel="MoSo"),
+    ] = False,
+    group_size: Annotated[
+        int, typer.Option(min=2, help="Samples that --one-pass compares with each other.", rich_help_panel="MoSo")
+    ] = 32,
+    learning_rates: Annotated[
+        str | None,
+        typer.Option(
+            help="One per checkpoint as given, with commas, or one; else the checkpoints'.", rich_help_panel="MoSo"
+        ),
+    ] = None,
+    weights: Annotated[
+        str, typer.Option(help="The surrogate's weights: model or ema.", rich_help_panel="How it runs")
+    ] = "model",
+    precision: Annotated[
+        str, typer.Option(help="float32, or bf16: autocast.", rich_help_panel="How it runs")
+    ] = "float32",
+    compile_: Annotated[
+        bool,
+        typer.Option(
+            "--compile", help="torch.compile what has no per-sample gradients.", rich_help_panel="How it runs"
+        ),
+    ] = False,
+    batch_size: Annotated[
+        str,
+        typer.Option(
+            help="Draws at a time, or auto. Halved where memory runs out. Does not change the result.",
+            rich_help_panel="How it runs",
+        ),
+    ] = "64",
+    memory: Annotated[
+        float | None,
+        typer.Option(help="For auto on the CPU: GiB that it may hold.", rich_help_panel="How it runs"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel="How it runs")] = "auto",
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Score every sample with a surrogate's checkpoints."""
     methods = tuple(name.strip() for name in method.split(",") if name.strip())
-    options = {"methods": methods, "draws": draws, "moso_mode": mode, "weights": weights, "seed": seed}
-    options |= {"batch_size": batch_size, "device": device}
+    if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size)):
+        raise typer.BadParameter(f"expected a positive number, or auto, got {batch_size!r}", param_hint="--batch-size")
+    try:
+        rates = [float(rate) for rate in learning_rates.split(",")] if learning_rates else None
+    except ValueError:
+        raise typer.BadParameter(
+            f"expected numbers with commas, got {learning_rates!r}", param_hint="--learning-rates"
+        ) from None
+    options = {"methods": methods, "seed": seed, "draws": draws, "antithetic": antithetic, "normalise_t": normalise_t}
+    options |= {"moso_mode": mode, "trials": trials, "support_fraction": support_fraction, "one_pass": one_pass}
+    options |= {"group_size": group_size, "learning_rates": rates, "weights": weights, "precision": precision}
+    options |= {"compile": compile_, "batch_size": batch_size if batch_size == "auto" else int(batch_size)}
+    options |= {"memory": memory, "device": device}
     run(diffprune.score, latents, checkpoint, out, **options, dry_run=dry_run, as_json=as_json)
 
 
 @app.command(rich_help_panel="Selection")
 def cluster(
-    embeddings: Annotated[Path, typer.Argument(help="The embeddings: a folder of `diffprune embed`.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder of score tables.")],
-    k: Annotated[int, typer.Option("-k", "--clusters", min=1, help="How many clusters.")],
+    embeddings: Annotated[list[Path], typer.Argument(help="Folders of `diffprune embed`, all by the same model.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder of score tables, or of the page of --choose-k.")],
+    k: Annotated[int | None, typer.Option("-k", "--clusters", min=1, help="How many clusters.")] = None,
+    choose_k: Annotated[
+        str | None,
+        typer.Option(help="Instead: try these numbers, such as 8,16,...,4096, and write a page that helps to choose."),
+    ] = None,
+    levels: Annotated[str | None, typer.Option(help="Also cluster the clusters: falling numbers, as 100,10.")] = None,
     seed: Seed = 0,
+    init: Annotated[str, typer.Option(help="k-means||, k-means++, random, or split for many clusters.")] = "k-means||",
+    n_init: Annotated[int, typer.Option(min=1, help="Starts; the best is kept.")] = 1,
     max_iter: Annotated[int, typer.Option(min=1, help="Rounds at most.")] = 100,
     metric: Annotated[str, typer.Option(help="euclidean or cosine.")] = "euclidean",
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Learn from random batches of so many.")] = None,
+    engine: Annotated[str, typer.Option(help="diffprune, or faiss to compare with.")] = "diffprune",
+    memory: Annotated[
+        str | None, typer.Option(help="Embeddings in memory at a time, such as 2GiB; more stream from disk.")
+    ] = None,
+    sample: Annotated[int, typer.Option(min=10, help="Embeddings that --choose-k looks at, at most.")] = 100_000,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """k-means over embeddings: the columns cluster and distance."""
-    options = {"k": k, "seed": seed, "max_iter": max_iter, "metric": metric}
+    """k-means over embeddings: the columns cluster and distance; or, which number of clusters to take."""
+    if (k is None) == (choose_k is None):
+        raise typer.BadParameter("expected either -k or --choose-k")
+    if choose_k is not None:
+        options = {"seed": seed, "max_iter": max_iter, "metric": metric, "sample": sample}
+        run(diffprune.choose_k, embeddings, out, ks=choose_k, **options, dry_run=dry_run, as_json=as_json)
+        return
+    options = {"k": k, "seed": seed, "init": init, "n_init": n_init, "max_iter": max_iter, "metric": metric}
+    options |= {"batch_size": batch_size, "engine": engine, "memory": memory, "levels": _numbers("levels", levels)}
     run(diffprune.cluster, embeddings, out, **options, dry_run=dry_run, as_json=as_json)
 
 
@@ -226,26 +335,54 @@ def select(
     order: Annotated[
         str,
         typer.Option(
-            help="highest, lowest, middle, random; cluster-nearest, cluster-farthest, cluster-middle, cluster-random; "
-            "balanced, equal, drop-clusters; k-center, herding."
+            help="highest, lowest, middle, random; cluster-nearest, cluster-farthest, cluster-middle, cluster-random, "
+            "cluster-herding; balanced, equal, drop-clusters; k-center, herding."
         ),
     ] = "highest",
-    by: Annotated[str | None, typer.Option(help="The score column, for highest, lowest and middle.")] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(
+            help="What highest, lowest and middle rank: a score column; 'grand + 2*el2n', the sum of ranks; "
+            "'grand & label', inside each group; -COLUMN turns one round."
+        ),
+    ] = None,
     prune: Annotated[float | None, typer.Option(help="The fraction to leave out, such as 0.9.")] = None,
     keep: Annotated[float | None, typer.Option(help="The fraction to keep, such as 0.1.")] = None,
     count: Annotated[int | None, typer.Option(help="The number to keep.")] = None,
     within: Annotated[
-        str, typer.Option(help="Inside a cluster, for balanced and equal: nearest, farthest, middle, …")
-    ] = ("nearest"),
-    embeddings: Annotated[Path | None, typer.Option(help="The embeddings folder, for k-center and herding.")] = None,
+        str,
+        typer.Option(
+            help="Inside a cluster, for balanced and equal: nearest, farthest, middle, random, herding, k-center, "
+            "highest:COLUMN, lowest:COLUMN."
+        ),
+    ] = "nearest",
+    per: Annotated[str | None, typer.Option(help="Apply the order to each group of this column: label, …")] = None,
+    shares: Annotated[
+        str, typer.Option(help="How many each group of --per gives: proportional, balanced or equal.")
+    ] = "proportional",
+    quota: Annotated[
+        str | None, typer.Option(help="Instead, how many of each group: 0=100,1=50,*=20, or a JSON file of the same.")
+    ] = None,
+    dedup: Annotated[
+        float | None,
+        typer.Option(help="First leave out near-duplicates: cosine distance below this inside a cluster (SemDeDup)."),
+    ] = None,
+    dedup_keep: Annotated[
+        str, typer.Option(help="Which of them to keep: farthest from the centroid, nearest or random.")
+    ] = "farthest",
+    embeddings: Annotated[
+        Path | None, typer.Option(help="The embeddings folder, for k-center, herding and --dedup.")
+    ] = None,
+    device: Device = "auto",
     seed: Seed = 0,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Choose which samples to keep, to the exact count; ties go by key."""
     options = {"order": order, "by": by, "prune": prune, "keep": keep, "count": count, "within": within}
-    options |= {"embeddings": embeddings, "seed": seed}
-    run(diffprune.select, scores, out, **options, dry_run=dry_run, as_json=as_json)
+    options |= {"per": per, "shares": shares, "dedup": dedup, "dedup_keep": dedup_keep}
+    options |= {"embeddings": embeddings, "device": device, "seed": seed}
+    run(diffprune.select, scores, out, quota=quota, **options, dry_run=dry_run, as_json=as_json)
 
 
 @app.command(rich_help_panel="Models")
@@ -335,3 +472,11 @@ def _named(pairs: list[str] | None) -> dict[str, Path]:
             raise typer.BadParameter(f"expected NAME=PATH, got {pair!r}")
         named[name] = Path(path)
     return named
+
+
+def _numbers(name: str, text: str | None) -> list[int]:
+    """Whole numbers with commas between them."""
+    try:
+        return [int(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise typer.BadParameter(f"expected numbers with commas for --{name}, got {text!r}") from None

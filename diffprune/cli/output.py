@@ -66,23 +66,30 @@ def show_doctor(found: dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    show({name: value for name, value in found.items() if name != "ops"})
-    names = list(dict.fromkeys(name for implementations in found["ops"].values() for name in implementations))
+    show({name: value for name, value in found.items() if name not in ("ops", "orders")})
+    places: dict[str, list[int]] = {}
+    for implementations in found["ops"].values():
+        for place, name in enumerate(implementations):
+            places.setdefault(name, []).append(place)
+    names = sorted(places, key=lambda name: (max(places[name]), len(places[name])))  # as they are tried
     reasons: list[str] = []
     table = Table("op", *names, box=None, pad_edge=False, header_style="bold")
     for op, implementations in found["ops"].items():
         cells = []
         for name in names:
             said = implementations.get(name, "")
-            if said not in ("", "runs") and said not in reasons:
-                reasons.append(said)
-            cells.append(said if said in ("", "runs") else f"no ({reasons.index(said) + 1})")
+            if said not in ("", "runs"):
+                reasons += [said] if said not in reasons else []
+                said = f"{'by name' if said.startswith('runs') else 'no'} ({reasons.index(said) + 1})"
+            cells.append(said)
         table.add_row(op, *cells)
     console = Console(soft_wrap=True)
     console.print()
     console.print(table)
     for number, reason in enumerate(reasons, start=1):
         console.print(f"[dim]({number}) {escape(reason)}[/dim]")
+    for op, order in found["orders"].items():
+        console.print(f"[dim]{op} tries {escape(order)}[/dim]")
 
 
 def _text(value: Any) -> str:

@@ -136,7 +136,7 @@ def evaluate(
 
 def _common_embedder(samples: ArrayFolder, reference: ArrayFolder) -> dict[str, Any]:
     """The model and model_sha256 that both folders were made with; InputError if they differ."""
-    for field in ("model", "model_sha256"):
+    for field in ("model", "model_sha256", "output", "preprocessing"):
         found = [folder.metadata.get(field) for folder in (samples, reference)]
         if found[0] != found[1]:
             raise InputError(

@@ -17,6 +17,7 @@ from diffprune.kernels.kmeans_update_delta import kmeans_update_delta
 from diffprune.kernels.knn_radius import knn_radius
 from diffprune.kernels.linear_grad_dot import linear_grad_dot
 from diffprune.kernels.linear_grad_sqnorm import linear_grad_sqnorm
+from diffprune.kernels.linear_grad_sqnorm_dot import linear_grad_sqnorm_dot
 from diffprune.kernels.pairwise_topk import pairwise_topk
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "knn_radius",
     "linear_grad_dot",
     "linear_grad_sqnorm",
+    "linear_grad_sqnorm_dot",
     "pairwise_topk",
     "report",
 ]

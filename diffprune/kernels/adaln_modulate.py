@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffprune.kernels.arrays import any_array
 from diffprune.kernels.checks import expect, expect_equal
 from diffprune.kernels.dispatch import Op
 
@@ -15,6 +16,7 @@ _implementations = Op("adaln_modulate")
 _backward_implementations = Op("adaln_modulate_backward")
 
 
+@any_array
 def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, *, impl: str = "auto") -> Tensor:
     """y = LN(x)·(1 + scale) + shift, with LN(x) = (x − mean)/√(variance + 1e-6) over the features of a token.
 

@@ -9,12 +9,19 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def expect(name: str, tensor: Tensor, shape: str, dtypes: tuple[torch.dtype, ...] = FLOATING) -> None:
-    """ValueError unless ``tensor`` has the rank of ``shape`` (as in "N, D") and one of ``dtypes``."""
+    """ValueError unless ``tensor`` is dense, has the rank of ``shape`` (as in "N, D") and one of ``dtypes``."""
+    expect_dense(name, tensor)
     if tensor.dim() != shape.count(",") + 1:
         raise ValueError(f"expected {name} [{shape}], got {tuple(tensor.shape)}")
     if tensor.dtype not in dtypes:
         expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(f"expected {name} of dtype {expected}, got {tensor.dtype}")
+
+
+def expect_dense(name: str, tensor: Tensor) -> None:
+    """ValueError for a sparse tensor."""
+    if tensor.layout != torch.strided:
+        raise ValueError(f"expected {name} as a dense tensor, got {tensor.layout}")
 
 
 def expect_equal(what: str, names: str, *values: object) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-PREFERENCE = ("cuda", "triton", "cpu", "reference")
+PREFERENCE = ("cuda", "triton", "cpp", "cpu", "reference")
 """Names of implementations; ``impl="auto"`` takes the first that does not refuse and is neither unconfirmed nor
 emulated. An op may have another order: where PyTorch's own op is there too, and nothing here has been measured to be
 faster, that comes first."""
@@ -39,11 +39,17 @@ def report() -> dict[str, dict[str, str | None]]:
     }
 
 
+def orders() -> dict[str, tuple[tuple[str, ...], str]]:
+    """Per op whose order is not the usual one: that order, and on what evidence."""
+    return {name: (op.preference, op.because) for name, op in sorted(_ops.items()) if op.preference != PREFERENCE}
+
+
 class Op:
     """One op and its implementations. Calling it runs one of them."""
 
-    def __init__(self, name: str, preference: tuple[str, ...] = PREFERENCE) -> None:
-        self.name, self.preference = name, preference
+    def __init__(self, name: str, preference: tuple[str, ...] = PREFERENCE, because: str = "") -> None:
+        """``because``: why this op's order is not the usual one."""
+        self.name, self.preference, self.because = name, preference, because
         _ops[name] = self
 
     def __call__(self, impl: str, *args: Any) -> Any:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffprune.kernels.arrays import any_array
 from diffprune.kernels.checks import expect, expect_equal
 from diffprune.kernels.dispatch import Op
-from diffprune.kernels.philox import expect_counter
+from diffprune.kernels.philox import expect_counter, expect_words
 
 _implementations = Op("flow_interpolate")
 
 
+@any_array
 def flow_interpolate(x1: Tensor, t: Tensor, hashes: Tensor, seed: int, draw: int, *, impl: str = "auto") -> Tensor:
     """xt = (1 − t)·x0 + t·x1, with the noise x0 of each sample made where it is used.
 
@@ -30,6 +32,7 @@ def flow_interpolate(x1: Tensor, t: Tensor, hashes: Tensor, seed: int, draw: int
     x1 and xt and no others, except in ``reference``, which holds x0. Not differentiable.
     Raises ValueError for another rank, shape, dtype or device, and for a seed or draw out of range.
     """
+    expect_words(seed, draw)  # torch passes 64 bits on
     return _op(x1.detach(), t.detach(), hashes, seed, draw, impl)
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffprune.kernels.checks import FLOATING, compute_dtype, expect, expect_equal
+from diffprune.kernels.arrays import any_array
+from diffprune.kernels.checks import FLOATING, compute_dtype, expect, expect_dense, expect_equal
 from diffprune.kernels.dispatch import Op
-from diffprune.kernels.philox import expect_counter
+from diffprune.kernels.philox import expect_counter, expect_words
 
 _implementations = Op("flow_matching_loss")
 _grad_implementations = Op("flow_matching_loss_grad")
 
 
+@any_array
 def flow_matching_loss(
     velocity: Tensor, x1: Tensor, hashes: Tensor, seed: int, draw: int, *, impl: str = "auto"
 ) -> Tensor:
@@ -35,9 +37,11 @@ def flow_matching_loss(
     room. Where the gradient is wanted at once, ``flow_matching_loss_grad`` has both for one pass.
     Raises ValueError for another rank, shape, dtype or device, and for a seed or draw out of range.
     """
+    expect_words(seed, draw)  # torch passes 64 bits on
     return _op(velocity, x1.detach(), hashes, seed, draw, impl)
 
 
+@any_array
 def flow_matching_loss_grad(
     velocity: Tensor, x1: Tensor, hashes: Tensor, seed: int, draw: int, weight: Tensor, *, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
@@ -56,6 +60,7 @@ def flow_matching_loss_grad(
     Reads v and x1 once and writes the gradient: 3 latents moved, where loss and backward one after the other move 5.
     Not differentiable. Raises what ``flow_matching_loss`` raises.
     """
+    expect_words(seed, draw)  # torch passes 64 bits on
     return _op_grad(velocity.detach(), x1.detach(), hashes, seed, draw, weight.detach(), impl)
 
 
@@ -106,6 +111,7 @@ def _check(velocity: Tensor, x1: Tensor, hashes: Tensor, seed: int, draw: int) -
     expect_counter(x1, hashes, seed, draw)
     expect_equal("shape", "velocity and x1", tuple(velocity.shape), tuple(x1.shape))
     expect_equal("device", "velocity and x1", velocity.device, x1.device)
+    expect_dense("velocity", velocity)
     if velocity.dtype not in FLOATING:
         raise ValueError(f"expected velocity of a floating dtype, got {velocity.dtype}")
     if velocity.shape[1:].numel() == 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffprune.kernels.arrays import any_array
 from diffprune.kernels.checks import expect, expect_equal
 from diffprune.kernels.dispatch import Op
 
@@ -12,6 +13,7 @@ _implementations = Op("gated_residual")
 _backward_implementations = Op("gated_residual_backward")
 
 
+@any_array
 def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor, *, impl: str = "auto") -> Tensor:
     """y = residual + gate·branch: adaLN-Zero's residual connection (DiT, arXiv 2212.09748, section 3.2).
 

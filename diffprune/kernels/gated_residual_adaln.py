@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffprune.kernels.arrays import any_array
 from diffprune.kernels.checks import expect, expect_equal
 from diffprune.kernels.dispatch import Op
 
@@ -12,6 +13,7 @@ _implementations = Op("gated_residual_adaln")
 _backward_implementations = Op("gated_residual_adaln_backward")
 
 
+@any_array
 def gated_residual_adaln(
     residual: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, *, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffprune.kernels.arrays import any_array
 from diffprune.kernels.checks import compute_dtype, expect, expect_equal, expect_finite
 from diffprune.kernels.dispatch import Op
 
 _implementations = Op("kmeans_assign")
 
 
+@any_array
 def kmeans_assign(points: Tensor, centroids: Tensor, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
     """The nearest centroid of each point, and the squared Euclidean distance to it.
 
@@ -54,3 +56,5 @@ def _check(points: Tensor, centroids: Tensor) -> None:
     expect_equal("device", "points and centroids", points.device, centroids.device)
     if centroids.shape[0] == 0 or centroids.shape[1] == 0:
         raise ValueError(f"expected centroids [K, D] with K and D at least 1, got {tuple(centroids.shape)}")
+    if centroids.shape[0] >= 2**31:
+        raise ValueError(f"expected K below 2**31 centroids, which int32 can number, got {centroids.shape[0]}")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffprune.kernels.arrays import any_array
 from diffprune.kernels.checks import expect, expect_equal
 from diffprune.kernels.dispatch import Op
 
 _implementations = Op("kmeans_update_delta")
 
 
+@any_array
 def kmeans_update_delta(
     points: Tensor,
     old_assignment: Tensor,

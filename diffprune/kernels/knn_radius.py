@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from diffprune.kernels.arrays import any_array
+from diffprune.kernels.checks import expect
 from diffprune.kernels.pairwise_topk import pairwise_topk
 
 
+@any_array
 def knn_radius(points: Tensor, k: int, *, impl: str = "auto") -> Tensor:
     """The distance of each point to its ``k``-th nearest other one: the radius of the balls of precision and recall.
 
@@ -22,4 +25,5 @@ def knn_radius(points: Tensor, k: int, *, impl: str = "auto") -> Tensor:
 
     Never holds an N×N matrix, except in ``reference``. Not differentiable. Raises ValueError as ``pairwise_topk`` does.
     """
+    expect("points", points, "N, D")
     return pairwise_topk(points, points, k, exclude_self=True, impl=impl)[0][:, -1]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffprune.kernels.arrays import any_array
 from diffprune.kernels.checks import compute_dtype, expect, expect_equal
 from diffprune.kernels.dispatch import Op
 
 _implementations = Op("linear_grad_dot")
 
 
+@any_array
 def linear_grad_dot(
     input: Tensor, grad_output: Tensor, direction: Tensor, bias_direction: Tensor | None = None, *, impl: str = "auto"
 ) -> Tensor:
@@ -39,7 +41,7 @@ def linear_grad_dot(
 def _op(
     input: Tensor, grad_output: Tensor, direction: Tensor, bias_direction: Tensor | None = None, impl: str = "auto"
 ) -> Tensor:
-    _check(input, grad_output, direction, bias_direction)
+    check(input, grad_output, direction, bias_direction)
     return _implementations(impl, input, grad_output, direction, bias_direction)
 
 
@@ -47,11 +49,12 @@ def _op(
 def _fake(
     input: Tensor, grad_output: Tensor, direction: Tensor, bias_direction: Tensor | None = None, impl: str = "auto"
 ) -> Tensor:
-    _check(input, grad_output, direction, bias_direction)
+    check(input, grad_output, direction, bias_direction)
     return input.new_empty(input.shape[0], dtype=compute_dtype(input, grad_output, direction))
 
 
-def _check(input: Tensor, grad_output: Tensor, direction: Tensor, bias_direction: Tensor | None) -> None:
+def check(input: Tensor, grad_output: Tensor, direction: Tensor, bias_direction: Tensor | None) -> None:
+    """ValueError unless these are a layer's input and gradient, and a direction of its weight and bias."""
     expect("input", input, "B, T, I")
     expect("grad_output", grad_output, "B, T, O")
     expect("direction", direction, "O, I")

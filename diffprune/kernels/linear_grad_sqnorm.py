@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffprune.kernels.arrays import any_array
 from diffprune.kernels.checks import compute_dtype, expect, expect_equal
 from diffprune.kernels.dispatch import Op
 
 _implementations = Op("linear_grad_sqnorm")
 
 
+@any_array
 def linear_grad_sqnorm(input: Tensor, grad_output: Tensor, bias: bool, *, impl: str = "auto") -> Tensor:
     """‖∂ℓ_b/∂W‖² (+ ‖∂ℓ_b/∂bias‖²) of y = x·Wᵀ + bias for each sample b, with ∂ℓ_b/∂W = Gᵀ·A.
 

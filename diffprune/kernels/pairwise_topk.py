@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffprune.kernels.arrays import any_array
 from diffprune.kernels.checks import compute_dtype, expect, expect_equal, expect_finite
 from diffprune.kernels.dispatch import Op
 
 _implementations = Op("pairwise_topk")
 
 
+@any_array
 def pairwise_topk(
     queries: Tensor, points: Tensor, k: int, exclude_self: bool = False, *, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffprune.kernels.checks import FLOATING, expect, expect_equal
+from diffprune.kernels.checks import FLOATING, expect, expect_dense, expect_equal
 
 NOISE_STREAM = 0x8C8860E5
 """Second word of the Philox key of noise: the low half of the 64-bit BLAKE2b hash of "noise"."""
@@ -51,22 +51,24 @@ def random_words(
 
     Raises ValueError for a seed or draw outside [0, 2**32).
     """
-    _expect_words(seed, draw)
+    expect_words(seed, draw)
     low, high = hashes[:, None] & MASK, (hashes[:, None] >> 32) & MASK
     return philox_4x32((blocks[None, :], torch.full_like(low, draw), low, high), (int(seed), stream))
 
 
 def expect_counter(x1: Tensor, hashes: Tensor, seed: int, draw: int) -> None:
     """ValueError unless x1 [B, ...] and hashes [B] int64, on one device, have noise: seed and draw in [0, 2**32)."""
+    expect_dense("x1", x1)
     if x1.dim() == 0 or x1.dtype not in FLOATING:
         raise ValueError(f"expected x1 [B, ...] of a floating dtype, got {tuple(x1.shape)} {x1.dtype}")
     expect("hashes", hashes, "B", (torch.int64,))
     expect_equal("B", "x1 and hashes", x1.shape[0], hashes.shape[0])
     expect_equal("device", "x1 and hashes", x1.device, hashes.device)
-    _expect_words(seed, draw)
+    expect_words(seed, draw)
 
 
-def _expect_words(seed: int, draw: int) -> None:
+def expect_words(seed: int, draw: int) -> None:
+    """ValueError unless both are in [0, 2**32)."""
     for name, value in (("seed", seed), ("draw", draw)):
         if not 0 <= value <= MASK:
             raise ValueError(f"expected a {name} in [0, 2**32), got {value}")

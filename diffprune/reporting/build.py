@@ -94,7 +94,8 @@ def report(
         for builder in builders:
             content[builder.id] = builder.build(material)
             bar.advance(note=builder.title)
-    page = _render(
+    page = render(
+        "report.html.j2",
         title=title,
         version=__version__,
         facts=sections.facts(material),
@@ -108,7 +109,8 @@ def report(
     return {**plan, "bytes": len(page.encode())}
 
 
-def _render(**values: Any) -> str:
+def render(template: str, **values: Any) -> str:
+    """A page of a template that lies beside this file."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,  # keys, names and paths come from data sets: nothing in them may become markup
@@ -116,7 +118,7 @@ def _render(**values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.j2").render(**values)
+    return environment.get_template(template).render(**values)
 
 
 def _named_folders(scores: Sequence[PathLike] | Mapping[str, PathLike]) -> dict[str, PathLike]:

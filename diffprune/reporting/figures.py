@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, MaxNLocator
 
 from diffprune.reporting.inputs import Log
 
@@ -91,6 +92,36 @@ def cluster_sizes(sizes: np.ndarray, kept: np.ndarray | None, color: str, width:
         _horizontal_grid(axes, ink)
 
     return _svg(draw, width=width, height=220, margins=(44, 10, 14, 42), alt=alt)
+
+
+def curve_over_k(
+    ks: Sequence[int],
+    values: Sequence[float],
+    errors: Sequence[float] | None,
+    chosen: int,
+    color: str,
+    width: int,
+    alt: str,
+) -> Markup:
+    """A measure over the number of clusters, with the half widths ``errors`` of its bars; ``chosen`` is marked."""
+
+    def draw(axes: Axes, ink: Callable[[str], str]) -> None:
+        axes.axvline(chosen, color=ink(INK), linewidth=1, dashes=(3, 2.5))
+        axes.plot(ks, values, color=ink(color), linewidth=1.8)
+        half = np.zeros(len(ks)) if errors is None else np.asarray(errors)
+        for k, value, error in zip(ks, values, half, strict=True):  # markers would be shared by ids between figures
+            axes.plot([k, k], [value, value], color=ink(color), linewidth=6, solid_capstyle="round")
+            axes.plot([k, k], [value - error, value + error], color=ink(color), linewidth=1.2)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(FixedLocator(list(ks)[:: math.ceil(len(ks) / 7)]))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_locator(FixedLocator([]))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.set_xlabel("clusters")
+        axes.margins(x=0.04)
+        _horizontal_grid(axes, ink)
+
+    return _svg(draw, width=width, height=230, margins=(52, 12, 10, 42), alt=alt)
 
 
 def retention_curves(rows: Sequence[np.ndarray], colors: Sequence[str], width: int, alt: str) -> Markup:

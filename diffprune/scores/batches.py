@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import gc
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from diffprune.draws import KeyHashes, draw_pair
+from diffprune.errors import InputError
 from diffprune.flow import interpolate, velocity_error_norm, velocity_loss, velocity_target
 
 
@@ -25,52 +28,152 @@ class Samples:
         return len(self.hashes)
 
     def take(self, rows: Tensor) -> Samples:
-        """The samples at these indices."""
+        """The samples at these indices, or where a mask is true."""
         labels = None if self.labels is None else self.labels[rows]
         return Samples(self.hashes[rows], self.latents[rows], labels)
 
 
 @dataclass(frozen=True)
 class Draws:
-    """The draws that a score averages over: `count` of them, t stratified."""
+    """The draws that a score averages over: `count` of them, t stratified.
+
+    With `antithetic`, draws 2p and 2p + 1 are a pair: one t, noise x0 and -x0, and t is stratified over the pairs.
+    Each draw alone is still a fair one (t uniform in its stratum, x0 normal and independent of t), so a mean over draws
+    stays unbiased, while the part of the score that is odd in the noise cancels within a pair.
+    """
 
     seed: int
     count: int
+    antithetic: bool = False
+
+    def __post_init__(self) -> None:
+        if self.antithetic and self.count % 2:
+            raise InputError(f"draws: expected an even number for antithetic pairs, got {self.count}")
+
+    def pair(self, hashes: KeyHashes, draw: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """(t [B], x0 [B, *shape]) of one draw of each key."""
+        if not self.antithetic:
+            return draw_pair(self.seed, hashes, draw, self.count, shape)
+        t, x0 = draw_pair(self.seed, hashes, draw // 2, self.count // 2, shape)
+        return t, -x0 if draw % 2 else x0
+
+
+@dataclass(frozen=True)
+class Network:
+    """A surrogate and how it is run: `compiled` where no per-sample gradients are wanted, `bf16` under autocast."""
+
+    model: nn.Module
+    compiled: Callable[..., Tensor] | None = None
+    bf16: bool = False
+
+    def velocity(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        """[B, ...] in float32 or wider, as `x`."""
+        # Per-sample gradients look at each layer, so they want the model as it was before it was compiled.
+        run = self.model if self.compiled is None else self.compiled
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            return run(x, t, labels).to(x.dtype)
+
+    def eager(self) -> Network:
+        return Network(self.model, None, self.bf16)
+
+
+class BatchSize:
+    """About how many rows (draws of samples) go through the surrogate at once. It can only shrink."""
+
+    MINIMUM = 8
+
+    def __init__(self, rows: int, minimum: int = MINIMUM) -> None:
+        self.rows, self.minimum = max(self.MINIMUM, -(-rows // 8) * 8), minimum
+
+    def halve(self) -> bool:
+        """Half as many rows; False if that is not possible any more."""
+        if self.rows <= self.minimum:
+            return False
+        self.rows = max(self.minimum, self.rows // 16 * 8)
+        return True
+
+
+class OutOfMemory(InputError):
+    """Even the smallest batch does not fit."""
 
 
 Advance = Callable[[int], None]  # told how many more samples are done
 
 
-def padded_batches(samples: Samples, size: int, advance: Advance | None = None) -> Iterator[tuple[Samples, int]]:
-    """Batches of one size, `size` rounded up to a multiple of 8, each with how many of its rows are real.
+def in_batches(
+    samples: Samples,
+    draws_at_once: int,
+    size: BatchSize,
+    work: Callable[[Samples, int], dict[str, Tensor]],
+    advance: Advance | None = None,
+) -> dict[str, Tensor]:
+    """`work(batch, real)` over all samples, its tensors joined along the first dimension.
 
-    The last one is filled up with its last row; what is computed for the filling is to be dropped. So matrix products
+    Batches have one size, so many samples that their draws are about `size.rows` rows, a multiple of 8. The last one is
+    filled up with its last sample; `work` is told how many are real, and returns that many rows. So matrix products
     see the same shapes with no ragged edge, and a row's numbers do not depend on which rows are beside it.
+
+    Where memory runs out, the size is halved, and the batch done again; OutOfMemory once it cannot be halved.
     """
-    size = -(-size // 8) * 8
-    for start in range(0, len(samples), size):
-        rows = torch.arange(start, start + size, device=samples.hashes.device)
-        real = min(size, len(samples) - start)
-        yield samples.take(rows.clamp(max=len(samples) - 1)), real
-        if advance is not None:
-            advance(real)
+    parts: list[dict[str, Tensor]] = []
+    start = 0
+    while start < len(samples) or not parts:  # no samples: one batch of none, for names and dtypes
+        batch, real = _batch(samples, start, size.rows, draws_at_once)
+        try:
+            parts.append(work(batch, real))
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            found = str(error).partition("\n")[0]
+        else:
+            start += real
+            if advance is not None:
+                advance(real)
+            if not real:
+                break
+            continue
+        free_memory()  # out of the except block, whose traceback holds on to the batch's tensors
+        if not size.halve():
+            raise OutOfMemory(
+                f"out of memory with the smallest batch, {len(batch) * draws_at_once} rows ({found}); "
+                "use fewer --draws, a smaller surrogate, or another device"
+            )
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def draw_losses(
-    model: nn.Module, samples: Samples, draws: Draws, which: Sequence[int] | None = None
-) -> tuple[Tensor, Tensor]:
+def _batch(samples: Samples, start: int, rows: int, draws_at_once: int) -> tuple[Samples, int]:
+    step = 8 // math.gcd(8, draws_at_once)
+    count = -(-max(1, rows // draws_at_once) // step) * step
+    real = min(count, len(samples) - start)
+    if not real:
+        return samples, 0
+    places = torch.arange(start, start + count, device=samples.hashes.device)
+    return samples.take(places.clamp(max=len(samples) - 1)), real
+
+
+def draw_losses(network: Network, samples: Samples, draws: Draws, which: range | None = None) -> tuple[Tensor, Tensor]:
     """The flow matching loss ℓ of each sample at some of its draws (all by default), and ‖v - target‖₂.
 
     Returns: two [B, len(which)] float32. The model sees the draws of one sample in successive rows.
     """
-    times, noises = [], []
-    for draw in range(draws.count) if which is None else which:
-        t, noise = draw_pair(draws.seed, samples.hashes, draw, draws.count, samples.latents.shape[1:])
-        times.append(t)
-        noises.append(noise)
-    t, x0 = torch.stack(times, dim=1).flatten(), torch.stack(noises, dim=1).flatten(0, 1)
-    x1 = samples.latents.repeat_interleave(len(times), dim=0)
-    labels = None if samples.labels is None else samples.labels.repeat_interleave(len(times))
-    velocity, target = model(interpolate(x1, x0, t), t, labels), velocity_target(x1, x0)
-    shape = (len(samples), len(times))
+    which = range(draws.count) if which is None else which
+    pairs = [draws.pair(samples.hashes, draw, samples.latents.shape[1:]) for draw in which]
+    t = torch.stack([t for t, _ in pairs], dim=1).flatten()
+    x0 = torch.stack([x0 for _, x0 in pairs], dim=1).flatten(0, 1)
+    x1 = samples.latents.repeat_interleave(len(which), dim=0)
+    labels = None if samples.labels is None else samples.labels.repeat_interleave(len(which))
+    velocity, target = network.velocity(interpolate(x1, x0, t), t, labels), velocity_target(x1, x0)
+    shape = (len(samples), len(which))
     return velocity_loss(velocity, target).view(shape), velocity_error_norm(velocity.detach(), target).view(shape)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or on the CPU (where PyTorch has no class for it)."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def free_memory() -> None:
+    """Give back what nothing refers to."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

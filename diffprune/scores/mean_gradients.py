@@ -1,74 +1,139 @@
-"""MoSo's first pass on disk: a gradient sum per shard, folded in shard order into the mean gradient."""
+"""MoSo's first pass: a gradient sum per shard, folded in shard order into the mean gradient."""
 
 from __future__ import annotations
 
+import errno
 import shutil
+import time
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from diffprune.errors import InputError
 from diffprune.files import atomic_path
 
-GradientSum = tuple[dict[str, Tensor], int]  # float64 by parameter name, and the number of samples in it
+COMMIT_EVERY = 20  # times as long as a commit takes: at most 5% of the time goes into them
 
 
-class MeanGradients:
-    """The mean gradient at each of a surrogate's checkpoints, kept in a folder until the scores are done.
+@dataclass
+class GradientSum:
+    """Σ g over some samples: by parameter name, float64 on the CPU."""
 
-    ``<folder>/<checkpoint>/<shard>.safetensors`` are sums; ``<folder>/<checkpoint>.safetensors`` is their mean, which
-    takes their place. The sums are added in shard order, so the mean does not depend on who made them, or when.
+    sums: dict[str, Tensor]
+    samples: int  # in it
+    population: int  # of how many the samples were taken, or all those in it
+
+    def __add__(self, other: GradientSum) -> GradientSum:
+        if self.sums.keys() != other.sums.keys():
+            raise InputError("gradient sums of different models")
+        sums = {name: value + other.sums[name] for name, value in self.sums.items()}
+        return GradientSum(sums, self.samples + other.samples, self.population + other.population)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean gradient as it is used."""
+
+    gradient: dict[str, Tensor]  # by parameter name, float32
+    sqnorm: float  # of all of it, in float64
+    samples: int
+    population: int
+
+
+class MeanGradient:
+    """The mean gradient over all shards at one checkpoint, as files beside `path` until nothing needs it any more.
+
+        <path>.sum   the sum over the first shards, and over how many of them
+        <path>.part/<shard>   a sum that came before its turn, by `put`
+        <path>.mean  the end
+
+    Sums are added in shard order, so the mean does not depend on who made them, or when. Two sums' worth of disk is
+    taken, however many shards there are, and one more for each that waits for its turn.
     """
 
-    def __init__(self, folder: Path, shards: Sequence[str]) -> None:
-        self.folder, self.shards = folder, list(shards)
-        self.read = lru_cache(maxsize=1)(self._read)
+    def __init__(self, path: Path, shards: Sequence[str]) -> None:
+        self.shards = list(shards)
+        self._sum, self._mean, self._parts = (path.with_name(path.name + end) for end in (".sum", ".mean", ".part"))
 
-    def make(self, checkpoint: int, shard_sum: Callable[[str], GradientSum]) -> None:
-        """Make the mean at one checkpoint from ``shard_sum(shard)``; what is there already is not made again.
+    def make(self, shard_sum: Callable[[str], GradientSum]) -> None:
+        """Make the mean from ``shard_sum(shard)``, which is not asked again for what is there already.
 
         Raises: InputError for fewer than 2 samples with a finite gradient.
         """
-        mean, sums = self._path(checkpoint), self.folder / str(checkpoint)
-        if not mean.is_file():
-            total: dict[str, Tensor] = {}
-            count = 0
-            for shard in self.shards:
-                part = sums / f"{shard}.safetensors"
-                if not part.is_file():
-                    _save(part, *shard_sum(shard))
-                gradients, samples = _load(part)
-                count += samples
-                total = {name: total[name] + value if total else value for name, value in gradients.items()}
-            if count < 2:
-                raise InputError(f"moso: expected at least 2 samples with a finite gradient, found {count}")
-            _save(mean, {name: value / count for name, value in total.items()}, count)
-        shutil.rmtree(sums, ignore_errors=True)
+        if self._mean.is_file():
+            return
+        total, start = _load(self._sum) if self._sum.is_file() else (None, 0)
+        committed, took = time.monotonic(), 0.0
+        for number, shard in enumerate(self.shards[start:], start=start):
+            part = self._parts / shard
+            one = _load(part)[0] if part.is_file() else shard_sum(shard)
+            total = one if total is None else total + one
+            began = time.monotonic()
+            if began - committed >= COMMIT_EVERY * took:
+                self._commit(total, number + 1)
+                committed = time.monotonic()
+                took = committed - began
+        if total is None or total.samples < 2:
+            found = 0 if total is None else total.samples
+            raise InputError(f"moso: expected at least 2 samples with a finite gradient, found {found}")
+        mean = {name: value / total.samples for name, value in total.sums.items()}
+        _save(self._mean, GradientSum(mean, total.samples, total.population), len(self.shards))
+        self._sum.unlink(missing_ok=True)
+        shutil.rmtree(self._parts, ignore_errors=True)
+
+    def put(self, shard: str, one: GradientSum) -> None:
+        """Leave the sum of a shard for `make` to take up in its turn, from whatever process."""
+        _save(self._parts / shard, one, 1)
+
+    def read(self, device: torch.device) -> Mean:
+        """What `make` has made."""
+        found = _load(self._mean)[0]
+        gradient = {name: value.to(device, torch.float32) for name, value in found.sums.items()}
+        sqnorm = sum(value.square().sum().item() for value in found.sums.values())
+        return Mean(gradient, sqnorm, found.samples, found.population)
 
     def remove(self) -> None:
-        """Remove the folder, once nothing needs it any more."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for path in (self._sum, self._mean):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self._parts, ignore_errors=True)
 
-    def _read(self, checkpoint: int) -> tuple[dict[str, Tensor], int, float]:
-        """(ḡ by parameter name, N, ‖ḡ‖²), float64 on the CPU."""
-        gradients, count = _load(self._path(checkpoint))
-        return gradients, count, sum(value.square().sum().item() for value in gradients.values())
-
-    def _path(self, checkpoint: int) -> Path:
-        return self.folder / f"{checkpoint}.safetensors"
+    def _commit(self, total: GradientSum, shards: int) -> None:
+        _save(self._sum, total, shards)
+        if self._parts.is_dir():
+            for part in {entry.name for entry in self._parts.iterdir()}.intersection(self.shards[:shards]):
+                (self._parts / part).unlink()
 
 
-def _save(path: Path, gradients: dict[str, Tensor], samples: int) -> None:
-    tensors = {name: value.to(torch.float64).contiguous() for name, value in gradients.items()}
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write safetensors atomically; an OSError where the disk is full, which safetensors has another class for."""
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"samples": str(samples)})
+        try:
+            save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, metadata=metadata)
+        except SafetensorError as error:
+            if f"os error {errno.ENOSPC}" in str(error):
+                raise OSError(errno.ENOSPC, "no space left on the disk", str(path)) from error
+            raise
 
 
-def _load(path: Path) -> GradientSum:
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, int(file.metadata()["samples"])  # noqa: SIM118
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and metadata of a file that `save_tensors` wrote; InputError if it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error}); delete it and run again") from error
+
+
+def _save(path: Path, total: GradientSum, shards: int) -> None:
+    counts = {"samples": total.samples, "population": total.population, "shards": shards}
+    save_tensors(path, total.sums, {name: str(count) for name, count in counts.items()})
+
+
+def _load(path: Path) -> tuple[GradientSum, int]:
+    tensors, counts = load_tensors(path)
+    return GradientSum(tensors, int(counts["samples"]), int(counts["population"])), int(counts["shards"])

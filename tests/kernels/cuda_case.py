@@ -17,6 +17,7 @@ OPS = (
     "kmeans_update",
     "linear_grad_dot",
     "linear_grad_sqnorm",
+    "linear_grad_sqnorm_dot",
     "flow_matching_loss",
     "flow_matching_loss_grad",
 )

@@ -36,13 +36,14 @@ def test_explicit_choice_never_falls_back(op: dispatch.Op, impl: str, value: int
         f"example: impl={impl!r} cannot run this",
         "  cuda: does not exist for this op",
         "  triton: triton is not installed",
+        "  cpp: does not exist for this op",
         "  cpu: needs x < 10" if value == 10 else "  cpu: would run",
         "  reference: would run",
     ]
 
 
 def test_unknown_name(op: dispatch.Op) -> None:
-    with pytest.raises(ValueError, match=r"example: expected impl to be one of auto, cuda, triton, cpu, .*got 'gpu'"):
+    with pytest.raises(ValueError, match=r"expected impl to be one of auto, cuda, triton, cpp, cpu, .*got 'gpu'"):
         op("gpu", 3)
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffprune.kernels import kmeans_update
+from diffprune.kernels import cpp, kmeans_update
 
-IMPLS = ["reference", "cpu"]
+needs_cpp = pytest.mark.skipif(cpp.unavailable() is not None, reason=str(cpp.unavailable()))
+IMPLS = ["reference", "cpu", pytest.param("cpp", marks=needs_cpp)]
 
 
 def data(n: int, k: int, d: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -66,12 +67,31 @@ def test_same_bytes_for_any_number_of_threads(impl: str) -> None:
     assert not torch.equal(results[0], kmeans_update(points[order], assignment[order], 7, impl=impl)[0])
 
 
-def test_implementations_agree_to_the_bit() -> None:
-    """Both add the points of a centroid in row order, whatever the blocks."""
-    points, assignment = data(5000, 11, 300)
-    reference, cpu = (kmeans_update(points, assignment, 11, impl=impl) for impl in IMPLS)
-    assert torch.equal(reference[0], cpu[0])
-    assert torch.equal(reference[1], cpu[1])
+@pytest.mark.parametrize("impl", IMPLS[1:])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("k", [1, 11, 7000])
+def test_implementations_agree_to_the_bit(impl: str, dtype: torch.dtype, k: int) -> None:
+    """All add the points of a centroid in row order, whatever the blocks; strided points and weights too."""
+    points, assignment = data(3000, k, 131, dtype)
+    weights = torch.rand(3000, generator=torch.Generator().manual_seed(1))
+    for arguments in [
+        (points, assignment, k),
+        (points[:, 1:8], assignment, k, weights),
+        (points.T[:9].T, assignment, k),
+    ]:
+        expected, found = (kmeans_update(*arguments, impl=name) for name in ("reference", impl))
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])
+
+
+@needs_cpp
+def test_every_half_is_read_as_it_is() -> None:
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    own = torch.arange(2**16, dtype=torch.int32)
+    for dtype in (torch.float16, torch.bfloat16):
+        values = bits.view(dtype)
+        sums, _ = kmeans_update(values[:, None], own, 2**16, impl="cpp")
+        assert torch.equal(sums[:, 0].nan_to_num(nan=7e77), values.double().nan_to_num(nan=7e77))
 
 
 @pytest.mark.parametrize("impl", IMPLS)

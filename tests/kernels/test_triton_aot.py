@@ -1,6 +1,7 @@
 """Every Triton kernel compiles for each target as its launcher launches it: no spill, within shared memory, wgmma.
 
-The default run compiles each op's quick cases; ``python -m diffprune.kernels.aot`` compiles and judges all.
+The default run compiles each op's quick cases, with ``DIFFPRUNE_AOT=all`` this one compiles and judges all, as
+``python -m diffprune.kernels.aot`` does, which prints the table.
 """
 
 from __future__ import annotations
@@ -10,10 +11,14 @@ import os
 import subprocess
 import sys
 from dataclasses import fields, replace
+from importlib import import_module
+from pkgutil import iter_modules
 
 import pytest
+import torch
 
-from diffprune.kernels.aot import Compiled, main
+from diffprune.kernels import triton
+from diffprune.kernels.aot import Compiled, main, ops
 from diffprune.kernels.triton import TARGETS
 
 
@@ -21,8 +26,9 @@ from diffprune.kernels.triton import TARGETS
 def rows() -> list[Compiled]:
     """Compiled in another process: this one decorated the kernels for the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "diffprune.kernels.aot", "--quick", "--json"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
+    command = [sys.executable, "-m", "diffprune.kernels.aot", "--json"]
+    command += [] if os.environ.get("DIFFPRUNE_AOT") == "all" else ["--quick"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3000)
     assert done.stdout, done.stderr
     names = {field.name for field in fields(Compiled)}
     return [Compiled(**{name: row[name] for name in names}) for row in json.loads(done.stdout)]
@@ -31,14 +37,47 @@ def rows() -> list[Compiled]:
 @pytest.mark.parametrize("target", TARGETS)
 def test_no_faults(rows: list[Compiled], target: int) -> None:
     own = [row for row in rows if row.target == target]
-    assert {row.op for row in own} >= {"linear_grad_dot", "linear_grad_sqnorm"}
+    assert {row.op for row in own} == set(ops())
     assert [(row.op, row.kernel, row.cases, fault) for row in own for fault in row.faults] == []
 
 
 def test_products_of_half_precision_use_wgmma(rows: list[Compiled]) -> None:
     """By name, so that a kernel cannot lose its product unseen."""
     with_products = {(row.op, row.kernel) for row in rows if row.target == 90 and "wgmma.mma_async" in row.matrix}
-    assert with_products >= {("linear_grad_dot", "_kernel"), ("linear_grad_sqnorm", "_gram_kernel")}
+    assert with_products >= {
+        ("attention", "_kernel"),
+        ("attention_backward", "_key_value_kernel"),
+        ("attention_backward", "_query_kernel"),
+        ("kmeans_assign", "_search_kernel"),
+        ("linear_grad_dot", "_kernel"),
+        ("linear_grad_sqnorm", "_direct_kernel"),
+        ("linear_grad_sqnorm", "_gram_kernel"),
+        ("linear_grad_sqnorm_dot", "_direct_kernel"),
+        ("pairwise_topk", "_search_kernel"),
+    }
+
+
+def test_every_op_has_cases_of_the_sizes_that_matter() -> None:
+    """DiT-S/2's and DiT-XL/2's layers, heads and widths, and k-means over embeddings of 384, 768 and 1024."""
+    modules = {m.name: import_module(f"{triton.__name__}.{m.name}") for m in iter_modules(triton.__path__)}
+    assert ops() == sorted(name for name, module in modules.items() if hasattr(module, "run"))
+    cases = {op: list(modules[op].aot_cases()) for op in ops()}
+    for op, own in cases.items():
+        assert 1 <= sum(case.quick for case in own) <= 3, op
+        assert len({case.label for case in own}) == len(own), op
+        assert all(x.device.type == "meta" for case in own for x in case.args if isinstance(x, torch.Tensor)), op
+    widths = {"S/2": 384, "XL/2": 1152}
+    for op in ("linear_grad_dot", "linear_grad_sqnorm"):
+        shapes = {(case.args[0].shape[2], case.args[1].shape[2]) for case in cases[op]}
+        for width in widths.values():
+            blocks = {(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width), (width, 6 * width)}
+            assert shapes >= blocks | {(16, width), (width, 32)}
+    for op in ("kmeans_assign", "kmeans_update", "kmeans_update_delta"):
+        assert {case.args[0].shape[1] for case in cases[op]} >= {384, 768, 1024}
+    for op in ("attention", "attention_backward"):
+        assert {case.args[1].shape[3] for case in cases[op]} >= {32, 64, 72, 96, 128}
+    for op in (name for name in ops() if name.startswith(("adaln", "gated"))):
+        assert {case.args[0].shape[2] for case in cases[op]} == set(widths.values())
 
 
 def test_faults_are_found(rows: list[Compiled]) -> None:

@@ -19,14 +19,19 @@ def run(input: Tensor, grad_output: Tensor, bias: bool) -> Tensor:
     dtype = compute_dtype(input, grad_output)
     samples, tokens, wide = input.shape
     high = grad_output.shape[2]
-    gram = tokens * tokens * (wide + high + 1) < (tokens + 1) * wide * high
-    form, size = (_gram, tokens * tokens) if gram else (_direct, wide * high)
+    gram, direct = operations(tokens, wide, high)
+    form, size = (_gram, tokens * tokens) if gram < direct else (_direct, wide * high)
     sqnorm = input.new_empty(samples, dtype=dtype)
     step = max(1, BLOCK // max(1, size, tokens * (wide + high)))
     for start in range(0, samples, step):
         own = slice(start, start + step)
         sqnorm[own] = form(input[own].to(dtype), grad_output[own].to(dtype), bias)
     return sqnorm
+
+
+def operations(tokens: int, wide: int, high: int) -> tuple[int, int]:
+    """Multiply-adds per sample of the Gram form and of the direct one."""
+    return tokens * tokens * (wide + high + 1), (tokens + 1) * wide * high
 
 
 def _direct(a: Tensor, g: Tensor, bias: bool) -> Tensor:

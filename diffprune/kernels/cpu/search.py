@@ -20,8 +20,7 @@ class Search:
     def __init__(self, points: Tensor, dtype: torch.dtype, k: int) -> None:
         """``points`` [M, D] are finite; work in ``dtype``; the ``k`` nearest are wanted."""
         self.points, self.dtype = points, dtype
-        # Any centre is right. One in the middle keeps the norms and with them E small, and no outlier moves a median.
-        self.centre = points[:: max(1, points.shape[0] // 256)].to(dtype).median(dim=0).values
+        self.centre = centre_of(points, dtype)
         rows = max(1, BLOCK // points.shape[1])
         squares = [self.centred(block).double().square().sum(dim=1) for block in points.split(rows)]
         self.sqnorms = torch.cat(squares).to(dtype)  # [M]
@@ -60,6 +59,15 @@ class Search:
             relative += 2**-6  # operands rounded to 8 bits: two errors of 2^-8 each, and as much to spare
         reach = torch.minimum(2 * norms + self.kth_norm, self.largest_norm)
         return relative * (2 * norms * reach + reach.square()) + (dimensions + 8) * numbers.tiny
+
+
+def centre_of(points: Tensor, dtype: torch.dtype) -> Tensor:
+    """[D], in the middle of finite ``points`` [M, D].
+
+    Any centre is right. One in the middle keeps the norms and with them the error bound small, and no outlier moves a
+    median.
+    """
+    return points[:: max(1, points.shape[0] // 256)].to(dtype).median(dim=0).values
 
 
 def pair_sqdistances(queries: Tensor, points: Tensor, row: Tensor, column: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ def run(
     """Gradients with respect to query, key and value; see ``kernels/attention.py``."""
     dtype, scale = compute_dtype(query), query.shape[3] ** -0.5
     grad, q, k, v = (tensor.to(dtype) for tensor in (grad_out, query, key, value))
-    weights = (q @ k.mT * scale - logsumexp[..., None]).exp()
+    weights = (q @ k.mT / query.shape[3] ** 0.5 - logsumexp[..., None]).exp()  # rounded as in the forward
     delta = (grad * out.to(dtype)).sum(dim=3, keepdim=True)
     grad_scores = weights * (grad @ v.mT - delta) * scale
     grads = grad_scores @ k, grad_scores.mT @ q, weights.mT @ grad

@@ -33,7 +33,7 @@ def run(
     grads = empty_tokens(query), empty_tokens(query), empty_tokens(query)
     delta = torch.empty(samples, heads, tokens, dtype=torch.float32, device=query.device)
     if query.numel() > 0:
-        scale = size**-0.5
+        scales = size**-0.5, LOG2_E * size**-0.5
         for kernel, width, tensors in (
             (_query_kernel, "ROWS", (grad_out, query, key, value, out, grads[0])),
             (_key_value_kernel, "COLUMNS", (grad_out, query, key, value, *grads[1:])),
@@ -42,7 +42,7 @@ def run(
             steps, unit = strides(*tensors)
             grid = samples * heads * triton.cdiv(tokens, tile[width])
             sizes = {"UNIT": unit, **widths(size), **tile}
-            kernel[(grid,)](*tensors, logsumexp, delta, *steps, heads, tokens, scale, **sizes, **options)
+            kernel[(grid,)](*tensors, logsumexp, delta, *steps, heads, tokens, *scales, **sizes, **options)
     return grads
 
 
@@ -96,6 +96,7 @@ def _query_kernel(
     heads,
     tokens,
     scale,  # of Q·Kᵀ
+    scale2,  # for exponentials to base 2; rounded as the forward's, so that weights are the forward's
     UNIT: tl.constexpr,
     SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -141,7 +142,7 @@ def _query_kernel(
             value_tail = load_tile(value_ptr, columns, tokens, value_token * UNIT, WIDTH, TAIL, SIZE)
             scores = tl.dot(query_tail, key_tail.T, scores, input_precision="ieee")
             grad_weights = tl.dot(grad_tail, value_tail.T, grad_weights, input_precision="ieee")
-        weights = tl.exp2(scores * (scale * LOG2) - logsumexp[:, None])
+        weights = tl.exp2(scores * scale2 - logsumexp[:, None])
         weights = tl.where((columns < tokens)[None, :], weights, 0.0)
         grad_scores = (weights * (grad_weights - delta[:, None])).to(key.dtype)
         grad_query = tl.dot(grad_scores, key, grad_query, input_precision="ieee")
@@ -183,6 +184,7 @@ def _key_value_kernel(
     heads,
     tokens,
     scale,  # of Q·Kᵀ
+    scale2,  # for exponentials to base 2; rounded as the forward's, so that weights are the forward's
     UNIT: tl.constexpr,
     SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -226,7 +228,8 @@ def _key_value_kernel(
             grad_tail = load_tile(grad_out_ptr, rows, tokens, grad_out_token * UNIT, WIDTH, TAIL, SIZE)
             scores = tl.dot(key_tail, query_tail.T, scores, input_precision="ieee")
             grad_weights = tl.dot(value_tail, grad_tail.T, grad_weights, input_precision="ieee")
-        weights = tl.exp2(scores * (scale * LOG2) - logsumexp[None, :])  # 0 for rows that there are not
+        # 0 for rows that there are not. For columns that there are not anything, infinity too: it is not stored.
+        weights = tl.exp2(scores * scale2 - logsumexp[None, :])
         grad_scores = (weights * (grad_weights - delta[None, :])).to(query.dtype)
         weights = weights.to(query.dtype)
         grad_value = tl.dot(weights, grad, grad_value, input_precision="ieee")

@@ -27,13 +27,16 @@ def run(points: Tensor, moved: Tensor, old: Tensor, new: Tensor, sums: Tensor, c
 
 def aot_cases() -> Iterator[Case]:
     """A tenth of ImageNet's images move."""
-    for dtype in (*DTYPES, torch.float64):
-        points = torch.empty(1281167, 768, dtype=dtype, device="meta")
-        moved = torch.empty(128000, dtype=torch.int64, device="meta")
-        label = torch.empty(128000, dtype=torch.int32, device="meta")
-        sums = torch.empty(1000, 768, dtype=torch.float64, device="meta")
-        counts = torch.empty(1000, dtype=torch.int64, device="meta")
-        yield Case(f"K=1000 D=768 {dtype}".replace("torch.", ""), (points, moved, label, label, sums, counts))
+    for depth in (384, 768, 1024):
+        for dtype in (*DTYPES, torch.float64):
+            points = torch.empty(1281167, depth, dtype=dtype, device="meta")
+            moved = torch.empty(128000, dtype=torch.int64, device="meta")
+            label = torch.empty(128000, dtype=torch.int32, device="meta")
+            sums = torch.empty(1000, depth, dtype=torch.float64, device="meta")
+            counts = torch.empty(1000, dtype=torch.int64, device="meta")
+            args = points, moved, label, label, sums, counts
+            quick = (depth, dtype) == (768, torch.float16)
+            yield Case(f"K=1000 D={depth} {dtype}".replace("torch.", ""), args, quick)
 
 
 def _sums(points: Tensor, moved: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffprune.kernels.triton import Case, Gpu, gpu, refuse_inputs
+from diffprune.kernels.triton.layers import label, layers, tensors
 from diffprune.kernels.triton.tiles import (
     Tile,
     describable,
@@ -94,11 +95,16 @@ def pieces(direction: Tensor, dtype: torch.dtype) -> Tensor:
 
     Three pieces of bfloat16 hold all 24 bits of a float32: three products on tensor cores instead of one without them.
     """
-    if (direction.dtype, dtype) != (torch.float32, torch.bfloat16):
+    if not splits(direction, dtype):
         return direction[None]
     high = direction.to(dtype)
     middle = (direction - high).to(dtype)
     return torch.stack([high, middle, (direction - high - middle).to(dtype)])
+
+
+def splits(direction: Tensor, dtype: torch.dtype) -> bool:
+    """Whether ``pieces`` are three."""
+    return (direction.dtype, dtype) == (torch.float32, torch.bfloat16)
 
 
 def config(rows: int, width: int, depth: int, itemsize: int, gpu: Gpu) -> Tile:
@@ -109,16 +115,13 @@ def config(rows: int, width: int, depth: int, itemsize: int, gpu: Gpu) -> Tile:
 
 
 def aot_cases() -> Iterator[Case]:
-    """DiT-S/2's and DiT-XL/2's layers, 64 samples of 256 tokens; and the direction in float32."""
-    layers = {"S/2 qkv": (384, 1152), "XL/2 qkv": (1152, 3456), "XL/2 proj": (1152, 1152)}
-    layers |= {"XL/2 fc1": (1152, 4608), "XL/2 fc2": (4608, 1152), "XL/2 final": (1152, 32), "XL/2 patch": (16, 1152)}
+    """The layers of DiT-S/2 and DiT-XL/2; the direction in float32 too."""
     half, brain, full = torch.float16, torch.bfloat16, torch.float32
     for dtype, other in ((half, half), (brain, brain), (full, full), (half, full), (brain, full)):
-        for name, (wide, high) in layers.items():
-            a, g = (torch.empty(64, 256, width, dtype=dtype, device="meta") for width in (wide, high))
-            m, bias = (torch.empty(shape, dtype=other, device="meta") for shape in ((high, wide), (high,)))
-            label = f"{name} {dtype} {other}".replace("torch.", "")
-            yield Case(label, (a, g, m, bias), quick=label in QUICK)
+        for name, sizes in layers().items():
+            a, g, m = tensors(sizes, dtype, dtype, other)
+            named = label(name, dtype, other)
+            yield Case(named, (a, g, m, m.new_empty(len(m))), quick=named in QUICK)
 
 
 @triton.jit
@@ -168,7 +171,7 @@ def _kernel(
 
     if BIAS and TRANSPOSED:
         c = column + tl.arange(0, COLUMNS)
-        product += tl.load(bias_ptr + c * bias_stride, mask=c < width, other=0.0).to(tl.float32)[None, :]
+        product += tl.load(bias_ptr + c.to(tl.int64) * bias_stride, mask=c < width, other=0.0).to(tl.float32)[None, :]
     z = load(other, row, column, rows, width, other_stride, ROWS, COLUMNS, DESCRIBED)
     dots = tl.sum(product * z.to(tl.float32), axis=1)
     if BIAS and not TRANSPOSED:  # the tiles of these rows share out the columns of G
@@ -176,7 +179,7 @@ def _kernel(
         for k in tl.range(tile * share, tl.minimum(depth, (tile + 1) * share), STEP, num_stages=3):
             x = load(left, row, k, rows, depth, left_stride, ROWS, STEP, DESCRIBED)
             c = k + tl.arange(0, STEP)
-            bias = tl.load(bias_ptr + c * bias_stride, mask=c < depth, other=0.0)
+            bias = tl.load(bias_ptr + c.to(tl.int64) * bias_stride, mask=c < depth, other=0.0)
             dots += tl.sum(x.to(tl.float32) * bias.to(tl.float32)[None, :], axis=1)
     r = row + tl.arange(0, ROWS)
     tl.store(partial_ptr + tile.to(tl.int64) * rows + r, dots, mask=r < rows)

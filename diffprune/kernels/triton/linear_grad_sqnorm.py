@@ -16,10 +16,7 @@ flag per sample and ends if none is set, so the host never waits.
 
 float16 and bfloat16 are multiplied on tensor cores with float32 sums, float32 exactly (``input_precision="ieee"``).
 
-Norm and dot with a direction in one pass are not offered: it does not pay at T=256. The Gram form shares with
-``linear_grad_dot`` only the reads of A and G, which the dot, compute-bound, hides anyway. The direct form would share
-the product Gᵀ·A, for DiT-XL/2 228 GFLOP per sample in place of 34 to 51 (Gram) + 228, 13 to 18% less; but in tiles of
-depth 256 (four steps) in place of 1152 to 4608, and starting and ending them costs more than that.
+Norm and dot with a direction in one pass: ``linear_grad_sqnorm_dot``.
 """
 
 from __future__ import annotations
@@ -32,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffprune.kernels.triton import Case, Gpu, gpu, refuse_inputs
+from diffprune.kernels.triton.layers import label, layers, tensors
 from diffprune.kernels.triton.linear_grad_sqnorm_direct import direct, direct_tile
 from diffprune.kernels.triton.tiles import Tile, describable, load, matrix, refuse_rows, source
 
@@ -124,19 +122,12 @@ def gram_tiles(samples: int, tokens: int, side: int) -> tuple[int, int, int]:
 
 
 def aot_cases() -> Iterator[Case]:
-    """DiT-S/2's and DiT-XL/2's layers, 64 samples of 256 tokens; adaLN's one token; 1024 tokens; and mixed inputs."""
-    layers = {"S/2 qkv": (256, 384, 1152), "XL/2 qkv": (256, 1152, 3456), "XL/2 proj": (256, 1152, 1152)}
-    layers |= {"XL/2 fc1": (256, 1152, 4608), "XL/2 fc2": (256, 4608, 1152), "XL/2 adaLN": (1, 1152, 6912)}
-    layers |= {"XL/2 final": (256, 1152, 32), "XL/2 patch": (256, 16, 1152), "S/2 proj T=1024": (1024, 384, 384)}
+    """The layers of DiT-S/2 and DiT-XL/2; one of 1024 tokens; and mixed inputs."""
     half, brain, full = torch.float16, torch.bfloat16, torch.float32
     for dtypes in ((half, half), (brain, brain), (full, full), (full, brain)):
-        for name, (tokens, *widths) in layers.items():
-            a, g = (
-                torch.empty(64, tokens, width, dtype=dtype, device="meta")
-                for width, dtype in zip(widths, dtypes, strict=True)
-            )
-            label = f"{name} {dtypes[0]} {dtypes[1]}".replace("torch.", "")
-            yield Case(label, (a, g, True), quick=label in QUICK)
+        for name, sizes in (layers() | {"S/2 proj T=1024": (1024, 384, 384)}).items():
+            named = label(name, *dtypes)
+            yield Case(named, (*tensors(sizes, *dtypes), True), quick=named in QUICK)
 
 
 @triton.jit

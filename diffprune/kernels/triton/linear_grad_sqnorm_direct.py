@@ -1,4 +1,7 @@
-"""The direct form of ``linear_grad_sqnorm``, Σ(Gᵀ·A)²: tiles as deep as there are tokens, squared in registers."""
+"""The direct form of ``linear_grad_sqnorm``, Σ(Gᵀ·A)²: tiles as deep as there are tokens, squared in registers.
+
+With a direction M also Σ(Gᵀ·A)∘M, from the same tiles: ``linear_grad_sqnorm_dot``.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +11,48 @@ import triton.language as tl
 from torch import Tensor
 
 from diffprune.kernels.triton import Gpu, gpu
-from diffprune.kernels.triton.tiles import Tile, describable, load, multiplied_bytes, product_tile, source
+from diffprune.kernels.triton.tiles import Tile, describable, load, matrix, multiplied_bytes, product_tile, source
 
 
 def direct(a: Tensor, g: Tensor, samples: int, tokens: int, bias: bool, only: Tensor | None = None) -> Tensor:
     """Σ(Gᵀ·A)² (+ Σ(Σ_t G)²) of a [B·T, I] and g [B·T, O]; 0 for samples that ``only`` [B] does not mark."""
+    return _sums(a, g, samples, tokens, bias, direct_tile(a, g, samples if only is None else 1, tokens, gpu(a)), only)[
+        0
+    ]
+
+
+def with_direction(
+    a: Tensor, g: Tensor, samples: int, tokens: int, direction: Tensor, bias_direction: Tensor | None
+) -> Tensor:
+    """[2, B]: Σ(Gᵀ·A)² and Σ(Gᵀ·A)∘M of a [B·T, I], g [B·T, O] and a direction [O, I]; with those of the bias."""
+    tile = dot_tile(a, g, samples, tokens, gpu(a))
+    return _sums(a, g, samples, tokens, bias_direction is not None, tile, None, direction, bias_direction)
+
+
+def _sums(
+    a: Tensor,
+    g: Tensor,
+    samples: int,
+    tokens: int,
+    bias: bool,
+    tile: Tile,
+    only: Tensor | None,
+    direction: Tensor | None = None,
+    bias_direction: Tensor | None = None,
+) -> Tensor:
+    high, wide, step, options = tile
     device = gpu(a)
-    high, wide, step, options = direct_tile(a, g, samples if only is None else 1, tokens, device)
     described = multiplied_bytes(a, g) == 2 and tokens % step == 0 and describable(device, a, g)
     tiles = triton.cdiv(g.shape[1], high) * max(1, triton.cdiv(a.shape[1], wide))
     empty, programs = (torch.empty, samples * tiles) if only is None else (torch.zeros, min(tiles, device.processors))
-    partial = empty(samples, tiles, dtype=torch.float32, device=a.device)
+    partial = empty(1 if direction is None else 2, samples, tiles, dtype=torch.float32, device=a.device)
+    direction = None if direction is None else matrix(direction)
     if programs:
         _direct_kernel[(programs,)](
             source(a, (step, wide), described),
             source(g, (step, high), described),
+            direction,
+            bias_direction,
             only,
             partial,
             samples,
@@ -32,6 +62,8 @@ def direct(a: Tensor, g: Tensor, samples: int, tokens: int, bias: bool, only: Te
             g.shape[1],
             a.stride(0),
             g.stride(0),
+            0 if direction is None else direction.stride(0),
+            0 if bias_direction is None else bias_direction.stride(0),
             BIAS=bias,
             DESCRIBED=described,
             HIGH=high,
@@ -39,7 +71,7 @@ def direct(a: Tensor, g: Tensor, samples: int, tokens: int, bias: bool, only: Te
             STEP=step,
             **options,
         )
-    return partial.sum(dim=1)
+    return partial.sum(dim=2)
 
 
 def direct_tile(a: Tensor, g: Tensor, batch: int, tokens: int, gpu: Gpu) -> Tile:
@@ -49,12 +81,22 @@ def direct_tile(a: Tensor, g: Tensor, batch: int, tokens: int, gpu: Gpu) -> Tile
     return product_tile(g.shape[1], a.shape[1], tokens, gpu, batch)
 
 
+def dot_tile(a: Tensor, g: Tensor, batch: int, tokens: int, gpu: Gpu) -> Tile:
+    """How Gᵀ·A is tiled if M's tile is multiplied with it: 128 × 128 at most, for M takes registers too."""
+    tile = direct_tile(a, g, batch, tokens, gpu)
+    if multiplied_bytes(a, g) == 4:
+        return tile
+    return tile._replace(rows=min(tile.rows, 128), options={"num_warps": 8, "num_stages": 3})
+
+
 @triton.jit
 def _direct_kernel(
     input,  # A: [samples · tokens, wide]
     grad_output,  # G: [samples · tokens, high]
+    direction_ptr,  # M: [high, wide], or None
+    bias_ptr,  # m: [high], or None
     only_ptr,  # [samples] bool, or None
-    partial_ptr,  # [samples, tiles]
+    partial_ptr,  # [1 or 2, samples, tiles]: of the squares and, with M, of the products with it
     samples,
     tokens,
     tiles,
@@ -62,36 +104,42 @@ def _direct_kernel(
     high,
     input_stride,
     grad_stride,
+    direction_stride,
+    bias_stride,
     BIAS: tl.constexpr,
     DESCRIBED: tl.constexpr,
     HIGH: tl.constexpr,
     WIDE: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Sums of squares of tiles of Gᵀ·A: one tile per program, or all tiles of the samples marked in ``only``."""
+    """Sums over tiles of Gᵀ·A: one tile per program, or all tiles of the samples marked in ``only`` (squares alone)."""
     program = tl.program_id(0)
     if only_ptr is None:
         sample, tile = program // tiles, program % tiles
-        total = _direct_tile(
-            input, grad_output, sample, tile, tokens, wide, high, input_stride, grad_stride,
-            BIAS, DESCRIBED, HIGH, WIDE, STEP,
+        squares, dot = _direct_tile(
+            input, grad_output, direction_ptr, bias_ptr, sample, tile, tokens, wide, high,
+            input_stride, grad_stride, direction_stride, bias_stride, BIAS, DESCRIBED, HIGH, WIDE, STEP,
         )  # fmt: skip
-        tl.store(partial_ptr + program.to(tl.int64), total)
+        tl.store(partial_ptr + program.to(tl.int64), squares)
+        if direction_ptr is not None:
+            tl.store(partial_ptr + tl.num_programs(0).to(tl.int64) + program, dot)
     else:
         for sample in range(samples):
             if tl.load(only_ptr + sample):
                 for tile in range(program, tiles, tl.num_programs(0)):
-                    total = _direct_tile(
-                        input, grad_output, sample, tile, tokens, wide, high, input_stride, grad_stride,
-                        BIAS, DESCRIBED, HIGH, WIDE, STEP,
+                    squares, _ = _direct_tile(
+                        input, grad_output, None, None, sample, tile, tokens, wide, high,
+                        input_stride, grad_stride, 0, 0, BIAS, DESCRIBED, HIGH, WIDE, STEP,
                     )  # fmt: skip
-                    tl.store(partial_ptr + tl.cast(sample, tl.int64) * tiles + tile, total)
+                    tl.store(partial_ptr + tl.cast(sample, tl.int64) * tiles + tile, squares)
 
 
 @triton.jit
 def _direct_tile(
     input,
     grad_output,
+    direction_ptr,
+    bias_ptr,
     sample,
     tile,
     tokens,
@@ -99,12 +147,15 @@ def _direct_tile(
     high,
     input_stride,
     grad_stride,
+    direction_stride,
+    bias_stride,
     BIAS: tl.constexpr,
     DESCRIBED: tl.constexpr,
     HIGH: tl.constexpr,
     WIDE: tl.constexpr,
     STEP: tl.constexpr,
 ):
+    """Of one tile the sum of squares, and of the products with M's (0 without M)."""
     across = tl.maximum(1, tl.cdiv(wide, WIDE))
     o, i = tile // across * HIGH, tile % across * WIDE
     first, end = sample * tokens, (sample + 1) * tokens
@@ -115,11 +166,19 @@ def _direct_tile(
         if g.dtype != a.dtype:
             g, a = g.to(tl.float32), a.to(tl.float32)
         product = tl.dot(g.T, a, product, input_precision="ieee")
-    total = tl.sum(product * product)
+    dot = 0.0
+    if direction_ptr is not None:
+        m = load(direction_ptr, o, i, high, wide, direction_stride, HIGH, WIDE, False)
+        dot += tl.sum(product * m.to(tl.float32))
+    squares = tl.sum(product * product)
     if BIAS and i == 0:
         column = tl.zeros((HIGH,), dtype=tl.float32)
         for t in tl.range(first, end, STEP, num_stages=3):
             g = load(grad_output, t, o, end, high, grad_stride, STEP, HIGH, DESCRIBED)
             column += tl.sum(g.to(tl.float32), axis=0)
-        total += tl.sum(column * column)
-    return total
+        squares += tl.sum(column * column)
+        if bias_ptr is not None:
+            r = o + tl.arange(0, HIGH)
+            bias = tl.load(bias_ptr + r.to(tl.int64) * bias_stride, mask=r < high, other=0.0)
+            dot += tl.sum(column * bias.to(tl.float32))
+    return squares, dot

@@ -1,0 +1,168 @@
+// What surrounds the search: the instruction set, the centroids' codes and bounds, and the threads.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "ops.h"
+#include "threads.h"
+
+namespace diffprune::cpu {
+namespace {
+
+constexpr int64_t kRowsPerTask = 512;
+constexpr double kUp = 1 + 1e-6;  // pays for rounding a bound to float32
+
+// The tables that `Packed` points to.
+struct Tables {
+  std::vector<int8_t> codes;
+  std::vector<int32_t> correction;
+  std::vector<float> step, norm, error, offset, slack;
+  Packed packed;
+};
+
+Tables pack(const Variant& variant, const float* centroids, const float* centre, int64_t k, int64_t dimensions) {
+  Tables tables;
+  const int64_t columns = variant.columns, panels = (k + columns - 1) / columns;
+  const int64_t groups = (dimensions + 7) / 8 * 2;  // of 4 dimensions; an even number
+  const int64_t padded = panels * columns;
+  tables.codes.assign(padded * groups * 4, 0);
+  tables.correction.assign(padded, 0);
+  for (auto* table : {&tables.step, &tables.norm, &tables.error, &tables.slack}) table->assign(padded, 0);
+  tables.offset.assign(padded, -std::numeric_limits<float>::infinity());
+  double largest = 0;
+  for (int64_t j = 0; j < k; ++j)
+    for (int64_t d = 0; d < dimensions; ++d)
+      largest = std::max(largest, std::fabs(static_cast<double>(centroids[j * dimensions + d]) - centre[d]));
+  int exponent = 0;
+  if (largest > 0) std::frexp(largest, &exponent);
+  exponent = std::clamp(exponent, -126, 126);  // a float of that power, and its inverse, is a normal number
+  const double scale = std::ldexp(1.0, -exponent);
+  std::vector<double> centred(dimensions);
+  for (int64_t j = 0; j < k; ++j) {
+    double peak = 0, square = 0;
+    for (int64_t d = 0; d < dimensions; ++d) {
+      centred[d] = (static_cast<double>(centroids[j * dimensions + d]) - centre[d]) * scale;
+      peak = std::max(peak, std::fabs(centred[d]));
+      square += centred[d] * centred[d];
+    }
+    const float step = static_cast<float>(peak / variant.code_limit);
+    int64_t sum = 0;
+    double norm = 0, error = 0;
+    int8_t* panel = tables.codes.data() + j / columns * groups * columns * 4;
+    for (int64_t d = 0; d < dimensions; ++d) {
+      const double ratio = step > 0 ? std::nearbyint(centred[d] / step) : 0;
+      const int code = static_cast<int>(std::clamp<double>(ratio, -variant.code_limit, variant.code_limit));
+      const double rounded = static_cast<double>(step) * code;
+      norm += rounded * rounded;
+      error += (centred[d] - rounded) * (centred[d] - rounded);
+      sum += code;
+      panel[(d / 4 * columns + j % columns) * 4 + d % 4] = static_cast<int8_t>(code);
+    }
+    const double half = square / 2, rounding = 1e-6 * half + 1e-35;
+    tables.correction[j] = static_cast<int32_t>(-(variant.row_limit + 1) * sum);
+    tables.step[j] = step;
+    tables.norm[j] = static_cast<float>(std::sqrt(norm) * kUp + 1e-30);
+    tables.error[j] = static_cast<float>(std::sqrt(error) * kUp + 1e-30);
+    tables.offset[j] = static_cast<float>(-half + rounding);
+    tables.slack[j] = static_cast<float>(2 * rounding * kUp);
+  }
+  tables.packed = {tables.codes.data(),  tables.correction.data(), tables.step.data(), tables.norm.data(),
+                   tables.error.data(),  tables.offset.data(),     tables.slack.data(), centroids,
+                   centre,               static_cast<float>(scale), k,                  dimensions,
+                   panels,               groups};
+  return tables;
+}
+
+// The products of `variant` are those of plain integers, on codes that use its whole range. A mistake here would be
+// wrong labels on a machine that no test ran on.
+bool verified(const Variant& variant) {
+  uint32_t state = 12345;
+  const auto next = [&] { return (state = state * 1664525u + 1013904223u) >> 8; };
+  for (const int64_t groups : {2, 6, 98}) {
+    const int64_t dimensions = 4 * groups, columns = variant.columns;
+    std::vector<uint8_t> x(variant.rows * dimensions);
+    std::vector<int8_t> panel(columns * dimensions);
+    std::vector<int32_t> out(variant.rows * columns, -1);
+    for (int round = 0; round < 3; ++round) {
+      for (auto& code : x) code = round == 0 ? 2 * variant.row_limit + 1 : next() % (2 * variant.row_limit + 1) + 1;
+      for (auto& code : panel)
+        code = round == 0 ? variant.code_limit : static_cast<int>(next() % (2 * variant.code_limit + 1)) - variant.code_limit;
+      if (round == 1)
+        for (auto& code : panel) code = -variant.code_limit;
+      variant.products(x.data(), panel.data(), groups, out.data());
+      for (int64_t r = 0; r < variant.rows; ++r)
+        for (int64_t c = 0; c < columns; ++c) {
+          int32_t expected = 0;
+          for (int64_t d = 0; d < dimensions; ++d)
+            expected += x[r * dimensions + d] * panel[(d / 4 * columns + c) * 4 + d % 4];
+          if (out[r * columns + c] != expected) return false;
+        }
+    }
+  }
+  return true;
+}
+
+bool supported(const Variant& variant) {
+#ifdef DIFFPRUNE_X86
+  __builtin_cpu_init();
+  if (&variant == &avx2)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (&variant == &avx512vnni)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("f16c");
+#endif
+  return &variant == &portable;
+}
+
+const std::vector<const Variant*>& usable() {
+  static const std::vector<const Variant*> found = [] {
+    std::vector<const Variant*> all, good;
+#ifdef DIFFPRUNE_X86
+    all = {&avx512vnni, &avx2};
+#endif
+    all.push_back(&portable);
+    for (const auto* variant : all)
+      if (supported(*variant) && verified(*variant)) good.push_back(variant);
+    return good;
+  }();
+  return found;
+}
+
+}  // namespace
+
+std::vector<std::string> variants() {
+  std::vector<std::string> names;
+  for (const auto* variant : usable()) names.emplace_back(variant->name);
+  return names;
+}
+
+std::pair<int64_t, int64_t> kmeans_assign(const std::string& name, uintptr_t points, int type, int64_t stride,
+                                          uintptr_t centroids, uintptr_t centre, int64_t n, int64_t k,
+                                          int64_t dimensions, uintptr_t assignment, uintptr_t sqdistance, int threads) {
+  const auto found = std::find_if(usable().begin(), usable().end(), [&](const auto* v) { return name == v->name; });
+  if (found == usable().end()) throw std::invalid_argument("kmeans_assign: this processor does not run " + name);
+  const Tables tables = pack(**found, reinterpret_cast<const float*>(centroids),
+                             reinterpret_cast<const float*>(centre), k, dimensions);
+  const Points given{reinterpret_cast<const void*>(points), static_cast<Type>(type), stride};
+  std::atomic<int64_t> candidates{0}, exact{0};
+  std::atomic<bool> failed{false};
+  in_threads(threads, (n + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task) {
+    const int64_t first = task * kRowsPerTask;
+    const Counts counts = (*found)->assign(tables.packed, given, first, std::min(n, first + kRowsPerTask),
+                                           reinterpret_cast<int32_t*>(assignment),
+                                           reinterpret_cast<float*>(sqdistance));
+    if (counts.candidates < 0) failed = true;
+    candidates += counts.candidates;
+    exact += counts.exact;
+  });
+  if (failed) throw std::bad_alloc();
+  return {candidates, exact};
+}
+
+}  // namespace diffprune::cpu

@@ -1,0 +1,56 @@
+// The search on AVX-512 with VNNI: vpdpbusd adds four 8-bit products to each of 16 sums.
+#include "kmeans_assign.h"
+
+#ifdef DIFFPRUNE_X86
+#include <immintrin.h>
+
+namespace {
+struct Isa {
+  static constexpr int lanes = 16, vectors = 4, rows = 4, row_limit = 127, code_limit = 127;
+  typedef float Vector __attribute__((vector_size(4 * lanes)));
+  typedef int32_t Integers __attribute__((vector_size(4 * lanes)));
+
+  static unsigned mask(Integers comparison) { return _mm512_movepi32_mask(reinterpret_cast<__m512i>(comparison)); }
+
+  static Vector load(const uint16_t* from, diffprune::cpu::Type type) {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    if (type == diffprune::cpu::Type::float16) return _mm512_cvtph_ps(halves);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+  }
+
+  static void store(uint8_t* to, Integers values) {  // 0 to 255
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(values)));
+  }
+
+  static __m512i four(const uint8_t* x) {
+    int32_t bytes;
+    __builtin_memcpy(&bytes, x, 4);
+    return _mm512_set1_epi32(bytes);
+  }
+
+  __attribute__((noinline)) static void products(const uint8_t* x, int64_t stride, const int8_t* panel, int64_t groups,
+                                                 int32_t* out) {
+    __m512i total[rows][vectors] = {};
+    for (int64_t g = 0; g < groups; ++g, panel += 4 * lanes * vectors) {
+      __m512i codes[vectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) codes[v] = _mm512_loadu_si512(panel + v * 4 * lanes);
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) {
+        const __m512i row = four(x + r * stride + 4 * g);
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) total[r][v] = _mm512_dpbusd_epi32(total[r][v], row, codes[v]);
+      }
+    }
+    for (int r = 0; r < rows; ++r)
+      for (int v = 0; v < vectors; ++v) _mm512_storeu_si512(out + (r * vectors + v) * lanes, total[r][v]);
+  }
+};
+}  // namespace
+
+#include "kmeans_search.inl"
+
+namespace diffprune::cpu {
+const Variant avx512vnni{"avx512vnni", Isa::rows, kColumns, Isa::row_limit, Isa::code_limit, assign, products};
+}
+#endif

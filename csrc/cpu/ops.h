@@ -1,0 +1,28 @@
+// What the Python module diffprune._cpu offers: plain functions of addresses and sizes, no torch.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "kmeans_assign.h"
+
+namespace diffprune::cpu {
+
+// Instruction sets that this processor has and whose integer products were verified, the fastest first.
+std::vector<std::string> variants();
+
+// Nearest centroids of points [N, D] (`type` is a Type, not float64; rows `stride` elements apart) among
+// centroids [K, D] float32: assignment [N] int32, sqdistance [N] float32. centre [D] is near the centroids.
+// Returns how many pairs were compared in float32 and in float64.
+std::pair<int64_t, int64_t> kmeans_assign(const std::string& variant, uintptr_t points, int type, int64_t stride,
+                                          uintptr_t centroids, uintptr_t centre, int64_t n, int64_t k,
+                                          int64_t dimensions, uintptr_t assignment, uintptr_t sqdistance, int threads);
+
+// Sum and number of the points [N, D] of each of k centroids, added in row order in float64: sums [K, D] float64, counts
+// [K] int64. assignment [N] int32 in range. weights [N] float64 or 0: sums of w x instead.
+void kmeans_update(uintptr_t points, int type, int64_t stride, uintptr_t assignment, uintptr_t weights, int64_t n,
+                   int64_t k, int64_t dimensions, uintptr_t sums, uintptr_t counts, int threads);
+
+}  // namespace diffprune::cpu

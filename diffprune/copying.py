@@ -1,0 +1,66 @@
+"""Byte ranges from one file to the end of another, inside the kernel where it can."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from diffprune.errors import InputError
+
+_COPY_BYTES = 4 << 20
+# What a kernel or file system that cannot do it answers: then the next way is tried.
+_UNABLE = {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ENOTSOCK}
+
+
+def copy_ranges(source: Path, ranges: Iterable[tuple[int, int]], target: int) -> None:
+    """Append the bytes [begin, end) of each range of ``source`` to the file descriptor ``target``.
+
+    By ``copy_file_range``, which some file systems do without moving a byte, else ``sendfile``, else through memory.
+    Raises InputError if ``source`` ends before a range does.
+    """
+    ways = [way for name, way in _WAYS.items() if name == "read" or hasattr(os, name)]
+    with open(source, "rb", buffering=0) as file:
+        for begin, end in ranges:
+            while begin < end:
+                try:
+                    copied = ways[0](file.fileno(), target, begin, end - begin)
+                except OSError as error:
+                    if len(ways) == 1 or error.errno not in _UNABLE:
+                        raise
+                    copied = 0
+                begin += copied
+                if copied == 0:
+                    if os.fstat(file.fileno()).st_size < end:
+                        raise InputError(
+                            f"{source}: expected bytes up to {end}, found its end at "
+                            f"{os.fstat(file.fileno()).st_size}: it was changed"
+                        )
+                    if len(ways) == 1:
+                        raise OSError(errno.EIO, f"{source}: no byte could be read at {begin}")
+                    ways = ways[1:]
+
+
+def write_all(target: int, data: bytes) -> None:
+    """Append ``data`` to the file descriptor ``target``, all of it."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(target, view) :]
+
+
+def _copy_file_range(source: int, target: int, begin: int, size: int) -> int:
+    return os.copy_file_range(source, target, size, begin)
+
+
+def _sendfile(source: int, target: int, begin: int, size: int) -> int:
+    return os.sendfile(target, source, begin, size)
+
+
+def _read(source: int, target: int, begin: int, size: int) -> int:
+    data = os.pread(source, min(size, _COPY_BYTES), begin)
+    write_all(target, data)
+    return len(data)
+
+
+_WAYS = {"copy_file_range": _copy_file_range, "sendfile": _sendfile, "read": _read}

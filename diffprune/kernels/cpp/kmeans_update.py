@@ -1,0 +1,39 @@
+"""``kmeans_update`` by rows sorted by centroid: N·D reads, shared among threads by centroid."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffprune.kernels.cpp import TYPES, as_rows, extension
+from diffprune.kernels.cpu import refuse_device
+
+
+def refuse(points: Tensor, assignment: Tensor, k: int, weights: Tensor | None) -> str | None:
+    """Only CPU tensors."""
+    return refuse_device(points, assignment, weights)
+
+
+def run(points: Tensor, assignment: Tensor, k: int, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See ``kernels/kmeans_update.py``."""
+    n, dimensions = points.shape
+    sums = torch.empty(k, dimensions, dtype=torch.float64)
+    counts = torch.empty(k, dtype=torch.int64)
+    points, assignment = as_rows(points), assignment.contiguous()
+    weights = None if weights is None else weights.double().contiguous()
+    extension().kmeans_update(
+        points.data_ptr(),
+        TYPES[points.dtype],
+        points.stride(0),
+        assignment.data_ptr(),
+        0 if weights is None else weights.data_ptr(),
+        n,
+        k,
+        dimensions,
+        sums.data_ptr(),
+        counts.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if weights is None:
+        return sums, counts
+    return sums, torch.zeros(k, dtype=torch.float64).index_add_(0, assignment.long(), weights)

@@ -1,0 +1,100 @@
+"""Where k-means starts. Every draw is exact, and the same however the points are split into files or blocks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from diffprune.draws import uniform
+from diffprune.kernels import kmeans_assign
+from diffprune.kmeans_lloyd import Lloyd
+from diffprune.kmeans_points import HeldPoints, Points
+
+PARALLEL_ROUNDS = 5
+PARALLEL_POLISH = 20
+"""Rounds of weighted k-means on the candidates of k-means||."""
+
+MANTISSA = 53
+
+
+def plus_plus(points: Points, k: int, generator: torch.Generator, weights: Tensor | None = None) -> Tensor:
+    """[k, D] float32: k-means++ (Arthur and Vassilvitskii 2007).
+
+    The first is a point drawn by weight, the next one with probability w·D²/Σw·D², D its distance to those before.
+    Nothing waits for the device; k passes over the points.
+    """
+    centroids = torch.empty(k, points.dimensions, device=points.device)
+    sqdistance = torch.full((points.rows,), math.inf, device=points.device)
+    for i, chance in enumerate(torch.rand(k, generator=generator, dtype=torch.float64).to(points.device)):
+        mass = torch.ones_like(sqdistance) if i == 0 else sqdistance
+        centroids[i] = points.take(draw_rows(chance[None], mass, weights))[0]
+        for own, block in points.blocks():
+            torch.minimum(sqdistance[own], kmeans_assign(block, centroids[i : i + 1])[1], out=sqdistance[own])
+    return centroids
+
+
+def parallel(
+    points: Points, k: int, generator: torch.Generator, largest: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """[k, D] float32: k-means|| (Bahmani et al., "Scalable k-means++", 2012), algorithm 2.
+
+    Five rounds; in each, every point becomes a candidate with probability min(1, l·w·D²/Σw·D²), l = max(k/2, 16),
+    independently. Then k-means++ and Lloyd on the candidates, weighed by the points that are nearest to them. One pass
+    over the points for each round, whatever k is.
+    """
+    seed = int(torch.randint(2**32, (1,), generator=generator))
+    hashes = torch.arange(points.rows, device=points.device)
+    mass = torch.ones(points.rows, device=points.device)
+    chance = torch.rand(1, generator=generator, dtype=torch.float64).to(points.device)
+    candidates = points.take(draw_rows(chance, mass, weights))
+    fresh, owner = candidates, torch.zeros(points.rows, dtype=torch.int64, device=points.device)
+    sqdistance = torch.full((points.rows,), math.inf, device=points.device)
+    oversampling = max(k / 2, 16)
+    for draw in range(PARALLEL_ROUNDS + 1):
+        for own, block in points.blocks():
+            nearest, square = kmeans_assign(block, fresh)
+            closer = square < sqdistance[own]
+            owner[own] = torch.where(closer, nearest.long() + len(candidates) - len(fresh), owner[own])
+            sqdistance[own] = torch.where(closer, square, sqdistance[own])
+        if draw == PARALLEL_ROUNDS:
+            break
+        parts = shares(sqdistance, weights)
+        rows = (uniform(seed, hashes, "k-means||", draw) * parts.sum() < oversampling * parts).nonzero().flatten()
+        if len(rows) == 0:
+            continue
+        fresh = points.take(rows)
+        candidates = torch.cat([candidates, fresh])
+    if len(candidates) <= k:  # hardly any distinct points; Lloyd's rounds restart the copies
+        return torch.cat([candidates, candidates[:1].expand(k - len(candidates), -1)])
+    masses = (torch.ones_like(sqdistance) if weights is None else weights).double().cpu()
+    masses = torch.zeros(len(candidates), dtype=torch.float64).index_add_(0, owner.cpu(), masses).to(points.device)
+    few = HeldPoints(candidates, points.metric, candidates)
+    start = plus_plus(few, k, generator, masses)
+    distinct = len(torch.unique(candidates[masses > 0], dim=0))
+    return Lloyd(few, k, largest, masses).run(start, PARALLEL_POLISH, 0.0).centroids if distinct >= k else start
+
+
+def random_rows(points: Points, k: int, generator: torch.Generator, weights: Tensor | None = None) -> Tensor:
+    """[k, D] float32: k different rows; with weights, of those above 0."""
+    rows = torch.arange(points.rows) if weights is None else (weights > 0).nonzero().flatten().cpu()
+    rows = rows[torch.randperm(len(rows), generator=generator)[:k]]
+    return points.take(rows.repeat(math.ceil(k / max(1, len(rows))))[:k].to(points.device))
+
+
+def draw_rows(chances: Tensor, mass: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Rows drawn with probability w·mass/Σw·mass, one for each of ``chances`` [M] float64 in [0, 1): [M] int64."""
+    ends = shares(mass, weights).cumsum(dim=0)
+    wanted = (chances * ends[-1]).long().clamp_(max=(ends[-1] - 1).clamp_(min=0))
+    return torch.searchsorted(ends, wanted, right=True).clamp_(max=len(mass) - 1)
+
+
+def shares(mass: Tensor, weights: Tensor | None = None) -> Tensor:
+    """[N] int64, in proportion to w·mass, at least 1 where that is not 0; their sum is below 2^53.
+
+    Whole numbers add up to the same in any order, and float64 holds their sum exactly.
+    """
+    mass = mass.double() if weights is None else mass.double() * weights.double()
+    spare = MANTISSA - math.ceil(math.log2(len(mass) + 1)) - 1
+    return torch.ldexp(mass, spare - torch.frexp(mass.max())[1]).ceil_().long()

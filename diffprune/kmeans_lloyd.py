@@ -1,0 +1,207 @@
+"""Lloyd's rounds over points in memory or on disk: exact labels, exact sums, no empty cluster."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffprune.errors import InputError
+from diffprune.kernels import kmeans_assign
+from diffprune.kmeans_bounds import GroupBounds
+from diffprune.kmeans_points import Points
+from diffprune.kmeans_sums import ClusterSums
+
+FULL_SHARE = 1 / 2
+"""Where more points change their cluster than this, adding all of them again is less work than moving those."""
+
+GPU_CHECK_EVERY = 8
+"""Rounds between two looks of the host at a GPU's results."""
+
+
+@dataclass
+class Fit:
+    """One start, run to its end. ``assignment`` and ``sqdistance`` [N] belong to ``centroids`` [K, D]."""
+
+    centroids: Tensor
+    assignment: Tensor
+    sqdistance: Tensor
+    rounds: int
+    inertia: float
+    moved: list[int]  # points that changed their cluster, by round
+
+
+class Lloyd:
+    """Lloyd's rounds on one set of points."""
+
+    def __init__(
+        self, points: Points, k: int, largest: Tensor, weights: Tensor | None = None, algorithm: str = "auto"
+    ) -> None:
+        """``largest`` [D] bounds the points' columns, ``weights`` [N] are at least 0 and not all 0."""
+        self.points, self.k, self.weights, self.algorithm = points, k, weights, algorithm
+        self.sums = ClusterSums(k, points.rows, largest, points.dtype, weights)
+        self.check_every = GPU_CHECK_EVERY if points.device.type == "cuda" else 1
+
+    def run(self, centroids: Tensor, max_iter: int, tolerance: float) -> Fit:
+        """Assign and update until the centroids move no more than ``tolerance``, no label changes, or ``max_iter``.
+
+        ``tolerance`` is that of the sum of squared shifts. Ends with an assignment, so that labels are of the centroids
+        that are returned.
+        """
+        self.assignment = torch.full((self.points.rows,), -1, dtype=torch.int32, device=self.points.device)
+        self.sqdistance = torch.empty(self.points.rows, device=self.points.device)
+        self.sums.clear()
+        self.bounds: GroupBounds | None = None
+        self.moved = self.points.rows
+        still = torch.zeros((), dtype=torch.bool, device=self.points.device)
+        moves: list[int] = []
+        rounds = 0
+        while True:
+            self._sweep(centroids)
+            look = rounds % self.check_every == 0 or rounds == max_iter
+            if look:
+                centroids = self._without_empty(centroids)
+            moves.append(self.moved)
+            if rounds == max_iter or (look and (self.moved == 0 or bool(still))):
+                break
+            updated = torch.where(still, centroids, self._means(centroids))
+            if self.bounds:
+                self.bounds.shift(centroids, updated)
+            still = (updated.double() - centroids.double()).square().sum() <= tolerance
+            centroids, rounds = updated, rounds + 1
+        return Fit(centroids, self.assignment, self.sqdistance, rounds, self._inertia(), moves)
+
+    def _sweep(self, centroids: Tensor) -> None:
+        """One pass over the points: labels, distances and sums for ``centroids``."""
+        if self.points.device.type == "cuda":
+            self._sweep_whole(centroids)
+            return
+        everything = self.moved > FULL_SHARE * self.points.rows
+        if everything:
+            self.sums.clear()
+        if self.bounds is None and GroupBounds.pays(self.algorithm, self.moved, self.points.rows, self.k):
+            self.bounds = GroupBounds(centroids, self.points.rows)
+        self.moved = 0
+        for own, block in self.points.blocks():
+            old = self.assignment[own]
+            if self.bounds:
+                new, sqdistance = self.bounds.assign(own, block, old, centroids)
+            else:
+                new, sqdistance = kmeans_assign(block, centroids)
+            self.sqdistance[own] = sqdistance
+            self._settle(own, block, old, new, everything)
+
+    def _sweep_whole(self, centroids: Tensor) -> None:
+        """The same on a GPU, where finding out which points moved would make the host wait."""
+        self.sums.clear()
+        for own, block in self.points.blocks():
+            self.assignment[own], self.sqdistance[own] = kmeans_assign(block, centroids)
+            self.sums.add(block, own, self.assignment[own])
+
+    def _settle(self, own: slice, block: Tensor, old: Tensor, new: Tensor, everything: bool) -> None:
+        rows = (old != new).nonzero().flatten()
+        self.moved += len(rows)
+        if everything:
+            self.sums.add(block, own, new)
+        elif len(rows):
+            self.sums.move(block[rows], rows + own.start, old[rows], new[rows])
+        self.assignment[own] = new
+
+    def _means(self, centroids: Tensor) -> Tensor:
+        """Centroids of the present sums; where there is nothing to take the mean of, the old ones."""
+        if self.points.metric == "cosine":
+            # Vectors that sum to 0 are equally far from every direction: their centroid stays.
+            sums = self.sums.sums()
+            means = sums / torch.linalg.vector_norm(sums, dim=1, keepdim=True)
+        else:
+            means = self.sums.means()
+        return torch.where(means.isfinite(), means, centroids.double()).float()
+
+    def _without_empty(self, centroids: Tensor) -> Tensor:
+        """The centroids, the empty ones restarted at the farthest points, with all labels, distances and sums.
+
+        Farthest first: each restarts at the point that is then the farthest from its centroid, of equals the first.
+        Ends, because such a centroid sits on a point on which no other sits, so it is never empty again.
+        """
+        while len(empty := (self.sums.counts == 0).nonzero().flatten()):
+            restarts = self._farthest(len(empty))
+            centroids = centroids.clone()
+            empty = empty[: len(restarts)]
+            centroids[empty] = restarts
+            for own, block in self.points.blocks():
+                nearest, sqdistance = kmeans_assign(block, restarts)
+                label, old = empty[nearest.long()].int(), self.assignment[own]
+                closer = sqdistance < self.sqdistance[own]
+                closer |= (sqdistance == self.sqdistance[own]) & self._beats(block, centroids, label, old)
+                self.sqdistance[own] = torch.where(closer, sqdistance, self.sqdistance[own])
+                self._settle(own, block, old, torch.where(closer, label, old), everything=False)
+        return centroids
+
+    def _beats(self, block: Tensor, centroids: Tensor, label: Tensor, old: Tensor) -> Tensor:
+        """[b] bool: as ``kmeans_assign`` would decide between two centroids equally far in float32."""
+        new, now = ((block.double() - centroids[i.long()].double()).square().sum(dim=1) for i in (label, old))
+        return (new < now) | ((new == now) & (label < old))
+
+    def _farthest(self, count: int) -> Tensor:
+        """[at most count, D]: farthest points first, each once those before it are centroids too.
+
+        Only the farthest few of all points are looked at, as long as the farthest of them is farther than all others
+        were; so there may be fewer than ``count``.
+        """
+        sqdistance = self.sqdistance
+        if self.weights is not None:  # of no weight: no use as a cluster
+            sqdistance = torch.where(self.weights > 0, sqdistance, -1.0)
+        pool = min(self.points.rows, 4 * count + 64)
+        floor = sqdistance.topk(pool).values[-1]
+        rows = (sqdistance > floor).nonzero().flatten()
+        outside = float(floor)
+        if len(rows) == 0:  # all that are farthest are equally far: take the first of them
+            rows, outside = (sqdistance == floor).nonzero().flatten()[:1], math.inf
+        candidates = self.points.take(rows)
+        distance = sqdistance[rows]
+        chosen: list[int] = []
+        while len(chosen) < count:
+            best = int((distance == distance.max()).nonzero()[0])
+            if distance[best] <= 0 or (chosen and distance[best] <= outside):
+                break
+            chosen.append(best)
+            distance = torch.minimum(distance, kmeans_assign(candidates, candidates[best : best + 1])[1])
+        if not chosen:
+            raise self._too_few()
+        return candidates[chosen]
+
+    def _too_few(self) -> InputError:
+        """Every point sits on its centroid: there are as many distinct points as clusters that have any."""
+        distinct = int((self.sums.counts > 0).sum())
+        for own, block in self.points.blocks():
+            nearest = self.points.take(self._one_of_each(self.assignment))[self.assignment[own].long()]
+            differs = (block.float() != nearest).any(dim=1)
+            if self.weights is not None:
+                differs &= self.weights[own] > 0
+            if bool(differs.any()):
+                return InputError("k-means: points differ, but squared distances vanish in float32; scale them up")
+        return too_few(self.k, distinct, self.points.rows, weighted=self.weights is not None)
+
+    def _one_of_each(self, assignment: Tensor) -> Tensor:
+        """[k] int64: the number of one point of each cluster, 0 for a cluster without."""
+        rows = torch.zeros(self.k, dtype=torch.int64, device=assignment.device)
+        used = torch.arange(len(assignment), device=assignment.device)
+        if self.weights is not None:
+            used = used[self.weights > 0]
+        return rows.index_copy_(0, assignment[used].long().flip(0), used.flip(0))
+
+    def _inertia(self) -> float:
+        return total(self.sqdistance if self.weights is None else self.sqdistance.double() * self.weights.double())
+
+
+def too_few(k: int, distinct: int, rows: int, weighted: bool = False) -> InputError:
+    """The error for fewer distinct points than clusters."""
+    what = "distinct points of a weight above 0" if weighted else "distinct points"
+    return InputError(f"k-means: expected at least k={k} {what}, got {distinct} ({rows} rows); lower k")
+
+
+def total(values: Tensor) -> float:
+    """Sum in float64 in an order that does not depend on the number of threads."""
+    return float(values.cpu().double().numpy().sum())

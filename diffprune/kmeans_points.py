@@ -1,0 +1,269 @@
+"""Rows for k-means, wherever they are: a tensor, a NumPy or CuPy array, or ``.npy`` files larger than memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffprune.errors import InputError
+
+DEFAULT_MEMORY = 2**30
+"""Bytes of rows held at a time when nothing else is said: two blocks of half of it."""
+
+SHOWN = 10
+
+
+def open_points(points: Any, *, metric: str, memory: int | None = None, name: str = "points") -> Points:
+    """``points`` as k-means reads them.
+
+    A torch tensor, a NumPy array or anything with DLPack is [N, D] in memory. A ``numpy.memmap``, or a list of arrays
+    and paths of ``.npy`` files, each [n, D], is read by blocks of at most ``memory`` bytes, and held whole if it fits.
+    Raises InputError for another kind, rank or dtype.
+    """
+    if isinstance(points, (np.memmap, str, Path)):
+        points = [points]
+    if isinstance(points, (list, tuple)):
+        parts = [_open_part(name, part) for part in points]
+        streamed = StreamedPoints(parts, metric, memory or DEFAULT_MEMORY)
+        return streamed if streamed.bytes > streamed.memory else streamed.held()
+    return HeldPoints(_checked(name, _tensor(points)), metric, points)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of one array [n, D]: all of them, or those in ``rows``, ascending."""
+
+    array: np.ndarray
+    rows: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.array) if self.rows is None else len(self.rows)
+
+    def read_into(self, target: np.ndarray, start: int) -> None:
+        """Copy the rows from ``start`` on; a file is read past its mapping, so that no page of it stays in memory."""
+        stop = start + len(target)
+        if self.rows is None:
+            target[:] = _read(self.array, start, stop)
+        else:
+            rows = self.rows[start:stop]
+            target[:] = _read(self.array, rows[0], rows[-1] + 1)[rows - rows[0]]
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """Single rows, by their number among these."""
+        return self.array[rows if self.rows is None else self.rows[rows]]
+
+
+class Points:
+    """N rows of D, by blocks. ``blocks`` and ``take`` give them as k-means sees them: see ``prepare``."""
+
+    rows: int
+    dimensions: int
+    dtype: torch.dtype
+    device: torch.device
+    metric: str
+
+    def raw_blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Which rows, and they as they are."""
+        raise NotImplementedError
+
+    def raw_take(self, rows: Tensor) -> Tensor:
+        """Rows by number: [M, D]."""
+        raise NotImplementedError
+
+    def like(self, result: Tensor) -> Any:
+        """A result of the kind that the points came as."""
+        return result.numpy()
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Which rows, and they prepared: [b, D] float32 or half."""
+        for own, block in self.raw_blocks():
+            yield own, prepare(block, self.metric)
+
+    def take(self, rows: Tensor) -> Tensor:
+        """[M, D] float32, prepared."""
+        return prepare(self.raw_take(rows), self.metric).float()
+
+    def check(self, name: str = "points", keys: Sequence[str] | None = None) -> Tensor:
+        """[D] float32: each column's largest absolute value. InputError for rows that cannot be clustered.
+
+        Those hold NaN or infinity, or, with "cosine", nothing but zeros. The error names them by ``keys``.
+        """
+        largest = torch.zeros(self.dimensions, device=self.device)
+        infinite, zero = [], []
+        for own, block in self.raw_blocks():
+            block = block.float() if block.dtype == torch.float64 else block
+            lowest, highest = block.aminmax(dim=1)
+            finite = lowest.isfinite() & highest.isfinite()
+            infinite.append((~finite).nonzero().flatten() + own.start)
+            if self.metric == "cosine":
+                zero.append(((lowest == 0) & (highest == 0)).nonzero().flatten() + own.start)
+                largest.fill_(1)
+            elif len(block):
+                low, high = block.aminmax(dim=0)
+                largest = torch.maximum(largest, torch.maximum(-low, high).float())
+        for bad, why in ((infinite, "NaN or infinity"), (zero, "length 0, so no direction")):
+            refuse_rows(name, torch.cat(bad).tolist() if bad else [], self.rows, why, keys)
+        return largest
+
+
+class HeldPoints(Points):
+    """Rows in memory."""
+
+    def __init__(self, data: Tensor, metric: str, kind: Any) -> None:
+        self.data = data.float() if data.dtype == torch.float64 else data
+        (self.rows, self.dimensions), self.dtype, self.device = data.shape, self.data.dtype, data.device
+        self.metric, self.kind = metric, kind
+        self.scaled: Tensor | None = None
+
+    def raw_blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        yield slice(0, self.rows), self.data
+
+    def raw_take(self, rows: Tensor) -> Tensor:
+        return self.data[rows.to(self.device)]
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        if self.scaled is None:  # once, not every round
+            self.scaled = prepare(self.data, self.metric)
+        yield slice(0, self.rows), self.scaled
+
+    def like(self, result: Tensor) -> Any:
+        if isinstance(self.kind, Tensor):
+            return result
+        if isinstance(self.kind, (np.ndarray, list)):
+            return result.numpy()
+        return import_module(type(self.kind).__module__.partition(".")[0]).from_dlpack(result)
+
+
+class StreamedPoints(Points):
+    """Rows in files, read by blocks, the next one while one is worked on."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, parts: Sequence[Part], metric: str, memory: int) -> None:
+        widths = {(part.array.shape[1], part.array.dtype) for part in parts}
+        if len(widths) != 1:
+            found = ", ".join(sorted(f"[n, {width}] {dtype}" for width, dtype in widths)) or "none"
+            raise InputError(f"k-means: expected arrays of equal width and dtype, got {found}")
+        self.parts, self.metric, self.memory = list(parts), metric, memory
+        (self.dimensions, self.numpy_dtype) = widths.pop()
+        self.dtype = torch.float16 if self.numpy_dtype == np.float16 else torch.float32
+        self.starts = np.cumsum([0, *(len(part) for part in parts)])
+        self.rows = int(self.starts[-1])
+        self.bytes = self.rows * self.dimensions * self.numpy_dtype.itemsize
+
+    def held(self) -> HeldPoints:
+        """The same rows in memory."""
+        return HeldPoints(torch.from_numpy(self._read(0, self.rows)), self.metric, self.parts)
+
+    def raw_blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        size = max(1, self.memory // (2 * self.dimensions * self.numpy_dtype.itemsize))
+        bounds = [(start, min(start + size, self.rows)) for start in range(0, self.rows, size)]
+        with ThreadPoolExecutor(1) as reader:
+            ahead = reader.submit(self._read, *bounds[0]) if bounds else None
+            for i, (start, stop) in enumerate(bounds):
+                block = ahead.result()
+                if i + 1 < len(bounds):
+                    ahead = reader.submit(self._read, *bounds[i + 1])
+                yield slice(start, stop), torch.from_numpy(block)
+
+    def raw_take(self, rows: Tensor) -> Tensor:
+        wanted = rows.numpy()
+        result = np.empty((len(wanted), self.dimensions), self.numpy_dtype)
+        owner = np.searchsorted(self.starts, wanted, side="right") - 1
+        for i in np.unique(owner):
+            own = owner == i
+            result[own] = self.parts[i].take(wanted[own] - self.starts[i])
+        return torch.from_numpy(result)
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        block = np.empty((stop - start, self.dimensions), self.numpy_dtype)
+        for part, first in zip(self.parts, self.starts, strict=False):
+            low, high = max(start, first), min(stop, first + len(part))
+            if low < high:
+                part.read_into(block[low - start : high - start], int(low - first))
+        return block
+
+
+def prepare(block: Tensor, metric: str) -> Tensor:
+    """float64 is rounded to float32; with "cosine" rows are scaled to length 1, in float32."""
+    if block.dtype == torch.float64:
+        block = block.float()
+    if metric == "cosine":
+        # The largest entry is divided out first: the squares of tiny vectors would vanish.
+        block = block.float()
+        block = block / block.abs().amax(dim=1, keepdim=True)
+        block /= torch.linalg.vector_norm(block, dim=1, keepdim=True)
+    return block
+
+
+def refuse_rows(name: str, rows: Sequence[int], total: int, why: str, keys: Sequence[str] | None = None) -> None:
+    """InputError that names the rows, if there are any."""
+    if rows:
+        shown = ", ".join(repr(str(keys[row])) if keys is not None else str(row) for row in rows[:SHOWN])
+        shown += ", ..." if len(rows) > SHOWN else ""
+        what = "rows" if keys is None else "keys"
+        raise InputError(f"k-means: {len(rows)} of {total} {name} have {why}: {what} {shown}; leave them out")
+
+
+def _open_part(name: str, part: Any) -> Part:
+    if isinstance(part, Part):
+        return part
+    if isinstance(part, (str, Path)):
+        try:
+            part = np.load(part, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise InputError(f"{part}: not a readable .npy file ({error})") from error
+    if not isinstance(part, np.ndarray):
+        raise InputError(
+            f"k-means: expected a torch tensor, a NumPy or DLPack array, or a list of arrays and .npy paths, got a "
+            f"list of {type(part).__name__}"
+        )
+    _checked(name, torch.from_numpy(np.empty((0, *part.shape[1:]), part.dtype)), shape=part.shape)
+    return Part(part)
+
+
+def _read(array: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """Rows of an array; those of a file that is mapped whole come by reading it, which leaves no mapped page behind."""
+    whole = isinstance(array, np.memmap) and array.flags["C_CONTIGUOUS"] and not isinstance(array.base, np.memmap)
+    if not whole or array.filename is None:
+        return array[start:stop]
+    row_bytes = array.shape[1] * array.dtype.itemsize
+    with open(array.filename, "rb", buffering=0) as file:
+        file.seek(array.offset + start * row_bytes)
+        block = np.empty((stop - start, array.shape[1]), array.dtype)
+        view, done = memoryview(block).cast("B"), 0
+        while done < len(view):
+            count = file.readinto(view[done:])
+            if not count:
+                raise InputError(f"{array.filename}: ends before row {stop}; was it changed while being read?")
+            done += count
+    return block
+
+
+def _checked(name: str, data: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    if data.dim() != 2 or data.shape[1] == 0 or not data.is_floating_point():
+        raise InputError(
+            f"k-means: expected {name} [N, D] of a floating dtype, got {list(shape or data.shape)} {data.dtype}"
+        )
+    return data
+
+
+def _tensor(array: Any) -> Tensor:
+    if isinstance(array, Tensor):
+        return array.detach()
+    if isinstance(array, np.ndarray):
+        return torch.from_numpy(np.require(array, requirements=["C", "W"]))
+    if hasattr(array, "__dlpack__"):
+        return torch.from_dlpack(array)
+    raise InputError(
+        f"k-means: expected a torch tensor, a NumPy or DLPack array, or a list of arrays and .npy paths, got "
+        f"{type(array).__name__}"
+    )
