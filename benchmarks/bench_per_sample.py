@@ -3,9 +3,8 @@
     python -m pytest benchmarks/bench_per_sample.py --benchmark-enable -s
 
 DiT-S/4 on 32×32×4 latents, 10 classes, a batch of 32, float32, random weights. `grand` is the norms alone, `moso`
-norms, dot products and the mean gradient in one pass. Opacus (ghost norms; its `.train()` is the model's here, which has no
-label dropout in its forward) runs where it is installed. All must agree, or no speed is reported. Without
---benchmark-enable only that is checked, on a smaller model.
+norms, dot products and the mean gradient in one pass. Opacus (ghost norms) needs `.train()`, and runs where it is
+installed. All must agree, or no speed is reported. Without --benchmark-enable only that is checked, on a smaller model.
 
 On the CPU a run is timed by the processor time it takes, all threads together: other programs then disturb it least.
 """

@@ -190,7 +190,7 @@ def _stand_ins(model: nn.Module, uses: list[ParameterUse], recorder: Recorder) -
                 hook = use.parameter.register_hook(_refuse_use_past_stand_in(use))
                 stack.callback(hook.remove)
             for module in model.modules():
-                hook = module.register_forward_pre_hook(_rows_from(recorder), with_kwargs=True)
+                hook = module.register_forward_pre_hook(_rows_from(recorder, module is model), with_kwargs=True)
                 stack.callback(hook.remove)
             for tensor in (*model.buffers(), *(p for p in model.parameters() if not p.requires_grad)):
                 recorder.tracker.add_constant(tensor)
@@ -206,9 +206,9 @@ def _stand_ins(model: nn.Module, uses: list[ParameterUse], recorder: Recorder) -
                 module._parameters[key] = parameter
 
 
-def _rows_from(recorder: Recorder) -> Callable:
+def _rows_from(recorder: Recorder, outermost: bool) -> Callable:
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if recorder.tracker.rows is None and torch.is_grad_enabled():
+        if (outermost or recorder.tracker.rows is None) and torch.is_grad_enabled():
             recorder.tracker.set_rows((args, kwargs))
 
     return hook

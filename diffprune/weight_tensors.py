@@ -26,9 +26,9 @@ from diffprune.batch_layout import (
     tensors_in,
 )
 from diffprune.errors import InputError
-from diffprune.gradient_parts import Aligned, Dense, Outer, Part, PartSums, Scatter, Through, part_sums
+from diffprune.gradient_parts import Aligned, Dense, Part, PartSums, Through, part_sums
+from diffprune.weight_routes import Route, expands, route
 
-Route = Callable[[Part], "Part | None"]  # a part for a weight -> the same for its parent, None if it has no such form
 Contribution = tuple["Weight", Part]
 
 
@@ -228,8 +228,8 @@ class Recorder:
                 return value
             weight = Weight.make(value, self, sources)
             if args and isinstance(args[0], Weight) and len(weights) == 1:
-                weight.parent, weight.route = args[0], _route(func, args, value)
-                if _expands(func, args[0], value):
+                weight.parent, weight.route = args[0], None if kwargs else route(func, args, value)
+                if expands(func, args[0], value):
                     weight.expanded = args[0]
             return weight
 
@@ -429,70 +429,3 @@ def _refuse_gradient(sources: dict[str, ParameterUse], recorder: Recorder) -> Ca
         )
 
     return hook
-
-
-def _expands(func: Callable, parent: Tensor, value: Tensor) -> bool:
-    if func not in (Tensor.expand, Tensor.expand_as, Tensor.repeat, torch.broadcast_to, torch.tile, Tensor.tile):
-        return False
-    shape = (1,) * (value.dim() - parent.dim()) + tuple(parent.shape)
-    return all(new == old or old == 1 for new, old in zip(value.shape, shape, strict=True))
-
-
-def _route(func: Callable, args: tuple, value: Tensor) -> Route | None:
-    """How a part for `value` becomes one for args[0], from which it was computed; None if only autograd can tell."""
-    parent: Weight = args[0]
-    if func is torch.embedding and isinstance(args[1], Tensor):
-        index = args[1].flatten()
-        padding = args[2] if len(args) > 2 else -1
-
-        def scatter(part: Part) -> Part | None:
-            if not isinstance(part, Dense):
-                return None
-            gradient = part.gradient.view(part.samples, len(index), -1)
-            if padding >= 0:
-                gradient = gradient.masked_fill((index == padding)[:, None], 0)
-            return Scatter(index.expand(part.samples, -1), gradient, parent.shape)
-
-        return scatter
-    if func in _SAME_ORDER and value.numel() == parent.numel():
-        return lambda part: part if isinstance(part, (Dense, Outer)) else None
-    if func in _TRANSPOSING and parent.dim() == 2 and value.shape == parent.shape[::-1]:
-        return _transposed
-    if parent.dim() and value.dim() == parent.dim() and value.shape[1:] == parent.shape[1:]:
-        return _row_slice(parent, value)
-    return None
-
-
-def _row_slice(parent: Weight, value: Tensor) -> Route | None:
-    """Some rows of a weight, as of a chunk of fused projections."""
-    plain = parent.plain
-    same_memory = value.untyped_storage().data_ptr() == plain.untyped_storage().data_ptr()
-    if not (same_memory and plain.is_contiguous() and value.is_contiguous() and value.numel()):
-        return None
-    size = plain[0].numel()
-    start = (value.storage_offset() - plain.storage_offset()) // size
-    after = len(plain) - start - len(value)
-
-    def pad(part: Part) -> Part | None:
-        if isinstance(part, Dense):
-            return Dense(torch.nn.functional.pad(part.gradient, (start * size, after * size)))
-        if isinstance(part, Outer) and part.groups == 1 and part.rows == len(value):
-            return Outer([(torch.nn.functional.pad(left[:], (start, after)), right) for left, right in part.pairs])
-        return None
-
-    return pad
-
-
-def _transposed(part: Part) -> Part | None:
-    single = isinstance(part, Outer) and part.groups == 1
-    return Outer([(right[:], left) for left, right in part.pairs]) if single else None
-
-
-_TRANSPOSING = {Tensor.t, torch.t, Tensor.transpose, torch.transpose, Tensor.T.__get__, Tensor.mT.__get__}
-_ORDER_KEEPING = (
-    "view, reshape, flatten, unflatten, unsqueeze, squeeze, view_as, reshape_as, contiguous, clone, "
-    "to, float, half, bfloat16, double, type, type_as"
-)
-_SAME_ORDER = {
-    getattr(owner, name) for name in _ORDER_KEEPING.split(", ") for owner in (Tensor, torch) if hasattr(owner, name)
-}

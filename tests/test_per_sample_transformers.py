@@ -139,3 +139,21 @@ def test_norms_dots_and_totals_of_every_parameter(name):
     unused = [key for key in gradients[0] if all(row[key].abs().max() == 0 for row in gradients)]
     assert all("mask_token" in key or "post_layernorm" in key for key in unused), unused  # the test means something
     check(model, inputs, gradients)
+
+
+def test_checkpointed_blocks_in_training_mode():
+    model, inputs = random_model(gpt2), inputs_of("gpt2")
+    gradients = sample_gradients(model, inputs)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model.train().gradient_checkpointing_enable()
+    check(model, inputs, gradients)
+    assert model.training and all(block.training for block in model.transformer.h)
+
+
+def test_frozen_parameters_of_a_tied_model_are_left_out():
+    model, inputs = random_model(bert), inputs_of("bert")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("layer.1" in name or "word_embeddings" in name)
+    check(model, inputs, sample_gradients(model, inputs))
