@@ -81,6 +81,10 @@ class Wanted(NamedTuple):
     dot_with_total: bool
 
 
+class NoRule(InputError):
+    """Raised by a rule for a use that it does not cover."""
+
+
 class _Call:
     """One run of a rule: what it keeps for its backward, and the backward."""
 
@@ -201,7 +205,11 @@ class Recorder:
     def _meet(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         """A function of weights and of samples."""
         if func in self.rules:
-            return self.rules[func](self, func, *args, **kwargs)
+            try:
+                return self.rules[func](self, func, *args, **kwargs)
+            except NoRule:
+                if self.fallback is None:
+                    raise
         spread = self._map(self._spread, args), self._map(self._spread, kwargs)
         weights = [x for x in tensors_in(spread) if isinstance(x, Weight)]
         if not weights:

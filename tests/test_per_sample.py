@@ -280,6 +280,7 @@ def test_train_mode_and_a_forward_without_grad_inside():
 
 def test_what_a_layer_saw_is_let_go_once_its_sums_are_made():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    gc.collect()
     with per_sample_gradients(model):
         loss = model(torch.ones(3, 4)).sum()  # keeps the graph, and with it its hooks
         loss.backward()
@@ -532,6 +533,27 @@ def test_a_function_without_a_rule_is_refused_by_name_or_mapped():
         assert torch.allclose(parameter.grad, sum(list(row.values())[i] for row in gradients), rtol=1e-12)
     with pytest.raises(InputError, match="expected fallback None or 'vmap'"), per_sample_gradients(model, fallback="x"):
         pytest.fail("entered")
+
+
+def test_a_use_that_a_rule_does_not_cover_is_refused_by_name_or_mapped():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads = nn.Parameter(torch.zeros(2, 5, 3))
+
+        def forward(self, x):
+            return x[:, None] @ self.heads  # [B, 2, T, 3]
+
+    model, x = randomised(Heads()), randn(B, 4, 5, seed=1)
+    message = "parameter heads: no per-sample gradient rule for this use in matmul"
+    with pytest.raises(InputError, match=message), per_sample_gradients(model):
+        model(x)
+    gradients = sample_gradients(model, list(x.split(1)))
+    with per_sample_gradients(model, fallback="vmap", total=True) as grads:
+        losses_of(model, x).sum().backward()
+    expected = torch.stack([row["heads"].square().sum() for row in gradients])
+    assert torch.allclose(grads.sqnorm, expected, rtol=1e-12)
+    assert torch.allclose(grads.total["heads"], sum(row["heads"] for row in gradients), rtol=1e-12)
 
 
 def test_recurrent_weights_are_refused_by_name():

@@ -147,7 +147,7 @@ def test_checkpointed_blocks_in_training_mode():
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    model.train().gradient_checkpointing_enable()
+    model.train().activation_checkpointing_enable()
     check(model, inputs, gradients)
     assert model.training and all(block.training for block in model.transformer.h)
 
