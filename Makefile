@@ -13,6 +13,7 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e ".[bench]"
 	$(BIN)/python -m pytest benchmarks --benchmark-enable
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/cpu/*)

@@ -156,7 +156,7 @@ def bind_embeddings(source: str | Path, shards: ShardSpec, out: str | Path, dry_
     Then selections know where each sample lies. A sample of the shards without an embedding is a failed row; raises
     InputError if not one has an embedding.
     """
-    from diffprune.encoding import describe  # which imports this module
+    from diffprune.image_maps import describe
 
     folder = ClipRetrievalFolder(source)
     table = folder._whole_table()

@@ -23,7 +23,7 @@ from diffprune.kmeans import KMeans
 from diffprune.kmeans_faiss import faiss_centroids
 from diffprune.kmeans_points import Part
 from diffprune.progress import Progress
-from diffprune.tables import BASE_COLUMNS, read_folder, read_table, table_metadata
+from diffprune.tables import BASE_COLUMNS, read_folder, table_metadata
 
 CENTROIDS_FILE = "centroids.safetensors"
 ENGINES = ("diffprune", "faiss")
@@ -149,15 +149,13 @@ class EmbeddingRows:
         if len(self.folders) != len(self.stems):
             twice = next(stem for stem in self.stems if self.stems.count(stem) > 1)
             raise InputError(f"cluster: shard {twice!r} is in two of the folders; names of shards must be unique")
-        self.fingerprint = opened[0].fingerprint if len(opened) == 1 else [folder.fingerprint for folder in opened]
         self.parts: list[Part] = []
         self.spans: dict[str, tuple[int, np.ndarray]] = {}  # stem -> its first row here, and which rows are ok
         self.rows, keys = 0, []
         for stem in self.stems:
             folder = self.folders[stem]
-            path = folder.folder / f"{stem}.parquet"
-            _of_folder(folder, path)
-            table = read_table(path, ["key", "status"])
+            _of_folder(folder, stem)
+            table = folder.table(stem).select(["key", "status"])
             ok = pc.equal(table["status"], "ok")
             rows = np.flatnonzero(ok.to_numpy())
             array = folder.array(stem)
@@ -167,8 +165,15 @@ class EmbeddingRows:
             self.rows += len(rows)
         self.keys = pa.chunked_array([chunk for column in keys for chunk in column.chunks], pa.string())
         self.dimensions = self.parts[0].array.shape[1] if self.parts else 0
+        self.fingerprint = opened[0].fingerprint if len(opened) == 1 else [folder.fingerprint for folder in opened]
+        where = ", ".join(map(str, paths))
         if self.rows == 0:
-            raise InputError(f"{', '.join(map(str, paths))}: no sample has an embedding")
+            raise InputError(f"{where}: no sample has an embedding")
+        counts = pc.value_counts(self.keys)
+        twice = counts.filter(pc.greater(counts.field("counts"), 1))
+        if len(twice):
+            key, times = twice[0]["values"].as_py(), twice[0]["counts"].as_py()
+            raise InputError(f"{where}: key {key!r} stands in it {times} times; keys must be unique")
 
     def table(self, stem: str) -> pa.Table:
         """The base columns of one shard's samples, failed ones too."""
@@ -204,8 +209,11 @@ def _same_model(first: ArrayFolder, other: ArrayFolder) -> None:
             )
 
 
-def _of_folder(folder: ArrayFolder, path: Path) -> None:
+def _of_folder(folder: ArrayFolder, stem: str) -> None:
     """A shard that was copied in from another run may be of another model."""
+    if type(folder) is not ArrayFolder:  # clip-retrieval's do not say which run they are of
+        return
+    path = folder.folder / f"{stem}.parquet"
     found = table_metadata(path).get("fingerprint")
     if found != folder.fingerprint:
         raise InputError(

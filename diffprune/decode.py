@@ -1,50 +1,54 @@
-"""Images and labels out of shards: bytes -> pixels, strictly.
+"""Images and labels out of shards: bytes -> batches, on several threads, strictly.
 
-JPEG goes through simplejpeg (libjpeg-turbo) with ``strict=True``, the only decoder that notices flipped bits; all
-else through Pillow, whose PNG reader checks CRCs. A sample that cannot be decoded is a failed sample with a reason,
-never a wrong picture and never the end of the run.
+A sample that cannot be decoded is a failed sample with a reason, never a wrong picture and never the end of the run.
+How one image is decoded stands in ``pixels``.
 """
 
 from __future__ import annotations
 
-import io
 import json
+import os
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from diffprune.errors import InputError
+from diffprune.pixels import MAX_PIXELS, DecodeError, Decoding, Resizer, center_crop, decode_image
 from diffprune.shards import Sample, ShardIndex, ShardReader, ShardSpec, index_shards
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from PIL.Image import Image
 
-MAX_PIXELS = 100_000_000
+__all__ = [
+    "MAX_PIXELS",
+    "Batch",
+    "DecodeError",
+    "Decoding",
+    "Resizer",
+    "center_crop",
+    "decode_image",
+    "load_images",
+    "read_annotations",
+    "read_batches",
+]
 
-
-class DecodeError(ValueError):
-    """An image that cannot be decoded; the message says why."""
-
-
-class Resizer(Protocol):
-    """Makes any image one of ``size`` (height, width), as a model's own preprocessing does."""
-
-    @property
-    def size(self) -> tuple[int, int]: ...
-
-    def __call__(self, image: Image) -> Image: ...
+MAX_IMAGE_BYTES = 256 << 20
+MAX_JSON_BYTES = 16 << 20
+MAX_THREADS = 16
 
 
 @dataclass
 class Batch:
     """Consecutive samples of one shard. Failed samples have zero pixels and an error.
 
-    ``images`` is uint8 [B, C, H, W]; ``labels`` are the integers of ``cls``, None where there is none.
+    ``images`` is uint8 [B, C, H, W]; ``labels`` are the integers of ``cls``, None where there is none. ``notes`` say
+    what was wrong with an image that decoded all the same, which happens without ``strict`` only.
     """
 
     samples: list[Sample]
@@ -52,46 +56,11 @@ class Batch:
     labels: list[int | None]
     uids: list[str | None]
     errors: list[str | None]
+    notes: list[str | None] = field(default_factory=list)
 
     @property
     def keys(self) -> list[str]:
         return [sample.key for sample in self.samples]
-
-
-def decode_image(data: bytes, *, size: int | Resizer | None = None, channels: int = 3) -> np.ndarray:
-    """Decode one JPEG, PNG or WebP to uint8 [C, H, W].
-
-    ``size``: centre-cropped to a square and resized to it, unless it has that size already; a Resizer does as it says;
-    None keeps the image's own size. ``channels``: 3 for RGB, 1 for luminance. The format is told by the bytes, not by
-    a name. Raises DecodeError if the bytes are damaged, no known image, or over 100 million pixels.
-    """
-    if channels not in (1, 3):
-        raise ValueError(f"expected channels 1 or 3, got {channels}")
-    pixels = _decode_jpeg(data, channels) if data[:3] == b"\xff\xd8\xff" else None
-    if pixels is None:
-        pixels = _decode_pillow(data, channels)
-    if callable(size) or (size is not None and pixels.shape[:2] != (size, size)):
-        from PIL import Image
-
-        image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
-        image = size(image) if callable(size) else center_crop(image, size)
-        pixels = np.asarray(image).reshape(image.height, image.width, channels)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-
-def center_crop(image: Image, size: int) -> Image:
-    """Resize the shorter side to ``size`` and crop the centre: halving with a box filter while that is possible,
-    then bicubic, as ADM (Dhariwal & Nichol 2021) and DiT prepare ImageNet."""
-    from PIL import Image
-
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
-    scale = size / min(image.size)
-    if scale != 1:
-        width, height = max(size, round(image.width * scale)), max(size, round(image.height * scale))
-        image = image.resize((width, height), resample=Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
 
 
 def read_batches(
@@ -101,15 +70,37 @@ def read_batches(
     channels: int,
     batch_size: int = 256,
     keys: frozenset[str] | None = None,
+    strict: bool = True,
+    max_pixels: int = MAX_PIXELS,
+    threads: int | None = None,
 ) -> Iterator[Batch]:
     """Decode a shard batch by batch, in file order; ``keys`` restricts it to these.
 
-    With ``size=None`` all images of a batch must have one size: use ``batch_size=1`` if they don't.
+    ``size``, ``channels``, ``strict`` and ``max_pixels`` as in ``Decoding``. With ``size=None`` all images of a batch
+    must have one size: use ``batch_size=1`` if they don't. ``threads``: how many decode, by default as many as there
+    are cores, at most 16; they are ahead by a batch (or two images per thread, if that is more), which bounds memory.
+    Raises InputError if the shard is no longer as it was indexed.
     """
+    decoding = Decoding(size, channels, strict, max_pixels)
     samples = [sample for sample in index.samples if keys is None or sample.key in keys]
-    with ShardReader(index.path) as reader:
-        for start in range(0, len(samples), batch_size):
-            yield _read_batch(reader, samples[start : start + batch_size], size, channels)
+    rows = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
+    threads = threads or _cores()
+    with ShardReader(index.path, index.size) as reader:
+        if threads == 1:
+            for batch in rows:
+                yield _Pending(reader, batch, decoding, None).batch()
+            return
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        try:
+            pending: deque[_Pending] = deque()
+            for batch in rows:
+                pending.append(_Pending(reader, batch, decoding, pool))
+                if len(pending) > max(1, 2 * threads // batch_size):
+                    yield pending.popleft().batch()
+            while pending:
+                yield pending.popleft().batch()
+        finally:  # before the reader is closed
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def read_annotations(reader: ShardReader, sample: Sample) -> tuple[int | None, str | None, str | None]:
@@ -127,9 +118,12 @@ def load_images(
     channels: int,
     kept: str | Path | None = None,
     keys: Iterable[str] | None = None,
+    strict: bool = True,
+    max_pixels: int = MAX_PIXELS,
 ) -> tuple[pa.Table, np.ndarray]:
     """Read whole shards into memory: (base table, images uint8 [N, C, size, size]), row-aligned, in shard order.
 
+    ``size``, ``channels``, ``strict`` and ``max_pixels`` as in ``Decoding``.
     ``kept`` (a kept.parquet) or ``keys`` restrict it; a key that is in no shard raises InputError. Failed samples are
     in the table with their error, and zero in the array.
     """
@@ -140,8 +134,10 @@ def load_images(
     wanted = frozenset(keys) if keys is not None else kept_keys(kept) if kept is not None else None
     tables, images = [], []
     for index in index_shards(shards):
-        for batch in read_batches(index, size=size, channels=channels, keys=wanted):
-            tables.append(base_table(index.path.name, batch.samples, batch.labels, batch.uids, batch.errors))
+        options = {"strict": strict, "max_pixels": max_pixels, "keys": wanted}
+        for batch in read_batches(index, size=size, channels=channels, **options):
+            columns = (batch.labels, batch.uids, batch.errors, batch.notes)
+            tables.append(base_table(index.path.name, batch.samples, *columns))
             images.append(batch.images)
     table = pa.concat_tables(tables) if tables else base_table("", [], [], [], [])
     if wanted is not None and table.num_rows != len(wanted):
@@ -152,27 +148,62 @@ def load_images(
     return table, np.concatenate(images) if images else np.zeros((0, channels, size or 0, size or 0), np.uint8)
 
 
-def _read_batch(reader: ShardReader, samples: list[Sample], size: int | Resizer | None, channels: int) -> Batch:
-    pixels: list[np.ndarray | None] = []
-    labels: list[int | None] = []
-    uids: list[str | None] = []
-    errors: list[str | None] = []
-    for sample in samples:
-        label, uid, error = read_annotations(reader, sample)
-        image = None
-        if error is None:
-            try:
-                image = decode_image(_read_image(reader, sample), size=size, channels=channels)
-            except DecodeError as failure:
-                error = str(failure)
-        pixels.append(image)
-        labels.append(label)
-        uids.append(uid)
-        errors.append(error)
-    sides = size.size if callable(size) else (size or 1, size or 1)
-    blank = np.zeros(next((image.shape for image in pixels if image is not None), (channels, *sides)), dtype=np.uint8)
-    images = np.stack([blank if image is None else image for image in pixels])
-    return Batch(samples, images, labels, uids, errors)
+class _Row(NamedTuple):
+    """What a sample gives; ``pixels`` is None if it failed, or if they went into the batch's array."""
+
+    pixels: np.ndarray | None
+    label: int | None
+    uid: str | None
+    error: str | None
+    note: str | None
+
+
+class _Pending:
+    """A batch whose samples are being decoded, by the threads of ``pool`` or, without one, when it is asked for."""
+
+    def __init__(self, reader: ShardReader, samples: list[Sample], decoding: Decoding, pool: Executor | None) -> None:
+        self.reader, self.samples, self.decoding = reader, samples, decoding
+        shape = decoding.shape
+        self.images = None if shape is None else np.zeros((len(samples), *shape), dtype=np.uint8)
+        step = 1 if shape is None else 16  # small images must not cost more to hand out than to decode
+        starts = range(0, len(samples), step)
+        self.rows: list[Future[list[_Row]]] | Iterator[list[_Row]]
+        if pool is None:
+            self.rows = (self._decode(start, start + step) for start in starts)
+        else:
+            self.rows = [pool.submit(self._decode, start, start + step) for start in starts]
+
+    def batch(self) -> Batch:
+        """Wait for the samples, and put them together."""
+        rows = [row for part in self.rows for row in (part.result() if isinstance(part, Future) else part)]
+        images = self.images
+        if images is None:
+            pixels = [row.pixels for row in rows]
+            blank = np.zeros(next((p.shape for p in pixels if p is not None), (self.decoding.channels, 1, 1)), np.uint8)
+            images = np.stack([blank if p is None else p for p in pixels])
+        _, labels, uids, errors, notes = map(list, zip(*rows, strict=True))
+        return Batch(self.samples, images, labels, uids, errors, notes)
+
+    def _decode(self, start: int, stop: int) -> list[_Row]:
+        rows = []
+        for place, sample in enumerate(self.samples[start:stop], start=start):
+            label, uid, error = read_annotations(self.reader, sample)
+            pixels, note = None, None
+            if error is None:
+                try:
+                    pixels, note = self.decoding.decode(_read_image(self.reader, sample))
+                except DecodeError as failure:
+                    error = str(failure)
+            if pixels is not None and self.images is not None:
+                self.images[place] = pixels
+                pixels = None
+            rows.append(_Row(pixels, label, uid, error, note))
+        return rows
+
+
+def _cores() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MAX_THREADS)
 
 
 def _read_image(reader: ShardReader, sample: Sample) -> bytes:
@@ -180,6 +211,8 @@ def _read_image(reader: ShardReader, sample: Sample) -> bytes:
     if len(images) != 1:
         names = ", ".join(member.name for member in (images or sample.members))
         raise DecodeError(f"expected one jpg, png or webp member, found {len(images)} among: {names}")
+    if images[0].size > MAX_IMAGE_BYTES:
+        raise DecodeError(f"{images[0].size:,} bytes; expected an image of at most {MAX_IMAGE_BYTES:,}")
     return reader.read(images[0])
 
 
@@ -187,7 +220,7 @@ def _read_label(reader: ShardReader, sample: Sample) -> int | None:
     member = sample.member("cls")
     if member is None:
         return None
-    text = reader.read(member)[:64]
+    text = reader.read(member, limit=64)
     try:
         label = int(text)
     except ValueError:
@@ -199,7 +232,7 @@ def _read_label(reader: ShardReader, sample: Sample) -> int | None:
 
 def _read_uid(reader: ShardReader, sample: Sample) -> str | None:
     member = sample.member("json")
-    if member is None:
+    if member is None or member.size > MAX_JSON_BYTES:
         return None
     try:
         fields = json.loads(reader.read(member))
@@ -207,51 +240,3 @@ def _read_uid(reader: ShardReader, sample: Sample) -> str | None:
         return None
     uid = fields.get("uid") if isinstance(fields, dict) else None
     return uid if isinstance(uid, str) and re.fullmatch(r"[0-9a-f]{32}", uid) else None
-
-
-def _decode_jpeg(data: bytes, channels: int) -> np.ndarray | None:
-    """[H, W, C], or None for the CMYK files that simplejpeg cannot turn into RGB."""
-    import simplejpeg
-
-    try:
-        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-        _check_pixels(width, height)
-        if colorspace in ("CMYK", "YCCK"):
-            return None
-        return simplejpeg.decode_jpeg(data, colorspace="GRAY" if channels == 1 else "RGB", strict=True)
-    except DecodeError:
-        raise
-    except ValueError as error:
-        raise DecodeError(f"damaged JPEG: {error}") from error
-
-
-def _decode_pillow(data: bytes, channels: int) -> np.ndarray:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "WEBP", "JPEG")) as image:
-            _check_pixels(*image.size)
-            if image.mode.startswith("I"):  # 16 bit: Pillow's own conversion would clip, not scale
-                values = np.asarray(image, dtype=np.float64) / 257
-                image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
-            pixels = np.asarray(_on_white(image).convert("L" if channels == 1 else "RGB"))
-    except UnidentifiedImageError:
-        raise DecodeError(f"damaged, or no JPEG, PNG or WebP: {len(data):,} bytes, first {data[:8]!r}") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DecodeError(f"damaged image: {error}") from error
-    return pixels.reshape(*pixels.shape[:2], channels)
-
-
-def _on_white(image: Image) -> Image:
-    """What is transparent shows white, not the colour that happens to be stored there."""
-    from PIL import Image
-
-    if not image.has_transparency_data:
-        return image
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-
-
-def _check_pixels(width: int, height: int) -> None:
-    if not 0 < width * height <= MAX_PIXELS:
-        raise DecodeError(f"{width}×{height} pixels; expected 1 to {MAX_PIXELS:,}")

@@ -12,6 +12,8 @@ from typing import Literal
 
 import torch
 
+FIXED_STEP_METHODS = ("euler", "midpoint", "heun")
+
 Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x [B, ...], t [B]) -> velocity [B, ...]
 
 
@@ -47,29 +49,45 @@ def velocity_error_norm(velocity: torch.Tensor, target: torch.Tensor) -> torch.T
 
 
 def sample_ode(
-    velocity: Velocity, x0: torch.Tensor, steps: int, method: Literal["euler", "heun"] = "euler"
+    velocity: Velocity,
+    x0: torch.Tensor,
+    steps: int,
+    method: Literal["euler", "midpoint", "heun"] = "euler",
+    *,
+    start: float = 0.0,
+    end: float = 1.0,
 ) -> torch.Tensor:
-    """Solves dx/dt = velocity(x, t) from noise at t=0 to data at t=1 in `steps` equal intervals.
+    """Solves dx/dt = velocity(x, t) from t=start (noise at 0) to t=end (data at 1) in `steps` equal intervals.
 
     Args:
         velocity: takes x [B, ...] and t [B] (of x's dtype) and returns dx/dt [B, ...].
-        x0: noise [B, ...].
+        x0: x at t=start, [B, ...].
         steps: number of intervals, at least 1.
-        method: "euler" (order 1, `steps` evaluations) or "heun" (order 2, `2·steps` evaluations).
+        method: one of ``FIXED_STEP_METHODS``: "euler" (order 1, `steps` evaluations), "midpoint" or "heun" (order 2,
+            `2·steps` evaluations). ``ode.solve_adaptive`` chooses its steps itself.
+        start, end: times, 0 <= start < end <= 1.
 
-    Returns: x at t=1, [B, ...]. Raises: ValueError for fewer than 1 step or an unknown method.
+    Returns: x at t=end, [B, ...]. Raises: ValueError for fewer than 1 step, an unknown method, or other times.
     """
     if steps < 1:
         raise ValueError(f"expected steps >= 1, got {steps}")
-    if method not in ("euler", "heun"):
-        raise ValueError(f"expected method 'euler' or 'heun', got {method!r}")
-    x = x0
+    if method not in FIXED_STEP_METHODS:
+        raise ValueError(f"expected method {', '.join(map(repr, FIXED_STEP_METHODS))}, got {method!r}")
+    if not 0 <= start < end <= 1:
+        raise ValueError(f"expected times 0 <= start < end <= 1, got {start} and {end}")
+    x, h = x0, (end - start) / steps
+
+    def slope_at(x: torch.Tensor, step: float) -> torch.Tensor:
+        # One division: 7/10 and not 7·(1/10), and the end of the last interval is `end` itself.
+        return velocity(x, x.new_full((len(x),), start + (end - start) * step / steps))
+
     for step in range(steps):
-        now, end = (x.new_full((len(x),), (step + k) / steps) for k in (0, 1))
-        slope = velocity(x, now)
+        slope = slope_at(x, step)
         if method == "heun":
-            slope = (slope + velocity(x + slope / steps, end)) / 2
-        x = x + slope / steps
+            slope = (slope + slope_at(x + h * slope, step + 1)) / 2
+        elif method == "midpoint":
+            slope = slope_at(x + h / 2 * slope, step + 0.5)
+        x = x + h * slope
     return x
 
 
@@ -80,14 +98,18 @@ def guided_velocity(
     labels: torch.Tensor | None,
     guidance_scale: float,
     null_label: int | None,
+    channels: int | None = None,
 ) -> torch.Tensor:
-    """Classifier-free guidance (arXiv 2207.12598) on all channels: v = v_null + s·(v_label - v_null).
+    """Classifier-free guidance (arXiv 2207.12598): v = v_null + s·(v_label - v_null), on all channels.
 
     Args:
         model: called as model(x, t, labels) -> velocity.
         x: [B, ...]; t: [B]; labels: [B] int64, or None for a model without labels.
         guidance_scale: s. At 1 the model is evaluated once, without the null label; else once on 2B rows.
         null_label: the label that stands for "no label".
+        channels: guide only this many, the first ones, and leave v_label in the others. The published DiT's sampler
+            does so with 3 of 4, "for exact reproducibility" of its own figures; a VQ-VAE's channels are alike, so None
+            (all) is right elsewhere.
 
     Returns: [B, ...]. Raises: ValueError where a scale other than 1 has no labels or no null label to guide with.
     """
@@ -97,7 +119,8 @@ def guided_velocity(
         raise ValueError(f"guidance_scale {guidance_scale} needs labels and a null label: use 1 without them")
     both = torch.cat([labels, torch.full_like(labels, null_label)])
     with_label, without = model(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-    return without + guidance_scale * (with_label - without)
+    guided = without + guidance_scale * (with_label - without)
+    return guided if channels is None else torch.cat([guided[:, :channels], with_label[:, channels:]], dim=1)
 
 
 def _check_same_shape(a: torch.Tensor, b: torch.Tensor) -> None:

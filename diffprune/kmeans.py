@@ -123,7 +123,7 @@ class KMeans:
         largest = data.check(keys=keys)
         if data.rows < self.k:
             raise too_few(self.k, len(torch.unique(data.take(torch.arange(data.rows)), dim=0)), data.rows)
-        tolerance = self.tol * _variance(data, largest, masses)
+        tolerance = self.tol * _variance(data, largest, masses) if self.tol > 0 or _may_overflow(data, largest) else 0.0
         generator = torch.Generator().manual_seed(self.seed)
         lloyd = Lloyd(data, self.k, largest, masses, self.algorithm)
         best: Fit | None = None
@@ -172,7 +172,7 @@ class KMeans:
             raise InputError(f"k-means: expected points [M, {centroids.shape[1]}], got {(data.rows, data.dimensions)}")
         return data, centroids
 
-    def _start(self, points: Points, generator: torch.Generator, largest: Tensor, weights: Tensor | None) -> Tensor:
+    def _start(self, points: Points, generator: torch.Generator, largest: float, weights: Tensor | None) -> Tensor:
         if not isinstance(self.init, str):
             given = open_points(self.init, metric=self.metric)
             given.check("init")
@@ -210,9 +210,14 @@ def _weights(weights: Any, points: Points) -> Tensor | None:
     return values
 
 
-def _variance(points: Points, largest: Tensor, weights: Tensor | None) -> float:
+def _may_overflow(points: Points, largest: float) -> bool:
+    """Whether squared distances between points of this largest absolute coordinate could leave float32."""
+    return points.dimensions * (2 * largest) ** 2 >= torch.finfo(torch.float32).max / 2
+
+
+def _variance(points: Points, largest: float, weights: Tensor | None) -> float:
     """Mean over the dimensions of the points' variance; InputError where squared distances overflow."""
-    sums = ClusterSums(1, points.rows, largest, points.dtype, weights)
+    sums = ClusterSums(1, points, largest, weights)
     for own, block in points.blocks():
         sums.add(block, own, torch.zeros(len(block), dtype=torch.int32, device=points.device))
     mean = sums.means().float()

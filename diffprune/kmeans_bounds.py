@@ -12,13 +12,21 @@ import math
 import torch
 from torch import Tensor
 
-from diffprune.kernels import kmeans_assign
+from diffprune.kernels import kmeans_assign, pairwise_topk
+from diffprune.kmeans_points import Points
 
-MOVED_SHARE = 0.05
-"""Bounds pay once fewer points than this change their cluster in a round."""
+MOVED_SHARE = 0.1
+"""Bounds are thought of once fewer points than this change their cluster in a round."""
 
-LEAST_CENTROIDS = 256
+LEAST_CENTROIDS, LEAST_POINTS = 256, 10_000
 """Below, a round is cheap as it is."""
+
+ASKED = 512
+"""Points whose gap between their two nearest centroids says whether bounds would hold."""
+
+HOLD_ROUNDS = 4
+HOLD_SHARE = 0.6
+"""Bounds pay where this share of the points has a gap wider than so many rounds' shifts."""
 
 GROUP_SIZE = 64
 
@@ -27,11 +35,14 @@ class GroupBounds:
     """Lower bounds of the distance of ``rows`` points to groups of centroids: float32 [N, groups]."""
 
     @staticmethod
-    def pays(algorithm: str, moved: int, rows: int, k: int) -> bool:
-        """Whether to start with bounds, now that ``moved`` points changed their cluster in the last round."""
-        if algorithm != "auto":
-            return algorithm == "yinyang"
-        return k >= LEAST_CENTROIDS and moved < MOVED_SHARE * rows
+    def pay(points: Points, centroids: Tensor, shifts: Tensor, moved: int) -> bool:
+        """Whether to start with bounds, after ``moved`` points changed their cluster and centroids moved ``shifts``."""
+        if len(centroids) < LEAST_CENTROIDS or points.rows < LEAST_POINTS or moved > MOVED_SHARE * points.rows:
+            return False
+        asked = points.take(torch.arange(0, points.rows, points.rows // ASKED))
+        nearest, second = pairwise_topk(asked, centroids, 2)[0].unbind(dim=1)
+        usual = shifts.quantile(1 - 1 / GROUP_SIZE)  # of the largest in a group
+        return float((second - nearest > HOLD_ROUNDS * usual).double().mean()) > HOLD_SHARE
 
     def __init__(self, centroids: Tensor, rows: int) -> None:
         """Group these ``centroids`` [K, D]; the groups stay as they are while the centroids move."""

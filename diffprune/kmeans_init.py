@@ -36,7 +36,7 @@ def plus_plus(points: Points, k: int, generator: torch.Generator, weights: Tenso
 
 
 def parallel(
-    points: Points, k: int, generator: torch.Generator, largest: Tensor, weights: Tensor | None = None
+    points: Points, k: int, generator: torch.Generator, largest: float, weights: Tensor | None = None
 ) -> Tensor:
     """[k, D] float32: k-means|| (Bahmani et al., "Scalable k-means++", 2012), algorithm 2.
 

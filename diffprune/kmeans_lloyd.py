@@ -14,9 +14,6 @@ from diffprune.kmeans_bounds import GroupBounds
 from diffprune.kmeans_points import Points
 from diffprune.kmeans_sums import ClusterSums
 
-FULL_SHARE = 1 / 2
-"""Where more points change their cluster than this, adding all of them again is less work than moving those."""
-
 GPU_CHECK_EVERY = 8
 """Rounds between two looks of the host at a GPU's results."""
 
@@ -37,11 +34,11 @@ class Lloyd:
     """Lloyd's rounds on one set of points."""
 
     def __init__(
-        self, points: Points, k: int, largest: Tensor, weights: Tensor | None = None, algorithm: str = "auto"
+        self, points: Points, k: int, largest: float, weights: Tensor | None = None, algorithm: str = "auto"
     ) -> None:
-        """``largest`` [D] bounds the points' columns, ``weights`` [N] are at least 0 and not all 0."""
+        """``largest`` bounds the points' absolute coordinates, ``weights`` [N] are at least 0 and not all 0."""
         self.points, self.k, self.weights, self.algorithm = points, k, weights, algorithm
-        self.sums = ClusterSums(k, points.rows, largest, points.dtype, weights)
+        self.sums = ClusterSums(k, points, largest, weights)
         self.check_every = GPU_CHECK_EVERY if points.device.type == "cuda" else 1
 
     def run(self, centroids: Tensor, max_iter: int, tolerance: float) -> Fit:
@@ -54,6 +51,7 @@ class Lloyd:
         self.sqdistance = torch.empty(self.points.rows, device=self.points.device)
         self.sums.clear()
         self.bounds: GroupBounds | None = None
+        self.shifts: Tensor | None = None
         self.moved = self.points.rows
         still = torch.zeros((), dtype=torch.bool, device=self.points.device)
         moves: list[int] = []
@@ -69,7 +67,8 @@ class Lloyd:
             updated = torch.where(still, centroids, self._means(centroids))
             if self.bounds:
                 self.bounds.shift(centroids, updated)
-            still = (updated.double() - centroids.double()).square().sum() <= tolerance
+            squares = (updated.double() - centroids.double()).square().sum(dim=1)
+            self.shifts, still = squares.sqrt(), squares.sum() <= tolerance
             centroids, rounds = updated, rounds + 1
         return Fit(centroids, self.assignment, self.sqdistance, rounds, self._inertia(), moves)
 
@@ -78,10 +77,7 @@ class Lloyd:
         if self.points.device.type == "cuda":
             self._sweep_whole(centroids)
             return
-        everything = self.moved > FULL_SHARE * self.points.rows
-        if everything:
-            self.sums.clear()
-        if self.bounds is None and GroupBounds.pays(self.algorithm, self.moved, self.points.rows, self.k):
+        if self.bounds is None and self._want_bounds(centroids):
             self.bounds = GroupBounds(centroids, self.points.rows)
         self.moved = 0
         for own, block in self.points.blocks():
@@ -91,7 +87,12 @@ class Lloyd:
             else:
                 new, sqdistance = kmeans_assign(block, centroids)
             self.sqdistance[own] = sqdistance
-            self._settle(own, block, old, new, everything)
+            self._settle(own, block, old, new)
+
+    def _want_bounds(self, centroids: Tensor) -> bool:
+        if self.algorithm != "auto":
+            return self.algorithm == "yinyang"
+        return self.shifts is not None and GroupBounds.pay(self.points, centroids, self.shifts, self.moved)
 
     def _sweep_whole(self, centroids: Tensor) -> None:
         """The same on a GPU, where finding out which points moved would make the host wait."""
@@ -100,10 +101,10 @@ class Lloyd:
             self.assignment[own], self.sqdistance[own] = kmeans_assign(block, centroids)
             self.sums.add(block, own, self.assignment[own])
 
-    def _settle(self, own: slice, block: Tensor, old: Tensor, new: Tensor, everything: bool) -> None:
+    def _settle(self, own: slice, block: Tensor, old: Tensor, new: Tensor) -> None:
         rows = (old != new).nonzero().flatten()
         self.moved += len(rows)
-        if everything:
+        if len(old) and old[0] < 0:  # the first round: of no cluster yet
             self.sums.add(block, own, new)
         elif len(rows):
             self.sums.move(block[rows], rows + own.start, old[rows], new[rows])
@@ -136,7 +137,7 @@ class Lloyd:
                 closer = sqdistance < self.sqdistance[own]
                 closer |= (sqdistance == self.sqdistance[own]) & self._beats(block, centroids, label, old)
                 self.sqdistance[own] = torch.where(closer, sqdistance, self.sqdistance[own])
-                self._settle(own, block, old, torch.where(closer, label, old), everything=False)
+                self._settle(own, block, old, torch.where(closer, label, old))
         return centroids
 
     def _beats(self, block: Tensor, centroids: Tensor, label: Tensor, old: Tensor) -> Tensor:

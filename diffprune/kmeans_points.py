@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -70,6 +71,11 @@ class Points:
     device: torch.device
     metric: str
 
+    @property
+    def prepared_dtype(self) -> torch.dtype:
+        """Of the blocks."""
+        return torch.float32 if self.metric == "cosine" else self.dtype
+
     def raw_blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Which rows, and they as they are."""
         raise NotImplementedError
@@ -91,24 +97,24 @@ class Points:
         """[M, D] float32, prepared."""
         return prepare(self.raw_take(rows), self.metric).float()
 
-    def check(self, name: str = "points", keys: Sequence[str] | None = None) -> Tensor:
-        """[D] float32: each column's largest absolute value. InputError for rows that cannot be clustered.
+    def check(self, name: str = "points", keys: Sequence[str] | None = None) -> float:
+        """The largest absolute coordinate, of prepared rows. InputError for rows that cannot be clustered.
 
         Those hold NaN or infinity, or, with "cosine", nothing but zeros. The error names them by ``keys``.
         """
-        largest = torch.zeros(self.dimensions, device=self.device)
+        largest = 1.0 if self.metric == "cosine" else 0.0
         infinite, zero = [], []
         for own, block in self.raw_blocks():
             block = block.float() if block.dtype == torch.float64 else block
-            lowest, highest = block.aminmax(dim=1)
-            finite = lowest.isfinite() & highest.isfinite()
-            infinite.append((~finite).nonzero().flatten() + own.start)
-            if self.metric == "cosine":
-                zero.append(((lowest == 0) & (highest == 0)).nonzero().flatten() + own.start)
-                largest.fill_(1)
-            elif len(block):
-                low, high = block.aminmax(dim=0)
-                largest = torch.maximum(largest, torch.maximum(-low, high).float())
+            if len(block) == 0:
+                continue
+            reach = max(abs(float(extreme)) for extreme in block.aminmax())
+            if not math.isfinite(reach):
+                infinite.append((~block.isfinite()).any(dim=1).nonzero().flatten() + own.start)
+            elif self.metric == "cosine":
+                zero.append((block == 0).all(dim=1).nonzero().flatten() + own.start)
+            else:
+                largest = max(largest, reach)
         for bad, why in ((infinite, "NaN or infinity"), (zero, "length 0, so no direction")):
             refuse_rows(name, torch.cat(bad).tolist() if bad else [], self.rows, why, keys)
         return largest
@@ -148,12 +154,12 @@ class StreamedPoints(Points):
     device = torch.device("cpu")
 
     def __init__(self, parts: Sequence[Part], metric: str, memory: int) -> None:
-        widths = {(part.array.shape[1], part.array.dtype) for part in parts}
+        widths = {part.array.shape[1] for part in parts}
         if len(widths) != 1:
-            found = ", ".join(sorted(f"[n, {width}] {dtype}" for width, dtype in widths)) or "none"
-            raise InputError(f"k-means: expected arrays of equal width and dtype, got {found}")
+            found = " and ".join(f"[n, {width}]" for width in sorted(widths)) or "none"
+            raise InputError(f"k-means: expected arrays of equal width, got {found}")
         self.parts, self.metric, self.memory = list(parts), metric, memory
-        (self.dimensions, self.numpy_dtype) = widths.pop()
+        self.dimensions, self.numpy_dtype = widths.pop(), np.result_type(*(part.array.dtype for part in parts))
         self.dtype = torch.float16 if self.numpy_dtype == np.float16 else torch.float32
         self.starts = np.cumsum([0, *(len(part) for part in parts)])
         self.rows = int(self.starts[-1])

@@ -18,7 +18,7 @@ FINE_ROUNDS = 5
 
 
 def split_start(
-    points: Points, k: int, generator: torch.Generator, largest: Tensor, weights: Tensor | None = None
+    points: Points, k: int, generator: torch.Generator, largest: float, weights: Tensor | None = None
 ) -> Tensor:
     """[k, D] float32: √k clusters of all points, each then split into clusters in proportion to its size.
 

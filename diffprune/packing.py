@@ -11,7 +11,7 @@ import json
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import numpy as np
 
 from diffprune.errors import InputError
 from diffprune.files import atomic_path, write_json
+from diffprune.pixels import MAX_PIXELS, DecodeError, Decoding
 from diffprune.plans import claim_folder
 from diffprune.progress import progress
 from diffprune.sources import open_source
@@ -51,6 +52,8 @@ def pack(
     shard_size: int = 1000,
     resize: int | None = None,
     shuffle_seed: int | None = 0,
+    strict_decode: bool = True,
+    max_pixels: int = MAX_PIXELS,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Pack images into WebDataset shards ``<prefix>-000000.tar``, ... of ``shard_size`` samples in ``out``.
@@ -64,6 +67,7 @@ def pack(
             does (box-halving, then bicubic), saved as PNG: RGB, or grayscale where the image is.
         shuffle_seed: the order of samples depends on this and the keys alone; None keeps the source's sorted order.
             A parquet of more than 512 MiB is shuffled within pools of that size, made of row groups drawn at random.
+        strict_decode, max_pixels: how ``resize`` decodes, see ``diffprune.decode.Decoding``.
         dry_run: say how much it would do and write nothing.
 
     Each sample has its image (``png``, ``jpg`` or ``webp``, by the bytes and not by the name), ``cls`` (the class
@@ -101,6 +105,9 @@ def pack(
         "shuffle_seed": shuffle_seed,
         "encoder": _encoder() if resize or opened.encodes else None,
     }
+    decoding = Decoding(resize, strict=strict_decode, max_pixels=max_pixels)
+    if resize and not strict_decode:
+        plan["strict_decode"] = False
     report = {
         "source": str(source),
         "kind": opened.kind,
@@ -123,7 +130,7 @@ def pack(
 
         def samples(path: Path, rows: np.ndarray) -> Iterator[PackedSample]:
             for image in opened.read(rows):
-                yield _packed(image, resize, opened.class_names)
+                yield _packed(image, decoding, opened.class_names)
                 bar.advance(note=path.name)
 
         for path, rows in wanted:
@@ -208,19 +215,17 @@ def check_key(key: str) -> None:
         raise InputError(f"key {key!r} cannot be a sample key: {reason}")
 
 
-def resize_image(data: bytes, size: int, origin: str) -> bytes:
-    """Decode, crop the centre square, resize to ``size`` × ``size``, encode as PNG (grayscale stays grayscale)."""
+def resize_image(data: bytes, decoding: Decoding, origin: str) -> bytes:
+    """Decode, crop the centre square, resize it, encode as PNG (grayscale stays grayscale)."""
     import io
 
     from PIL import Image
 
-    from diffprune.decode import DecodeError, decode_image
-
     try:
         with Image.open(io.BytesIO(data)) as header:
             gray = header.mode in ("1", "L", "LA") or header.mode.startswith("I")
-        pixels = decode_image(data, size=size, channels=1 if gray else 3)
-    except (DecodeError, OSError) as error:
+        pixels, _ = replace(decoding, channels=1 if gray else 3).decode(data)
+    except (DecodeError, OSError, Image.DecompressionBombError) as error:
         raise InputError(f"{origin}: cannot be resized: {error}; fetch it again or remove it") from error
     return encode_png(np.ascontiguousarray(pixels[0] if gray else pixels.transpose(1, 2, 0)))
 
@@ -236,8 +241,8 @@ def brace_pattern(paths: Sequence[Path]) -> str:
     return str(first.with_name(f"{first.stem.removesuffix(begin)}{{{begin}..{end}}}{first.suffix}"))
 
 
-def _packed(image: SourceImage, resize: int | None, class_names: Sequence[str]) -> PackedSample:
-    data = resize_image(image.data, resize, image.origin) if resize else image.data
+def _packed(image: SourceImage, decoding: Decoding, class_names: Sequence[str]) -> PackedSample:
+    data = resize_image(image.data, decoding, image.origin) if decoding.size else image.data
     extension = image_extension(data)
     if extension is None:
         raise InputError(f"{image.origin}: expected a PNG, JPEG or WebP image, found other bytes; convert or remove it")

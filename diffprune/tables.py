@@ -46,8 +46,12 @@ def base_table(
     labels: Sequence[int | None],
     uids: Sequence[str | None],
     errors: Sequence[str | None],
+    notes: Sequence[str | None] | None = None,
 ) -> pa.Table:
-    """The base columns of samples of one shard; a sample with an error is "failed"."""
+    """The base columns of samples of one shard; a sample with an error is "failed".
+
+    ``notes`` say what is wrong with samples that are "ok" all the same; they stand in the column ``error`` too.
+    """
     columns = [
         [sample.key for sample in samples],
         [shard] * len(samples),
@@ -57,7 +61,7 @@ def base_table(
         list(uids),
         list(labels),
         ["failed" if error else "ok" for error in errors],
-        list(errors),
+        [error or note for error, note in zip(errors, notes or [None] * len(samples), strict=True)],
     ]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, BASE_SCHEMA, strict=True)]
     return pa.Table.from_arrays(arrays, schema=BASE_SCHEMA)

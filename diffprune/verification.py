@@ -6,15 +6,25 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from diffprune.decode import read_batches
+from diffprune.decode import MAX_PIXELS, read_batches
 from diffprune.progress import progress
 from diffprune.shards import ShardIndex, ShardSpec, find_duplicate_key, index_shard, list_shards
 
 MAX_LISTED = 1000
 
 
-def verify(shards: ShardSpec, *, decode: bool = False, dry_run: bool = False) -> dict[str, Any]:
-    """Index every shard and account for every byte; with ``decode`` also decode every image strictly.
+def verify(
+    shards: ShardSpec,
+    *,
+    decode: bool = False,
+    strict_decode: bool = True,
+    max_pixels: int = MAX_PIXELS,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Index every shard and account for every byte; with ``decode`` also decode every image.
+
+    ``strict_decode``, ``max_pixels``: see ``diffprune.decode.Decoding``. Without ``strict_decode`` a damaged JPEG that
+    Pillow still reads is counted in ``damaged_but_decoded`` and is no damage.
 
     Returns counts (shards, samples, bytes, extensions, classes, samples without image or label), ``damage`` as a list
     of {shard, offset, key, error} (the first 1000) and ``damaged`` their number. Damaged shards don't raise: they are
@@ -45,7 +55,8 @@ def verify(shards: ShardSpec, *, decode: bool = False, dry_run: bool = False) ->
                     message = f"expected one jpg, png or webp member, found {images}"
                     damage.append(_entry(path, sample.offset, sample.key, message))
             if decode:
-                damage += _decode(index, classes)
+                options = {"strict": strict_decode, "max_pixels": max_pixels}
+                damage += _decode(index, classes, counts, options)
             bar.advance()
     duplicate = find_duplicate_key(indexes)
     if duplicate:
@@ -61,14 +72,18 @@ def verify(shards: ShardSpec, *, decode: bool = False, dry_run: bool = False) ->
         "samples_without_label": counts["samples_without_label"],
         "ignored": ignored[:MAX_LISTED],
         "decoded": decode,
+        "damaged_but_decoded": counts["damaged_but_decoded"] if decode else None,
         "damaged": len(damage),
         "damage": damage[:MAX_LISTED],
     }
 
 
-def _decode(index: ShardIndex, classes: Counter[int]) -> list[dict[str, Any]]:
+def _decode(
+    index: ShardIndex, classes: Counter[int], counts: Counter[str], options: dict[str, Any]
+) -> list[dict[str, Any]]:
     damage = []
-    for batch in read_batches(index, size=None, channels=3, batch_size=1):
+    for batch in read_batches(index, size=None, channels=3, batch_size=1, **options):
+        counts["damaged_but_decoded"] += batch.notes[0] is not None
         sample, label, error = batch.samples[0], batch.labels[0], batch.errors[0]
         if label is not None:
             classes[label] += 1

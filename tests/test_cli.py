@@ -66,6 +66,11 @@ def test_the_whole_road(tmp_path):
     invoke("prune", kept, shards, "-o", tmp_path / "pruned")
     originals = {s.key: (p, s) for p in shards.glob("*.tar") for s in index_shard(p).samples}
     pruned = {s.key: (p, s) for p in (tmp_path / "pruned").glob("*.tar") for s in index_shard(p).samples}
+    invoke("export", kept, "-f", "wids", "--shards", tmp_path / "pruned", "-o", tmp_path / "pruned/index.json")
+    by_class = ["--by", "grand + -distance & label", "--quota", "3=2,*=1", "--dedup", 1e-6]
+    by_class += ["--embeddings", tmp_path / "embeddings", "--json", "-o", tmp_path / "few.parquet"]
+    few = json.loads(invoke("select", scores, clusters, *by_class).stdout)
+    assert (few["count"], few["per"], few["quota"]) == (11, "label", {"3": 2, "*": 1})
     assert sorted(pruned) == sorted(top)
     for key, (path, sample) in pruned.items():
         original, there = originals[key]
@@ -73,15 +78,24 @@ def test_the_whole_road(tmp_path):
 
     invoke("train", "dit", latents, "--kept", kept, "-o", tmp_path / "model", *sets(DIT_OVERRIDES))
     sampled, grid = tmp_path / "sampled", tmp_path / "grid.png"
-    options = ["--count", 12, "--steps", 2, "--guidance", 2, "--grid", grid]
+    options = ["--count", 12, "--steps", 2, "--method", "midpoint", "--guidance", 2, "--guidance-channels", 1]
+    options += ["--coarse", tmp_path / "surrogate", "--coarse-until", 0.5, "--grid", grid]
     invoke("sample", tmp_path / "model", "--vqvae", vqvae, "-o", sampled, *options)
     assert grid.read_bytes()[:4] == b"\x89PNG"
     assert json.loads(invoke("verify", sampled, "--decode", "--json").stdout)["samples"] == 12
     invoke("embed", sampled, "--model", f"vqvae:{vqvae}", "-o", tmp_path / "sampled-embeddings")
     metrics, page = tmp_path / "metrics.json", tmp_path / "report.html"
     reference = ["--reference", tmp_path / "embeddings", "--kept", kept]
-    invoke("evaluate", tmp_path / "sampled-embeddings", *reference, "-o", metrics, "--name", "GraNd")
-    assert json.loads(metrics.read_text())["metrics"]["frechet_distance"] > 0
+    more = ["--split", "train", "--vendi-order", 3, "--vendi-order", "inf"]
+    more += ["--same-seed", tmp_path / "sampled-embeddings"]
+    given = ["evaluate", tmp_path / "sampled-embeddings", *reference, "-o", metrics, "--name", "GraNd", *more]
+    shown = invoke(*given).stdout
+    assert "frechet distance" in shown and "train" in shown and "note: fewer samples (12)" in shown
+    assert "closest_pairs" not in shown and "samples" in invoke(*given, "--dry-run").stdout
+    told = json.loads(metrics.read_text())
+    assert told["metrics"]["frechet_distance"] > 0 and told["vendi"]["orders"] == [1.0, 3.0, "inf"]
+    assert told["context"]["reference"]["split"] == "train" and told["context"]["sampling"]["coarse_until"] == 0.5
+    assert told["same_seed"]["twins"] == 1
     given = ["--shards", shards, "--scores", scores, "--clusters", clusters, "--metrics", metrics]
     named = ["--selection", f"GraNd={kept}", "--samples", f"GraNd={grid}", "--log", f"GraNd={tmp_path}/model/log.jsonl"]
     invoke("report", page, *given, *named)

@@ -118,6 +118,13 @@ def test_several_folders_of_one_model_and_mixed_models(tmp_path, values):
     other = write_embeddings(tmp_path / "other", values, model="n")
     with pytest.raises(InputError, match=r"other: expected embeddings of the same model as .*one, found model 'n'"):
         diffprune.cluster([one, other], tmp_path / "c", k=3)
+    again = write_embeddings(tmp_path / "again", values)
+    stage = json.loads((again / "stage.json").read_text())
+    for suffix in ("npy", "parquet"):
+        (again / f"b.{suffix}").rename(again / f"d.{suffix}")
+    (again / "stage.json").write_text(json.dumps({**stage, "shards": ["d"]}))
+    with pytest.raises(InputError, match=r"one, .*again: key 'b/070' stands in it 2 times"):
+        diffprune.cluster([one, again], tmp_path / "c", k=3)
     for name in ("b.npy", "b.parquet"):  # a shard of the other model in the folder of the first
         (one / name).write_bytes((other / name).read_bytes())
     with pytest.raises(InputError, match=r"b.parquet: made by another run .* maybe by another model"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,17 @@ import diffprune
 from diffprune.arrays import write_array
 from diffprune.engines import run_stage
 from diffprune.errors import InputError
-from diffprune.evaluation import class_balance, frechet_distance, memorization, precision_recall, vendi_score
+from diffprune.evaluation import (
+    class_balance,
+    frechet_distance,
+    frechet_distance_infinity,
+    kernel_distance,
+    memorization,
+    precision_recall,
+    same_seed_similarity,
+    vendi_score,
+    vendi_scores,
+)
 from diffprune.shards import Member, Sample
 from diffprune.tables import base_table, write_table
 
@@ -30,6 +41,8 @@ def write_embeddings(
     failed: tuple[int, ...] = (),
     kind: str = "embeddings",
     model_sha256: str = "a" * 64,
+    sampled: dict[str, Any] | None = None,
+    **config: Any,
 ) -> list[str]:
     """An embeddings folder of several shards; returns the keys. Rows in ``failed`` are NaN with status failed."""
     keys = [f"{prefix}/{i:05d}" for i in range(len(values))]
@@ -50,9 +63,13 @@ def write_embeddings(
         bar.advance(len(rows))
         return base_table(f"{stem}.tar", samples, [labels[row] for row in rows], [None] * len(rows), errors)
 
-    config = {"kind": kind, "model": "vqvae", "model_sha256": model_sha256, "shape": list(values.shape[1:])}
-    run_stage("embed", out, config, list(stems), work, total=len(values), metadata={"model_path": "runs/vqvae"})
+    head = {"kind": kind, "model": "vqvae", "model_sha256": model_sha256, "shape": list(values.shape[1:]), **config}
+    about = {"model_path": "runs/vqvae", "sampled": sampled}
+    run_stage("embed", out, head, list(stems), work, total=len(values), metadata=about)
     return keys
+
+
+SAMPLED = {"steps": 60, "method": "heun", "guidance": 4.0, "seed": 5, "labels": [0, 1, 2], "model_sha256": "d" * 64}
 
 
 def write_kept(path: Path, keys: list[str]) -> Path:
@@ -69,7 +86,7 @@ def unit_rows(n: int, d: int, seed: int) -> np.ndarray:
 def folders(tmp_path):
     real, made = unit_rows(130, 6, 0), unit_rows(90, 6, 1)
     keys = write_embeddings(tmp_path / "real", real, [i % 3 for i in range(130)], failed=(5,))
-    write_embeddings(tmp_path / "made", made, [i % 3 for i in range(90)], prefix="made")
+    write_embeddings(tmp_path / "made", made, [i % 3 for i in range(90)], prefix="made", sampled=SAMPLED)
     return tmp_path, torch.from_numpy(real).float(), torch.from_numpy(made).float(), keys
 
 
@@ -84,8 +101,11 @@ def test_evaluate_gives_each_metric_the_images_it_is_about(folders):
     reference, labels = real[ok], torch.tensor(ok) % 3
     nearness = memorization(made, real[kept_rows], real[held_out])
     classes = class_balance(made, reference, labels, sample_labels=torch.arange(90) % 3)
+    infinity = frechet_distance_infinity(made, reference)
     assert result["metrics"] == {
-        "frechet_distance": frechet_distance(made, reference),
+        "frechet_distance": pytest.approx(frechet_distance(made, reference), rel=1e-9),
+        "frechet_distance_infinity": pytest.approx(infinity["distance"], rel=1e-9),
+        "kernel_distance": kernel_distance(made, reference)["mean"],
         **precision_recall(made, reference, 3),
         "vendi_score": vendi_score(made),
         "memorization_ratio": nearness["median_ratio"],
@@ -93,7 +113,13 @@ def test_evaluate_gives_each_metric_the_images_it_is_about(folders):
         "class_kl_uniform": classes["kl_uniform"],
         "class_kl_reference": classes["kl_reference"],
         "label_agreement": classes["label_agreement"],
+        "same_seed_cosine": None,
     }
+    assert result["vendi"]["orders"] == [0.1, 0.5, 1.0, 2.0, "inf"]
+    orders = (0.1, 0.5, 1.0, 2.0, math.inf)
+    assert result["vendi"]["samples"] == vendi_scores(made, orders)
+    assert result["vendi"]["reference"] == pytest.approx(vendi_scores(reference, orders), rel=1e-9)
+    assert result["frechet_infinity"]["sizes"] == infinity["sizes"]
     assert result["memorization"]["baseline"] == "held-out" and result["memorization"]["baseline_count"] == len(
         held_out
     )
@@ -105,7 +131,10 @@ def test_evaluate_gives_each_metric_the_images_it_is_about(folders):
     }
     context = result["context"]
     assert context["samples"]["count"] == 90 and context["reference"]["count"] == 129
-    assert context["reference"]["vendi_score"] == vendi_score(reference)
+    assert context["reference"]["vendi_score"] == pytest.approx(vendi_score(reference), rel=1e-9)
+    assert context["reference"]["split"] == "real"
+    told = {"steps": 60, "method": "heun", "guidance": 4.0, "seed": 5, "model_sha256": "d" * 64}
+    assert context["sampling"] == told
     assert context["training_images"] == len(kept_rows)
     assert context["embedder"] == {"model": "vqvae", "model_sha256": "a" * 64, "dimensions": 6}
     assert context["samples"]["metadata"]["model_path"] == "runs/vqvae"
@@ -129,7 +158,33 @@ def test_without_a_selection_the_baseline_is_leave_one_out(folders):
     reference = torch.cat([real[:5], real[6:]])
     assert result["memorization"]["baseline"] == "leave-one-out"
     assert result["memorization"]["baseline_median"] == memorization(made, reference)["baseline_median"]
+    fewer = diffprune.evaluate(root / "made", root / "real", root / "b.json", device="cpu", limit=40)
+    assert fewer["memorization"]["baseline_count"] == 40
+    assert fewer["memorization"]["median_distance"] == result["memorization"]["median_distance"]  # to all of them
+    own = torch.cat([reference[:40], reference[41:]])  # no image is its own neighbour
+    assert fewer["memorization"]["baseline_p1"] > 0 and memorization(reference[40:41], own)["median_distance"] > 0
     assert any("no held-out images" in flag for flag in result["context"]["flags"])
+
+
+def test_another_models_samples_of_the_same_seed(folders):
+    root, _, made, _ = folders
+    other = unit_rows(70, 6, 9)
+    write_embeddings(root / "other", other[::-1], [i % 3 for i in range(70)], prefix="made", sampled=SAMPLED)
+    result = diffprune.evaluate(root / "made", root / "real", root / "a.json", same_seed=root / "other", device="cpu")
+    labels = torch.arange(70) % 3
+    expected = same_seed_similarity(made[:70], torch.from_numpy(other[::-1].copy()).float(), labels)
+    assert {name: result["same_seed"][name] for name in expected} == pytest.approx(expected)
+    assert result["metrics"]["same_seed_cosine"] == result["same_seed"]["cosine"]
+    assert result["same_seed"]["count"] == 70 and result["same_seed"]["sampling"]["seed"] == 5
+    for changes, message in [
+        ({"sampled": {**SAMPLED, "seed": 6}}, "drawn with another seed than .*made: 6 and 5"),
+        ({"sampled": {**SAMPLED, "labels": [1]}}, "drawn with another labels"),
+        ({"sampled": None}, "drawn with another seed"),
+        ({"sampled": SAMPLED, "prefix": "unlike"}, "fewer than 2 of its keys"),
+    ]:
+        folder = root / f"bad{len(list(root.iterdir()))}"
+        write_embeddings(folder, other, [0] * 70, **{"prefix": "made", **changes})
+        refuse(root, message, same_seed=folder, out="b.json")
 
 
 def test_limit_draws_a_subset_by_key_and_seed_and_says_so(folders):
@@ -141,7 +196,8 @@ def test_limit_draws_a_subset_by_key_and_seed_and_says_so(folders):
     assert first["metrics"] == again["metrics"]
     assert first["metrics"]["precision"] != other["metrics"]["precision"]
     reference = torch.cat([real[:5], real[6:]])
-    assert first["metrics"]["frechet_distance"] == frechet_distance(made, reference)  # of all images
+    whole = frechet_distance(made, reference)
+    assert first["metrics"]["frechet_distance"] == pytest.approx(whole, rel=1e-9)  # of all images
     assert [flag.split(", drawn")[0] for flag in first["context"]["flags"][:2]] == [
         "precision, recall and classes from 50 of 129 reference images",
         "precision, recall and classes from 50 of 90 samples",
@@ -177,10 +233,10 @@ def test_dry_run_counts_and_writes_nothing(folders):
     assert not (root / "a.json").exists()
 
 
-def refuse(root: Path, match: str, **arguments: Any) -> None:
+def refuse(root: Path, match: str, *, out: str = "a.json", **arguments: Any) -> None:
     with pytest.raises(InputError, match=match):
-        diffprune.evaluate(arguments.pop("samples", root / "made"), root / "real", root / "a.json", **arguments)
-    assert not (root / "a.json").exists()
+        diffprune.evaluate(arguments.pop("samples", root / "made"), root / "real", root / out, **arguments)
+    assert not (root / out).exists()
 
 
 def test_evaluate_refuses_what_cannot_be_compared(folders):
@@ -189,13 +245,24 @@ def test_evaluate_refuses_what_cannot_be_compared(folders):
     write_embeddings(root / "other", made, [0] * 20, prefix="made", model_sha256="b" * 64)
     refuse(root, "model_sha256 is 'bbbb", samples=root / "other")
     write_embeddings(root / "latents", made, [0] * 20, prefix="made", kind="latents")
+    write_embeddings(root / "size", made, [0] * 20, prefix="made", image_size=32)
+    refuse(root, "image_size is 32 and None", samples=root / "size")
+    write_embeddings(root / "wide", unit_rows(20, 7, 6), [0] * 20, prefix="made")
+    refuse(root, r"shape is \[7\] and \[6\]", samples=root / "wide")
+    write_embeddings(root / "lost", made, [0] * 20, prefix="made", failed=tuple(range(20)))
+    refuse(root, "no image in it is ok", samples=root / "lost")
+    refuse(root, "k: expected at least 1, got 0", k=0)
+    refuse(root, "samples: expected at least 91 rows for k = 90, got 90", k=90)
+    refuse(root, "samples: expected at least 4 rows for k = 3, got 3", limit=3)
+    refuse(root, "vendi_orders: expected numbers from 0", vendi_orders=[-1])
+    refuse(root, "vendi_orders: expected numbers from 0", vendi_orders=[2, math.nan])
     refuse(root, "expected embeddings, found latents", samples=root / "latents")
     refuse(root, "nowhere", samples=root / "nowhere")
     refuse(root, "'real/00005' is not in", kept=write_kept(root / "failed.parquet", keys[:9]))
     refuse(root, "'zebra' is not in", kept=write_kept(root / "alien.parquet", [*keys[10:20], "zebra"]))
     refuse(root, "empty selection", kept=write_kept(root / "none.parquet", []))
     write_embeddings(root / "tiny", made[:3], [0] * 3, prefix="made")
-    refuse(root, "samples: expected at least 4 rows, got 3", samples=root / "tiny")
+    refuse(root, "samples: expected at least 4 rows for k = 3, got 3", samples=root / "tiny")
 
 
 def test_nan_embedding_is_named_by_its_key(folders):
@@ -204,3 +271,31 @@ def test_nan_embedding_is_named_by_its_key(folders):
     array[7, 2] = np.nan
     write_array(root / "made" / "made-000001.npy", array)
     refuse(root, "made/00047")
+
+
+def test_a_nan_in_the_reference_is_named_by_its_key_too(folders):
+    root, *_ = folders
+    array = np.load(root / "real" / "real-000000.npy")
+    array[7, 2] = np.inf
+    write_array(root / "real" / "real-000000.npy", array)
+    refuse(root, "1 rows of real-000000 are NaN or infinite, key 'real/00007' first")
+
+
+def test_what_cannot_be_compared_with_published_figures_is_flagged(tmp_path):
+    inception = {"model": "inception", "image_size": 256}
+    write_embeddings(tmp_path / "real", unit_rows(30, 20, 2), [0] * 30, **inception)
+    sampled = {**SAMPLED, "image_size": 32}
+    write_embeddings(tmp_path / "made", unit_rows(25, 20, 3), [0] * 25, prefix="made", sampled=sampled, **inception)
+    write_embeddings(tmp_path / "unknown", unit_rows(25, 20, 3), [0] * 25, prefix="made", **inception, precision="bf16")
+    told = []
+    for name in ("made", "unknown"):
+        result = diffprune.evaluate(
+            tmp_path / name, tmp_path / "real", tmp_path / f"{name}.json", split="validation", device="cpu"
+        )
+        assert result["context"]["reference"]["split"] == "validation"
+        assert result["metrics"]["frechet_distance_infinity"] is None and result["frechet_infinity"] is None
+        told.append(" / ".join(result["context"]["flags"]))
+    assert "no Fréchet distance at infinity: it needs 42 samples of 20 dimensions" in told[0]
+    assert "samples are 32 pixels wide and were resized to 256" in told[0] and "not recorded" not in told[0]
+    assert "how the samples were drawn (steps, guidance, seed) is not recorded" in told[1]
+    assert "embedded in different precisions, bf16 and None" in told[1] and "precisions" not in told[0]

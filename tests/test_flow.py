@@ -50,7 +50,7 @@ def test_losses_of_half_precision_against_float32_targets_stay_float32(data):
     assert velocity_loss(velocity.bfloat16(), velocity_target(x1, x0)).dtype == torch.float32
 
 
-@pytest.mark.parametrize("method", ["euler", "heun"])
+@pytest.mark.parametrize("method", ["euler", "midpoint", "heun"])
 @pytest.mark.parametrize("steps", [1, 7])
 def test_a_straight_flow_is_solved_exactly(data, method, steps):
     x1, x0, _ = (x.double() for x in data)
@@ -58,7 +58,7 @@ def test_a_straight_flow_is_solved_exactly(data, method, steps):
     assert torch.allclose(got, x1, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize(("method", "factor"), [("euler", 2), ("heun", 4)])
+@pytest.mark.parametrize(("method", "factor"), [("euler", 2), ("midpoint", 4), ("heun", 4)])
 def test_orders_of_convergence(method, factor):
     """dx/dt = a·x + t, x(0) = x0, has x(1) = e^a·(x0 + 1/a²) - (1 + a)/a²: halving the step halves the error, or
     quarters it."""
@@ -86,6 +86,24 @@ def test_the_solver_visits_each_time_once_per_evaluation():
     seen.clear()
     sample_ode(velocity, torch.zeros(3, 2, dtype=torch.float64), 2, "heun")
     assert seen == [0, 0.5, 0.5, 1]
+    seen.clear()
+    sample_ode(velocity, torch.zeros(3, 2, dtype=torch.float64), 2, "midpoint")
+    assert seen == [0, 0.25, 0.5, 0.75]
+    seen.clear()
+    sample_ode(velocity, torch.zeros(3, 2, dtype=torch.float64), 2, "heun", start=0.5, end=0.75)
+    assert seen == [0.5, 0.625, 0.625, 0.75]
+
+
+@pytest.mark.parametrize("method", ["euler", "midpoint", "heun"])
+def test_two_parts_of_the_way_are_the_way(data, method):
+    x0 = data[0].double()
+
+    def velocity(x, t):
+        return x.sin() + t.view(-1, 1, 1, 1)
+
+    half = sample_ode(velocity, x0, 3, method, end=0.75)
+    both = sample_ode(velocity, half, 1, method, start=0.75)
+    assert torch.allclose(both, sample_ode(velocity, x0, 4, method), rtol=0, atol=1e-14)
 
 
 class Recorder:
@@ -105,6 +123,13 @@ def test_guidance_extrapolates_from_the_null_label_on_all_channels(data):
     got = guided_velocity(model, data[0], t, labels, 4.0, null_label=10)
     expected = (10 + 4.0 * (labels - 10)) * t
     assert torch.allclose(got, expected[:, None, None, None].expand_as(got)) and model.rows == [10]
+
+
+def test_guidance_of_the_first_channels_leaves_the_labels_velocity_in_the_others(data):
+    labels, t = torch.tensor([0, 1, 2, 3, 4]), torch.linspace(0.1, 1, 5)
+    got = guided_velocity(Recorder(), data[0], t, labels, 4.0, null_label=10, channels=2)
+    assert torch.allclose(got[:, :2], ((10 + 4.0 * (labels - 10)) * t)[:, None, None, None].expand(5, 2, 4, 7))
+    assert torch.allclose(got[:, 2:], (labels * t)[:, None, None, None].expand(5, 1, 4, 7))
 
 
 def test_guidance_scale_one_does_no_second_evaluation(data):
@@ -128,5 +153,8 @@ def test_shapes_and_names_are_checked(data):
         interpolate(x1, x0, torch.ones(1))
     with pytest.raises(ValueError, match="steps >= 1"):
         sample_ode(lambda x, t: x, x0, 0)
-    with pytest.raises(ValueError, match="'euler' or 'heun', got 'rk4'"):
+    with pytest.raises(ValueError, match="'euler', 'midpoint', 'heun', got 'rk4'"):
         sample_ode(lambda x, t: x, x0, 1, "rk4")
+    for times in ({"start": 0.5, "end": 0.5}, {"start": -0.1}, {"end": 1.5}):
+        with pytest.raises(ValueError, match="0 <= start < end <= 1"):
+            sample_ode(lambda x, t: x, x0, 1, **times)

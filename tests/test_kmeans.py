@@ -255,8 +255,8 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         (torch.ones(3, 2, dtype=torch.int64), r"got \[3, 2\] torch.int64"),
         ([[1.0]], "expected a torch tensor, a NumPy or DLPack array, or a list of arrays .*, got a list of list"),
         (3, "expected a torch tensor, .* got int"),
-        ([], "expected arrays of equal width and dtype, got none"),
-        ([np.ones((3, 2)), np.ones((3, 3))], r"equal width and dtype, got \[n, 2\] float64, \[n, 3\] float64"),
+        ([], "expected arrays of equal width, got none"),
+        ([np.ones((3, 2)), np.ones((3, 3))], r"equal width, got \[n, 2\] and \[n, 3\]"),
         ([np.ones((3, 2)), np.ones(3)], r"expected points \[N, D\] of a floating dtype, got \[3\] torch.float64"),
     ],
 )

@@ -58,7 +58,7 @@ def test_parallel_start_takes_candidates_with_the_right_probability(monkeypatch:
     points = open_points(values, metric="euclidean")
     found = {1.0: [], 2.0: []}
     for seed in range(300):
-        candidates = parallel(points, 2, torch.Generator().manual_seed(seed), torch.tensor([2.0])).flatten()
+        candidates = parallel(points, 2, torch.Generator().manual_seed(seed), 2.0).flatten()
         if candidates[0] == 0:
             for value, counts in found.items():
                 counts.append(int((candidates == value).sum()))
@@ -98,7 +98,7 @@ def test_as_many_clusters_as_distinct_points(init: str) -> None:
 
 def test_many_empty_clusters_restart_farthest_first() -> None:
     """Against the plain loop: one restart at a time, each at the point farthest from all centroids so far."""
-    points = torch.randn(400, 3, generator=torch.Generator().manual_seed(4))
+    points = torch.randn(3000, 3, generator=torch.Generator().manual_seed(4))
     points[200:230] = points[5]
     centroids = [torch.zeros(3), *(torch.full((3,), 1e3 + i) for i in range(99))]
     model = KMeans(100, init=torch.stack(centroids), max_iter=0).fit(points)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from diffprune.errors import InputError, ResumeError
 from diffprune.packing import PackedSample, brace_pattern, check_key, pack, resize_image, write_shards
+from diffprune.pixels import Decoding
 from diffprune.shards import index_shard, list_shards
 from diffprune.sources import open_source
 
@@ -404,7 +405,7 @@ def adm_center_crop(image: Image.Image, size: int) -> np.ndarray:
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 def test_resize_is_adms(size, mode):
     data = encoded("png", 3, size, mode)
-    with Image.open(io.BytesIO(resize_image(data, 8, "x"))) as image:
+    with Image.open(io.BytesIO(resize_image(data, Decoding(8), "x"))) as image:
         assert (image.format, image.mode, image.size) == ("PNG", mode, (8, 8))
         np.testing.assert_array_equal(np.asarray(image), adm_center_crop(Image.open(io.BytesIO(data)), 8))
 

@@ -339,3 +339,100 @@ def test_a_shard_that_shrinks_while_it_is_copied_leaves_nothing_half_written(tmp
     with pytest.raises(InputError, match=r"train-0002.tar: expected bytes up to \d+, found its end at 3000"):
         prune(tmp_path / "kept.parquet", tmp_path / "in", tmp_path / "out", shard_size=9)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["prune.json"]
+
+
+# --- how bytes are copied, what is left behind ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lost", [[], ["copy_file_range"], ["copy_file_range", "sendfile"]])
+@pytest.mark.parametrize("how", ["missing", "refused", "silent"])
+def test_every_way_of_copying_gives_the_same_bytes(tmp_path, kept, monkeypatch, lost, how):
+    """Where the system lacks a call, the file system refuses it, or it copies nothing (as some kernels' do)."""
+    import errno
+
+    from diffprune import copying
+
+    prune(tmp_path / "kept.parquet", tmp_path / "in", tmp_path / "whole", shard_size=4)
+    called = []
+
+    def unable(source, target, begin, size):
+        called.append(size)
+        if how == "silent":
+            return 0
+        raise OSError(errno.EXDEV if len(called) % 2 else errno.EINVAL, "cannot")
+
+    for name in lost:
+        if how == "missing":
+            monkeypatch.delattr(copying.os, name)
+        else:
+            monkeypatch.setitem(copying._WAYS, name, unable)
+    monkeypatch.setattr(copying, "_COPY_BYTES", 1000)
+    prune(tmp_path / "kept.parquet", tmp_path / "in", tmp_path / "out", shard_size=4)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
+    assert bool(called) == (bool(lost) and how != "missing")
+
+
+def test_an_error_of_the_disk_is_told_and_leaves_nothing_half_written(tmp_path, kept, monkeypatch):
+    import errno
+
+    from diffprune import copying
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in copying._WAYS:
+        monkeypatch.setitem(copying._WAYS, name, full)
+    with pytest.raises(OSError, match="No space left"):
+        prune(tmp_path / "kept.parquet", tmp_path / "in", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["prune.json"]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_the_number_of_workers_changes_nothing(tmp_path, kept, workers):
+    prune(tmp_path / "kept.parquet", tmp_path / "in", tmp_path / "whole", shard_size=1)
+    prune(tmp_path / "kept.parquet", tmp_path / "in", tmp_path / "out", shard_size=1, workers=workers)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
+    with pytest.raises(InputError, match="workers: expected at least 1"):
+        prune(tmp_path / "kept.parquet", tmp_path / "in", tmp_path / "other", workers=0)
+
+
+def test_the_manifest_counts_what_lies_beside_it(tmp_path, kept):
+    result = prune(tmp_path / "kept.parquet", tmp_path / "in", tmp_path / "out", shard_size=4)
+    manifest = json.loads((tmp_path / "out/prune.json").read_text())
+    assert (manifest["count"], manifest["samples_in"], manifest["shards_in"]) == (9, 14, 3)
+    assert manifest["bytes"] == result["bytes"]
+    for about, path in zip(manifest["shards"], result["shards"], strict=True):
+        assert about["name"] == Path(path).name and about["bytes"] == Path(path).stat().st_size
+        assert about["samples"] == len(index_shard(path).samples)
+    assert len({about["fingerprint"] for about in manifest["shards"]}) == 3
+    write_kept(tmp_path / "fewer.parquet", tmp_path / "in", [key for key, _ in kept[:-1]])
+    prune(tmp_path / "fewer.parquet", tmp_path / "in", tmp_path / "fewer", shard_size=4)
+    fewer = json.loads((tmp_path / "fewer/prune.json").read_text())
+    assert fewer["shards"][:2] == manifest["shards"][:2], "the same samples, the same fingerprint"
+    assert fewer["fingerprint"] != manifest["fingerprint"]
+
+
+def test_a_new_shard_that_was_changed_is_refused(tmp_path, kept):
+    prune(tmp_path / "kept.parquet", tmp_path / "in", tmp_path / "out", shard_size=4)
+    path = tmp_path / "out/train-0001.tar"
+    path.write_bytes(path.read_bytes() + bytes(512))
+    with pytest.raises(InputError, match=r"train-0001.tar: expected \d+ bytes, found \d+: it was changed; delete it"):
+        prune(tmp_path / "kept.parquet", tmp_path / "in", tmp_path / "out", shard_size=4)
+    path.unlink()
+    assert prune(tmp_path / "kept.parquet", tmp_path / "in", tmp_path / "out", shard_size=4)["written"] == 1
+
+
+def test_a_shard_that_is_written_to_while_it_is_copied_is_refused(tmp_path, kept, monkeypatch):
+    from diffprune import pruning
+
+    copy = pruning.copy_ranges
+
+    def touching(source, ranges, target):
+        copy(source, ranges, target)
+        if source.name == "train-0002.tar":
+            os.utime(source, ns=(1, 1))
+
+    monkeypatch.setattr(pruning, "copy_ranges", touching)
+    with pytest.raises(InputError, match=r"train-0002.tar: changed while it was copied"):
+        prune(tmp_path / "kept.parquet", tmp_path / "in", tmp_path / "out", shard_size=9)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["prune.json"]

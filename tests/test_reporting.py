@@ -85,7 +85,8 @@ def write_evaluation(path: Path, name: str, kept: Path | None, *, count: int = 1
         "classes": None,
         "context": {
             "samples": {"path": "samples", "count": count, "metadata": {}},
-            "reference": {"path": "real", "count": COUNT, "vendi_score": 12.5},
+            "reference": {"path": "real", "split": "train", "count": COUNT, "vendi_score": 12.5},
+            "sampling": {"method": "heun", "steps": 60, "guidance": 4.0, "seed": 5},
             "embedder": {"model": "vqvae", "model_sha256": "f" * 64, "dimensions": 4},
             "kept": None if kept is None else str(kept),
             "training_images": COUNT if kept is None else 15,
@@ -301,7 +302,9 @@ def test_best_value_of_a_column_is_marked_by_its_direction_ties_included():
     assert [row["cells"][0]["text"] for row in table["rows"]] == ["3.000", "1.000", "1.000"]
 
 
-@pytest.mark.parametrize("change", [("samples", {"count": 6}), ("k", 5), ("embedder", {"model": "other"})])
+@pytest.mark.parametrize(
+    "change", [("samples", {"count": 6}), ("k", 5), ("embedder", {"model": "other"}), ("sampling", {"steps": 30})]
+)
 def test_rows_that_cannot_be_compared_have_no_best_value(change):
     given = evaluations(3.0, 1.0)
     given[1]["context"][change[0]] = change[1]
@@ -322,6 +325,7 @@ def test_page_says_the_results(page):
     results = page.text["results"]
     assert "(best)" in results and "only a test" in " ".join(results)
     assert "12.50" in results  # the Vendi score of the real images
+    assert "60 real ones (train)" in " ".join(results) and "(heun, 60 steps, guidance 4.0, seed 5)" in " ".join(results)
     assert any("GraNd 25%" in text for text in page.text[""])  # the headline
 
 

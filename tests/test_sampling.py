@@ -50,7 +50,7 @@ def test_images_are_the_ode_from_each_keys_noise(small_run, lively, tmp_path):
     """Euler and Heun, guided and not, in a plain loop over samples."""
     dit, _ = load_dit(lively)
     vqvae, _ = load_vqvae(small_run.vqvae)
-    for method, guidance in (("euler", 1.0), ("heun", 1.0), ("euler", 2.5)):
+    for method, guidance in (("euler", 1.0), ("heun", 1.0), ("midpoint", 1.0), ("euler", 2.5)):
         out = tmp_path / f"{method}{guidance}"
         settings = {"steps": 3, "method": method, "guidance": guidance, "labels": [4, 1], "seed": 7, "batch_size": 2}
         diffprune.sample(lively, small_run.vqvae, out, count=3, **settings)
@@ -68,6 +68,8 @@ def test_images_are_the_ode_from_each_keys_noise(small_run, lively, tmp_path):
                     slope = velocity(x, step / 3)
                     if method == "heun":
                         slope = (slope + velocity(x + slope / 3, (step + 1) / 3)) / 2
+                    if method == "midpoint":
+                        slope = velocity(x + slope / 6, (step + 0.5) / 3)
                     x = x + slope / 3
                 expected = ((vqvae.decode(x)[0] + 1) * 127.5).round().numpy()
             assert np.abs(image - expected).max() <= 1
@@ -89,6 +91,91 @@ def test_batches_shards_and_count_do_not_change_an_image(small_run, lively, tmp_
     diffprune.sample(lively, small_run.vqvae, tmp_path / "e", count=13, steps=2, weights="model")
     assert np.abs(read(tmp_path / "d")[2] - images).max() > 20
     assert np.abs(read(tmp_path / "e")[2] - images).max() > 20
+
+
+def test_dopri5_is_the_limit_of_small_steps_in_any_batch(small_run, tmp_path):
+    """Decoding quantises, so a latent near the edge between two codes may take the other one: most pixels, not all."""
+    smooth = make_checkpoint(small_run, tmp_path / "smooth", time_scale=1.0)  # the others turn with every step
+    options = {"count": 5, "guidance": 1.5, "seed": 3}
+    tight = {"method": "dopri5", "rtol": 1e-4, "atol": 1e-4}
+    found = diffprune.sample(smooth, small_run.vqvae, tmp_path / "a", **options, **tight)
+    diffprune.sample(smooth, small_run.vqvae, tmp_path / "b", **options, **tight, batch_size=2, shard_size=3)
+    diffprune.sample(smooth, small_run.vqvae, tmp_path / "c", **options, method="heun", steps=40)
+    diffprune.sample(smooth, small_run.vqvae, tmp_path / "d", **options, method="euler", steps=2)
+    a, b, exact, rough = (read(tmp_path / name)[2] for name in "abcd")
+    assert (np.abs(a - exact) > 2).mean() < 0.05 and (np.abs(rough - exact) > 2).mean() > 0.3
+    assert (np.abs(a - b) > 1).mean() < 0.02
+    assert found["steps"] is None and found["rtol"] == 1e-4 and found["model_evaluations"] % 2 == 0
+    assert 5 * 2 * 10 < found["model_evaluations"] < 5 * 2 * 200
+    again = diffprune.sample(smooth, small_run.vqvae, tmp_path / "a", **options, **tight)
+    assert again["model_evaluations"] == 0 and again["present"] == 1
+    planned = diffprune.sample(smooth, small_run.vqvae, tmp_path / "e", **options, **tight, dry_run=True)
+    assert planned["model_evaluations"] is None
+
+
+def test_guidance_of_the_first_channel_alone(small_run, lively, tmp_path):
+    """In a plain loop: the other channel follows the label's velocity."""
+    dit, vqvae = load_dit(lively)[0], load_vqvae(small_run.vqvae)[0]
+    options = {"steps": 3, "guidance": 4.0, "labels": [6], "seed": 2}
+    diffprune.sample(lively, small_run.vqvae, tmp_path / "first", count=1, guidance_channels=1, **options)
+    diffprune.sample(lively, small_run.vqvae, tmp_path / "all", count=1, **options)
+    x = draw_noise(2, ["sample-00000000"], 0, (2, 4, 4))
+    with torch.inference_mode():
+        for step in range(3):
+            label, null = (dit(x, torch.tensor([step / 3]), torch.tensor([y])) for y in (6, 10))
+            v = label.clone()
+            v[:, 0] = null[:, 0] + 4 * (label - null)[:, 0]
+            x = x + v / 3
+        expected = ((vqvae.decode(x) + 1) * 127.5).round().numpy()
+    assert np.abs(read(tmp_path / "first")[2] - expected).max() <= 1
+    assert np.abs(read(tmp_path / "all")[2] - expected).max() > 20
+
+
+def test_a_coarse_model_begins_and_the_large_one_ends(small_run, lively, tmp_path):
+    small = make_checkpoint(small_run, tmp_path / "small", scale=0.3, depth=1, hidden_size=16)
+    options = {"count": 3, "steps": 10, "method": "heun", "guidance": 2.0, "batch_size": 2}
+    both = diffprune.sample(
+        lively, small_run.vqvae, tmp_path / "both", **options, coarse=small, coarse_until=0.7, grid=tmp_path / "g.png"
+    )
+    assert (both["coarse_evaluations"], both["model_evaluations"]) == (6 * 2 * 2 * 7, 6 * 2 * 2 * 3)
+    models = [load_dit(path)[0] for path in (small, lively)]
+    vqvae, images = load_vqvae(small_run.vqvae)[0], read(tmp_path / "both")[2]
+    for i in range(3):
+        x = draw_noise(0, [f"sample-{i:08d}"], 0, (2, 4, 4))
+
+        def velocity(x, t, model, label=i):
+            with_label, without = (model(x, torch.tensor([t]), torch.tensor([y])) for y in (label, 10))
+            return without + 2 * (with_label - without)
+
+        with torch.inference_mode():
+            for step in range(10):
+                slope = velocity(x, step / 10, models[step >= 7])
+                x = x + (slope + velocity(x + slope / 10, (step + 1) / 10, models[step >= 7])) / 20
+            expected = ((vqvae.decode(x)[0] + 1) * 127.5).round().numpy()
+        assert np.abs(images[i] - expected).max() <= 1
+    same = {"coarse": lively, "coarse_until": 0.3}
+    diffprune.sample(lively, small_run.vqvae, tmp_path / "same", **options, **same)
+    diffprune.sample(lively, small_run.vqvae, tmp_path / "one", **options)
+    assert np.abs(read(tmp_path / "same")[2] - read(tmp_path / "one")[2]).max() <= 1
+    with pytest.raises(ResumeError, match=r"coarse_until: 0\.7 there, 0\.3 now"):
+        diffprune.sample(lively, small_run.vqvae, tmp_path / "both", **options, **same)
+
+
+def test_coarse_models_that_do_not_fit_are_refused(small_run, lively, tmp_path):
+    other = make_checkpoint(small_run, tmp_path / "other", num_classes=7)
+    foreign_state = {**read_state(lively), "latents": {"model_sha256": "f" * 64}}
+    foreign = save_checkpoint(tmp_path / "foreign", foreign_state, {"ema": load_dit(lively)[0].state_dict()})
+    for options, message in [
+        ({"coarse": other, "coarse_until": 0.5}, "num_classes is 7, but 10 in"),
+        ({"coarse": foreign, "coarse_until": 0.5}, "was trained on latents of the VQ-VAE with sha256 f+, but"),
+        ({"coarse": lively}, "coarse and coarse_until: expected both or neither"),
+        ({"coarse_until": 0.5}, "coarse and coarse_until: expected both or neither"),
+        ({"coarse": lively, "coarse_until": 1.0}, "coarse_until: expected a time between 0"),
+        ({"coarse": lively, "coarse_until": 0.5, "steps": 1}, "steps: expected at least 2 with a coarse model"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            diffprune.sample(lively, small_run.vqvae, tmp_path / "out", **{"count": 1, **options})
+    assert not (tmp_path / "out").exists()
 
 
 def test_members_of_a_sample(small_run, lively, tmp_path):
@@ -125,19 +212,19 @@ def test_a_grid_alone_or_beside_the_shards(small_run, lively, tmp_path):
 
 
 def test_a_stopped_run_goes_on_and_other_settings_are_refused(small_run, lively, tmp_path, monkeypatch):
-    from diffprune import sampling
+    from diffprune import generation
 
     options = {"count": 9, "steps": 2, "shard_size": 3, "batch_size": 2}
     diffprune.sample(lively, small_run.vqvae, tmp_path / "whole", **options)
-    real, calls = sampling.sample_ode, []
+    real, calls = generation.sample_ode, []
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(*arguments, **options)
 
-    monkeypatch.setattr(sampling, "sample_ode", interrupted)
+    monkeypatch.setattr(generation, "sample_ode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         diffprune.sample(lively, small_run.vqvae, tmp_path / "cut", **options)
     assert sorted(os.listdir(tmp_path / "cut")) == ["sample.json", "samples-000000.tar"]
@@ -189,7 +276,12 @@ def test_unconditional_models_and_models_without_a_null_label(small_run, tmp_pat
         ({"steps": 0}, "steps: expected at least 1, got 0"),
         ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
         ({"shard_size": 0}, "shard_size: expected at least 1"),
-        ({"method": "rk4"}, "method: expected euler or heun, got 'rk4'"),
+        ({"method": "rk4"}, "method: expected euler, midpoint, heun, dopri5, got 'rk4'"),
+        ({"method": "dopri5", "steps": 9}, "steps: dopri5 chooses its own"),
+        ({"rtol": 1e-4}, "rtol and atol are dopri5's: euler takes steps"),
+        ({"method": "dopri5", "atol": 0.0}, "expected rtol >= 0 and atol > 0, got 0.001 and 0.0"),
+        ({"guidance_channels": 2}, "guidance_channels: expected 1 to 2, with a guidance other than 1"),
+        ({"guidance": 2.0, "guidance_channels": 3}, "guidance_channels: expected 1 to 2"),
         ({"guidance": float("inf")}, "guidance: expected a finite number, got inf"),
         ({"guidance": 2.0, "labels": "null"}, "guidance: expected 1 with labels null, got 2.0"),
         ({"seed": -1}, "seed: expected a number from 0"),

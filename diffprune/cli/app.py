@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import diffprune
-from diffprune.cli.output import run, show_doctor
+from diffprune.cli.output import run, show_doctor, show_evaluation
 
 app = typer.Typer(
     name="diffprune",
@@ -21,11 +21,18 @@ app = typer.Typer(
 train = typer.Typer(help="Train the VQ-VAE or the DiT, from a TOML config and overrides.", no_args_is_help=True)
 app.add_typer(train, name="train", rich_help_panel="Models")
 
+MAX_PIXELS = 100_000_000  # diffprune.pixels.MAX_PIXELS; that module imports numpy, which --help need not wait for
+
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say how much it would do, and do nothing.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Seed = Annotated[int, typer.Option(help="The seed of everything random.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time. Does not change the result.")]
+StrictDecode = Annotated[
+    bool,
+    typer.Option(help="Refuse a JPEG with any damage, flipped bits too; without it, take what Pillow makes of it."),
+]
+MaxPixels = Annotated[int, typer.Option(min=1, help="Refuse an image whose header says that it has more.")]
 Shards = Annotated[
     list[str], typer.Argument(help="Brace pattern, glob, folder, .tar or list file; several may be given.")
 ]
@@ -67,6 +74,8 @@ def pack(
     resize: Annotated[int | None, typer.Option(min=1, help="Crop to a square and resize to this side, as PNG.")] = None,
     shuffle: Annotated[bool, typer.Option(help="Shuffle the samples over the shards.")] = True,
     seed: Seed = 0,
+    strict_decode: StrictDecode = True,
+    max_pixels: MaxPixels = MAX_PIXELS,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -76,18 +85,29 @@ def pack(
     elif named_source is not None or out is None:
         raise typer.BadParameter("expected SOURCE OUT, or --source SOURCE OUT")
     options = {"prefix": prefix, "shard_size": shard_size, "resize": resize, "shuffle_seed": seed if shuffle else None}
+    options |= {"strict_decode": strict_decode, "max_pixels": max_pixels}
     run(diffprune.pack, source, out, **options, dry_run=dry_run, as_json=as_json)
 
 
 @app.command(rich_help_panel="Data")
 def verify(
     shards: Shards,
-    decode: Annotated[bool, typer.Option(help="Also decode every image, strictly.")] = False,
+    decode: Annotated[bool, typer.Option(help="Also decode every image.")] = False,
+    strict_decode: StrictDecode = True,
+    max_pixels: MaxPixels = MAX_PIXELS,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Count samples and keys, account for every byte, list all damage. Exits 1 if there is any."""
-    result = run(diffprune.verify, shards, decode=decode, dry_run=dry_run, as_json=as_json)
+    result = run(
+        diffprune.verify,
+        shards,
+        decode=decode,
+        strict_decode=strict_decode,
+        max_pixels=max_pixels,
+        dry_run=dry_run,
+        as_json=as_json,
+    )
     if result.get("damaged"):
         raise typer.Exit(1)
 
@@ -175,11 +195,14 @@ def encode(
     out: Annotated[Path, typer.Option("--out", "-o", help="The latents folder.")],
     batch_size: BatchSize = 256,
     device: Device = "auto",
+    strict_decode: StrictDecode = True,
+    max_pixels: MaxPixels = MAX_PIXELS,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Write the latents of every image, one fp16 .npy per shard."""
-    run(diffprune.encode, shards, vqvae, out, batch_size=batch_size, device=device, dry_run=dry_run, as_json=as_json)
+    options = {"batch_size": batch_size, "device": device, "strict_decode": strict_decode, "max_pixels": max_pixels}
+    run(diffprune.encode, shards, vqvae, out, **options, dry_run=dry_run, as_json=as_json)
 
 
 @app.command(rich_help_panel="Features")
@@ -189,18 +212,21 @@ def embed(
         str,
         typer.Option(
             help="A folder or hub id of CLIP, OpenCLIP, SigLIP, DINOv2 or DINOv3; efficientnet-lite0; vqvae:PATH; "
-            "package.module:function; or clip-retrieval:FOLDER."
+            "inception@SIZE:PATH, FID's; package.module:function; or clip-retrieval:FOLDER."
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The embeddings folder.")],
     batch_size: BatchSize = 256,
     device: Device = "auto",
     precision: Annotated[str, typer.Option(help="float32, bf16, or auto: bf16 on a GPU.")] = "auto",
+    strict_decode: StrictDecode = True,
+    max_pixels: MaxPixels = MAX_PIXELS,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Write an L2-normalised embedding of every image, one fp16 .npy per shard."""
     options = {"model": model, "batch_size": batch_size, "device": device, "precision": precision}
+    options |= {"strict_decode": strict_decode, "max_pixels": max_pixels}
     run(diffprune.embed, shards, out, **options, dry_run=dry_run, as_json=as_json)
 
 
@@ -391,9 +417,18 @@ def sample(
     vqvae: Annotated[Path, typer.Option(help="The VQ-VAE that its latents came from.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The folder for shards of generated images.")] = None,
     count: Annotated[int, typer.Option(min=1, help="How many images.")] = 64,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the ODE solver.")] = 50,
-    method: Annotated[str, typer.Option(help="euler or heun.")] = "euler",
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the ODE solver, 50 by default.")] = None,
+    method: Annotated[str, typer.Option(help="euler, midpoint, heun, or dopri5, which chooses its steps.")] = "euler",
+    rtol: Annotated[float | None, typer.Option(help="dopri5's relative tolerance, 1e-3 by default.")] = None,
+    atol: Annotated[float | None, typer.Option(help="dopri5's absolute tolerance, 1e-6 by default.")] = None,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is none.")] = 1.0,
+    guidance_channels: Annotated[
+        int | None, typer.Option(min=1, help="Guide only the first so many channels; all by default.")
+    ] = None,
+    coarse: Annotated[Path | None, typer.Option(help="A smaller DiT that begins, up to --coarse-until.")] = None,
+    coarse_until: Annotated[
+        float | None, typer.Option(help="The time, of 0 (noise) to 1 (data), at which CHECKPOINT takes over.")
+    ] = None,
     labels: Annotated[str, typer.Option(help="uniform, null, or class numbers with commas.")] = "uniform",
     weights: Annotated[str, typer.Option(help="ema or model.")] = "ema",
     grid: Annotated[Path | None, typer.Option(help="Also write the first images as one PNG.")] = None,
@@ -404,7 +439,9 @@ def sample(
     as_json: Json = False,
 ) -> None:
     """Generate images into shards, and a grid PNG."""
-    options = {"count": count, "steps": steps, "method": method, "guidance": guidance, "labels": labels}
+    options = {"count": count, "steps": steps, "method": method, "rtol": rtol, "atol": atol, "labels": labels}
+    options |= {"guidance": guidance, "guidance_channels": guidance_channels}
+    options |= {"coarse": coarse, "coarse_until": coarse_until}
     options |= {"weights": weights, "grid": grid, "seed": seed, "batch_size": batch_size, "device": device}
     run(diffprune.sample, checkpoint, vqvae, out, **options, dry_run=dry_run, as_json=as_json)
 
@@ -417,17 +454,35 @@ def evaluate(
     kept: Annotated[
         Path | None, typer.Option(help="The selection that the model was trained on, for memorization.")
     ] = None,
+    same_seed: Annotated[
+        Path | None, typer.Option(help="Embeddings of another model's images of the same seed, to compare with.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="What to call this model in tables.")] = None,
+    split: Annotated[str | None, typer.Option(help="What the reference is: train, validation, …")] = None,
     k: Annotated[int, typer.Option(min=1, help="Neighbours, for precision and recall.")] = 3,
+    vendi_order: Annotated[
+        list[float] | None, typer.Option(min=0, help="Order of a Vendi score, 0 to inf; 1 is always there. Repeatable.")
+    ] = None,
     limit: Annotated[int, typer.Option(min=2, help="Images of each side, at most, for the k-NN metrics.")] = 50_000,
     seed: Seed = 0,
     device: Device = "auto",
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Fréchet distance, precision, recall, F-score, Vendi score, memorization and class balance."""
-    options = {"kept": kept, "name": name, "k": k, "limit": limit, "seed": seed, "device": device}
-    run(diffprune.evaluate, samples, reference, out, **options, dry_run=dry_run, as_json=as_json)
+    """Fréchet and kernel distance, precision, recall, F-score, Vendi score, memorization, class balance."""
+    options = {"kept": kept, "same_seed": same_seed, "name": name, "split": split, "k": k, "limit": limit}
+    options |= {"seed": seed, "device": device}
+    options |= {"vendi_orders": vendi_order} if vendi_order else {}
+    run(
+        diffprune.evaluate,
+        samples,
+        reference,
+        out,
+        **options,
+        dry_run=dry_run,
+        as_json=as_json,
+        display=show_evaluation,
+    )
 
 
 @app.command(rich_help_panel="Proof")

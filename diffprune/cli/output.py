@@ -92,6 +92,29 @@ def show_doctor(found: dict[str, Any]) -> None:
         console.print(f"[dim]{op} tries {escape(order)}[/dim]")
 
 
+def show_evaluation(result: dict[str, Any]) -> None:
+    """Print the metrics of ``evaluate``, what they were computed from, and its flags; the file has the rest."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    if "metrics" not in result:  # a dry run
+        show(result)
+        return
+    context = result["context"]
+    sampling, reference, embedder = context["sampling"] or {}, context["reference"], context["embedder"]
+    how = {name: sampling[name] for name in ("method", "steps", "guidance", "seed") if name in sampling}
+    weights = str(embedder.get("model_sha256"))[:12]
+    facts = {
+        "samples": f"{_text(context['samples']['count'])}  {_text(how)}",
+        "reference": f"{_text(reference['count'])}  {reference['split']}  {reference['path']}",
+        "embedder": f"{embedder.get('model')}  {weights}  {embedder['dimensions']} numbers",
+    }
+    show({"name": result["name"], **result["metrics"], **facts, "out": result["out"]})
+    console = Console(soft_wrap=True)
+    for flag in context["flags"]:
+        console.print(f"[yellow]note:[/yellow] {escape(flag)}")
+
+
 def _text(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return str(value).lower()

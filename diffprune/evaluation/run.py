@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
+from torch import Tensor
 
 from diffprune._version import __version__
-from diffprune.arrays import ArrayFolder
 from diffprune.device import pick_device
 from diffprune.errors import InputError
 from diffprune.evaluation.classes import class_balance
-from diffprune.evaluation.frechet import frechet_distance
+from diffprune.evaluation.context import common_embedder, flags, sampling_of
+from diffprune.evaluation.folders import FeatureFolder
+from diffprune.evaluation.frechet import frechet_distance, frechet_distance_infinity
+from diffprune.evaluation.gaussians import Gaussian
 from diffprune.evaluation.manifold import precision_recall
+from diffprune.evaluation.mmd import kernel_distance
 from diffprune.evaluation.nearest_training import memorization
-from diffprune.evaluation.vendi import vendi_score
+from diffprune.evaluation.rows import draw_subset, labels_of, left_out_rows, same_seed_rows, training_rows
+from diffprune.evaluation.same_seed import same_seed_similarity
+from diffprune.evaluation.vendi import vendi_scores
 from diffprune.files import write_json
 from diffprune.progress import progress
-from diffprune.tables import kept_keys
 
-FEW_HELD_OUT = 100
+VENDI_ORDERS = (0.1, 0.5, 1.0, 2.0, math.inf)
 
 
 def evaluate(
@@ -33,9 +37,12 @@ def evaluate(
     out: str | Path,
     *,
     kept: str | Path | None = None,
+    same_seed: str | Path | None = None,
     name: str | None = None,
+    split: str | None = None,
     k: int = 3,
     class_k: int = 5,
+    vendi_orders: Sequence[float] = VENDI_ORDERS,
     limit: int = 50_000,
     seed: int = 0,
     device: str = "auto",
@@ -43,35 +50,52 @@ def evaluate(
 ) -> dict[str, Any]:
     """Compare generated images with real ones, both as embedding folders of one embedder, and write ``out`` (JSON).
 
+    The reference is read shard by shard and may be larger than memory; the samples are held, as float32.
+
     Args:
         samples: embeddings of generated images; their labels, if any, are the classes asked for.
         reference: embeddings of the whole data set, before pruning.
         kept: the selection the generator was trained on (kept.parquet): its keys are the training images, the rest of
             the reference is held out. None: it was trained on all of the reference.
+        same_seed: embeddings of another model's images, drawn with the same seed and labels, to compare image by image.
         name: what to call this run in tables; by default the file name of ``out``.
+        split: what the reference is ("train", "validation", ...); by default the name of its folder.
         k: neighbours for precision, recall, density and coverage. ``class_k``: for the class vote.
-        limit: precision, recall, density, coverage, classes and the held-out baseline use at most this many images of
-            each folder, drawn by ``seed`` and key; Fréchet distance, Vendi score and nearest training images use all.
+        vendi_orders: of the Vendi scores, 0 to infinity; order 1 is always among them.
+        limit: precision, recall, density, coverage, kernel distance, classes and the memorization baseline use at most
+            this many images of each folder, drawn by ``seed`` and key; Fréchet distance, Vendi score and nearest
+            training images use all.
         dry_run: check the inputs, say how much would be done, write nothing.
 
-    Returns what ``out`` holds: ``name``; ``metrics``: frechet_distance, precision, recall, f_score, density, coverage,
-    vendi_score, memorization_ratio, memorized_share, class_kl_uniform, class_kl_reference, label_agreement (null where
-    there is nothing to compute it from); ``memorization`` and ``classes``: the same in detail; ``context``: what it was
-    computed from, with ``flags``: in words, what a reader must know before comparing the numbers.
+    Returns what ``out`` holds: ``name``; ``metrics``: frechet_distance, frechet_distance_infinity, kernel_distance,
+    precision, recall, f_score, density, coverage, vendi_score, memorization_ratio, memorized_share,
+    class_kl_uniform, class_kl_reference, label_agreement, same_seed_cosine (null where there is nothing to compute it
+    from); ``frechet_infinity``, ``kernel``, ``vendi``, ``memorization``, ``classes``, ``same_seed``: the same in
+    detail; ``context``: what it was computed from, with ``sampling`` (steps, guidance, seed, checkpoints) and
+    ``flags``: in words, what a reader must know before comparing the numbers.
 
-    Raises InputError for embeddings of two embedders, NaN (naming the key), a selection of another data set, or too
-    few images.
+    Raises InputError for embeddings of two embedders, NaN (naming the key), a selection of another data set, images of
+    two seeds in ``same_seed``, or too few images.
     """
-    sample_folder, reference_folder = (ArrayFolder(folder, "embeddings") for folder in (samples, reference))
-    embedder = _common_embedder(sample_folder, reference_folder)
-    sample_rows, sample_array = sample_folder.load()
-    reference_rows, reference_array = reference_folder.load()
-    trained_on = _training_rows(reference_rows, reference, kept)
+    for what, value, least in (("k", k, 1), ("class_k", class_k, 1), ("limit", limit, 2)):
+        if value < least:
+            raise InputError(f"{what}: expected at least {least}, got {value}")
+    orders = sorted({1.0, *map(float, vendi_orders)})
+    if not all(q >= 0 for q in orders):
+        raise InputError(f"vendi_orders: expected numbers from 0 to infinity, got {list(vendi_orders)}")
+    chosen = pick_device(device)
+    made, real = FeatureFolder(samples, chosen), FeatureFolder(reference, chosen)
+    embedder = common_embedder(made, real)
+    twins = None if same_seed is None else same_seed_rows(made, FeatureFolder(same_seed, chosen))
+    trained_on = training_rows(real.rows, reference, kept)
+    for what, rows in (("samples", made), ("reference", real)):
+        if min(len(rows), limit) <= k:
+            raise InputError(f"{what}: expected at least {k + 1} rows for k = {k}, got {min(len(rows), limit)}")
     plan = {
         "name": name or Path(out).stem,
         "out": str(out),
-        "samples": len(sample_rows),
-        "reference": len(reference_rows),
+        "samples": len(made),
+        "reference": len(real),
         "training": int(trained_on.sum()),
         "held_out": int((~trained_on).sum()),
         "dry_run": dry_run,
@@ -79,47 +103,82 @@ def evaluate(
     if dry_run:
         return plan
 
-    chosen = pick_device(device)
-    x, y = (torch.from_numpy(array).to(chosen) for array in (sample_array, reference_array))
-    trained = torch.from_numpy(trained_on).to(chosen)
-    sample_subset = _subset(sample_rows, limit, seed).to(chosen)
-    subset = _subset(reference_rows, limit, seed).to(chosen)
-    with progress("evaluate", total=5, unit="metrics") as bar:
-        metrics: dict[str, Any] = {"frechet_distance": frechet_distance(x, y)}
+    x = made.take(torch.arange(len(made)))
+    sample_subset, subset = (draw_subset(folder.rows, limit, seed) for folder in (made, real))
+    y = real.take(subset)
+    held_out = torch.from_numpy(~trained_on)[subset].to(chosen)
+    with progress("evaluate", total=7 if twins is None else 8, unit="metrics") as bar:
+        gaussian = Gaussian.of(real)
+        metrics: dict[str, Any] = {"frechet_distance": frechet_distance(x, gaussian)}
         bar.advance(note="Fréchet distance")
-        metrics |= precision_recall(x[sample_subset], y[subset], k=k)
+        infinity = None
+        if len(x) >= 2 * (made.dimensions + 1):
+            infinity = frechet_distance_infinity(x, gaussian, seed=seed)
+        bar.advance(note="Fréchet distance at infinity")
+        kernel = kernel_distance(x, y, seed=seed)
+        bar.advance(note="kernel distance")
+        metrics |= precision_recall(x[sample_subset.to(chosen)], y, k=k)
         bar.advance(note="precision and recall")
-        metrics["vendi_score"] = vendi_score(x)
-        reference_vendi = vendi_score(y)
+        vendi = {"orders": [_order(q) for q in orders], "samples": vendi_scores(x, orders)}
+        few = len(real) <= real.dimensions  # then their own kernel is the smaller one
+        vendi["reference"] = vendi_scores(real.take(torch.arange(len(real))) if few else real, orders)
         bar.advance(note="Vendi score")
-        held_out = subset[~trained[subset]]
-        nearness = memorization(x, y[trained], y[held_out])
+        left_out = None if held_out.any() else left_out_rows(real, trained_on, limit, seed)
+        nearness = memorization(x, real.part(trained_on), y[held_out], left_out=left_out)
         bar.advance(note="memorization")
-        classes = _classes(x, sample_rows, sample_subset, y, reference_rows, subset, class_k)
+        classes = _classes(x, made.rows, sample_subset, y, real.rows, subset, class_k)
         bar.advance(note="classes")
+        alike = None
+        if twins is not None:
+            alike = _same_seed(made, *twins)
+            bar.advance(note="same seed")
     metrics |= {
+        "frechet_distance_infinity": infinity and infinity["distance"],
+        "kernel_distance": kernel["mean"],
+        "vendi_score": vendi["samples"][orders.index(1.0)],
         "memorization_ratio": nearness["median_ratio"],
         "memorized_share": nearness["share_below_p1"],
         "class_kl_uniform": classes and classes["kl_uniform"],
         "class_kl_reference": classes and classes["kl_reference"],
         "label_agreement": classes and classes["label_agreement"],
+        "same_seed_cosine": alike and alike["cosine"],
     }
-    training_keys = reference_rows["key"].filter(pa.array(trained_on))
+    training_keys = real.rows["key"].filter(pa.array(trained_on))
     nearness["closest_pairs"] = [
-        {"sample": sample_rows["key"][i].as_py(), "training": training_keys[j].as_py(), "distance": distance}
+        {"sample": made.rows["key"][i].as_py(), "training": training_keys[j].as_py(), "distance": distance}
         for i, j, distance in nearness["closest_pairs"]
     ]
+    told = flags(
+        made,
+        real,
+        used_samples=len(sample_subset),
+        used_reference=len(subset),
+        held_out=int(held_out.sum()),
+        infinity=infinity,
+        nearness=nearness,
+        has_classes=classes is not None,
+    )
     result = {
         "name": plan["name"],
         "metrics": metrics,
+        "frechet_infinity": infinity,
+        "kernel": kernel,
+        "vendi": vendi,
         "memorization": nearness,
         "classes": classes,
+        "same_seed": alike,
         "context": {
-            "samples": {"path": str(samples), "count": len(x), "metadata": sample_folder.metadata},
-            "reference": {"path": str(reference), "count": len(y), "vendi_score": reference_vendi},
+            "samples": {"path": str(samples), "count": len(x), "metadata": made.metadata},
+            "sampling": sampling_of(made),
+            "reference": {
+                "path": str(reference),
+                "split": split or Path(reference).name,
+                "count": len(real),
+                "vendi_score": vendi["reference"][orders.index(1.0)],
+            },
             "kept": None if kept is None else str(kept),
             "training_images": plan["training"],
-            "embedder": embedder | {"dimensions": x.shape[1]},
+            "embedder": embedder,
             "k": k,
             "class_k": class_k,
             "limit": limit,
@@ -127,103 +186,47 @@ def evaluate(
             "diffprune": __version__,
             "torch": torch.__version__,
             "device": str(chosen),
-            "flags": _flags(x, y, subset, sample_subset, held_out, nearness, classes),
+            "flags": told,
         },
     }
     write_json(out, result)
     return result | {"out": str(out)}
 
 
-def _common_embedder(samples: ArrayFolder, reference: ArrayFolder) -> dict[str, Any]:
-    """The model and model_sha256 that both folders were made with; InputError if they differ."""
-    for field in ("model", "model_sha256", "output", "preprocessing"):
-        found = [folder.metadata.get(field) for folder in (samples, reference)]
-        if found[0] != found[1]:
-            raise InputError(
-                f"{samples.folder} and {reference.folder}: embeddings of two models cannot be compared: {field} is "
-                f"{found[0]!r} and {found[1]!r}; embed both with the same one"
-            )
-    return {field: samples.metadata.get(field) for field in ("model", "model_sha256")}
-
-
-def _training_rows(rows: pa.Table, reference: str | Path, kept: str | Path | None) -> np.ndarray:
-    """Which reference rows [M] bool the generator was trained on."""
-    if kept is None:
-        return np.ones(len(rows), dtype=bool)
-    keys = kept_keys(kept)
-    if not keys:
-        raise InputError(f"{kept}: an empty selection; there is nothing the generator could be trained on")
-    trained_on = pc.is_in(rows["key"], value_set=pa.array(sorted(keys), pa.string())).to_numpy()
-    if trained_on.sum() != len(keys):
-        lost = min(keys.difference(rows["key"].to_pylist()))
-        raise InputError(
-            f"{kept}: key {lost!r} is not in {reference}, or failed there; expected a selection of that data set"
-        )
-    return trained_on
-
-
-def _subset(rows: pa.Table, limit: int, seed: int) -> torch.Tensor:
-    """At most ``limit`` row numbers, ascending: those whose keys come first in a seeded hash order."""
-    if len(rows) <= limit:
-        return torch.arange(len(rows))
-    hashes = [hashlib.blake2b(f"{seed}\0{key}".encode(), digest_size=16).digest() for key in rows["key"].to_pylist()]
-    return torch.tensor(sorted(sorted(range(len(rows)), key=hashes.__getitem__)[:limit]))
-
-
 def _classes(
-    x: torch.Tensor,
+    x: Tensor,
     sample_rows: pa.Table,
-    sample_subset: torch.Tensor,
-    y: torch.Tensor,
+    sample_subset: Tensor,
+    y: Tensor,  # of the rows ``subset``
     reference_rows: pa.Table,
-    subset: torch.Tensor,
+    subset: Tensor,
     k: int,
 ) -> dict[str, Any] | None:
     """Class balance by the labelled part of the reference, or None if fewer than two images have a label."""
-    labels, labelled = _labels(reference_rows, x.device)
-    subset = subset[labelled[subset]]
-    if len(subset) < 2:
+    labels = labels_of(reference_rows)[subset].to(x.device)
+    labelled = labels >= 0
+    if labelled.sum() < 2:
         return None
-    asked, has_label = _labels(sample_rows, x.device)
+    asked = labels_of(sample_rows).to(x.device)
+    sample_subset = sample_subset.to(x.device)
     return class_balance(
         x[sample_subset],
-        y[subset],
-        labels[subset],
-        sample_labels=asked[sample_subset] if bool(has_label.all()) else None,
+        y[labelled],
+        labels[labelled],
+        sample_labels=asked[sample_subset] if bool((asked >= 0).all()) else None,
         k=k,
     )
 
 
-def _labels(rows: pa.Table, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Labels [N] int64 (-1 where there is none) and where there is one [N] bool."""
-    labels = torch.from_numpy(pc.fill_null(rows["label"], -1).to_numpy().astype(np.int64)).to(device)
-    return labels, labels >= 0
+def _same_seed(made: FeatureFolder, other: FeatureFolder, rows: Tensor, places: Tensor) -> dict[str, Any]:
+    labels = labels_of(made.rows)[rows]
+    order = places.argsort()  # `take` reads in the folder's order
+    others = torch.empty(len(places), other.dimensions, device=other.device)
+    others[order.to(other.device)] = other.take(places[order])
+    found = same_seed_similarity(made.take(rows), others, labels.to(made.device) if bool((labels >= 0).all()) else None)
+    return {**found, "path": str(other.folder), "sampling": sampling_of(other)}
 
 
-def _flags(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    subset: torch.Tensor,
-    sample_subset: torch.Tensor,
-    held_out: torch.Tensor,
-    nearness: dict[str, Any],
-    classes: dict[str, Any] | None,
-) -> list[str]:
-    dimensions = x.shape[1]
-    flags = [
-        f"fewer {what} ({count:,}) than embedding dimensions ({dimensions:,}): the Fréchet distance is inflated"
-        for what, count in (("reference images", len(y)), ("samples", len(x)))
-        if count < dimensions
-    ]
-    flags += [
-        f"precision, recall and classes from {len(part):,} of {len(whole):,} {what}, drawn at random"
-        for what, part, whole in (("reference images", subset, y), ("samples", sample_subset, x))
-        if len(part) < len(whole)
-    ]
-    if nearness["baseline"] == "leave-one-out":
-        flags.append("no held-out images: memorization is judged against the training images' own neighbours")
-    elif len(held_out) < FEW_HELD_OUT:
-        flags.append(f"the memorization baseline rests on only {len(held_out)} held-out images")
-    if classes is None:
-        flags.append("the reference has no labels: no class balance")
-    return flags
+def _order(q: float) -> float | str:
+    """An order as JSON can hold it."""
+    return "inf" if q == math.inf else q

@@ -6,6 +6,7 @@
 a folder, or a hub id      CLIP, SigLIP, DINOv2 or DINOv3 in transformers' format, or OpenCLIP's format
 ``efficientnet-lite0``     a small convolutional network trained on ImageNet, whose weights come with a package
 ``vqvae:PATH``             the encoder of a VQ-VAE that ``diffprune train vqvae`` made
+``inception@SIZE:PATH``    FID's Inception v3, not normalised; see ``models.inception``
 ``package.module:name``    any Python function of a batch of images
 =========================  =================================================================================
 """
@@ -29,6 +30,7 @@ from torch import Tensor
 from diffprune.checkpoints import load_vqvae
 from diffprune.errors import InputError
 from diffprune.files import sha256_file
+from diffprune.models.inception import inception_features
 from diffprune.models.preprocessing import Preprocessing
 
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
@@ -72,8 +74,8 @@ class Embedder:
 def load_embedder(model: str, device: torch.device, precision: str = "auto") -> Embedder:
     """The embedder of that name, on ``device``.
 
-    ``precision``: "float32", or "bf16" (autocast); "auto" is bf16 on a GPU that has it, else float32. A VQ-VAE and a
-    Python function have their own.
+    ``precision``: "float32", or "bf16" (autocast); "auto" is bf16 on a GPU that has it, else float32. A VQ-VAE, a
+    Python function and FID's Inception (float32) have their own.
 
     Raises:
         InputError: no such model, weights that are missing (with what to download), damaged or of another kind, a
@@ -83,6 +85,9 @@ def load_embedder(model: str, device: torch.device, precision: str = "auto") -> 
         raise InputError(f"precision: expected auto, float32 or bf16, got {precision!r}")
     if model.startswith("vqvae:"):
         return _vqvae(model.removeprefix("vqvae:"), device)
+    if model.startswith(("inception:", "inception@")):
+        function, size, head, path = inception_features(model, device)
+        return Embedder(function, size, 3, head, path, unit_length=False)
     if _FUNCTION.fullmatch(model):
         return _python_function(model, device)
     if precision == "auto":

@@ -33,6 +33,10 @@ class Metric:
 
 METRICS = (
     Metric("frechet_distance", "Fréchet distance", "low", "between the embeddings of generated and real images"),
+    Metric("frechet_distance_infinity", "Fréchet at ∞", "low", "Fréchet distance extrapolated to endless samples"),
+    Metric(
+        "kernel_distance", "Kernel distance", "low", "squared maximum mean discrepancy, which no sample count biases"
+    ),
     Metric("precision", "Precision", "high", "share of generated images that fall where real ones are", True),
     Metric("recall", "Recall", "high", "share of real images that fall where generated ones are", True),
     Metric("f_score", "F-score", "high", "harmonic mean of precision and recall", True),
@@ -51,6 +55,7 @@ METRICS = (
         "class_kl_reference", "Class imbalance", "low", "KL divergence of the classes made from the real ones, nats"
     ),
     Metric("label_agreement", "Right class", "high", "share recognised as the class that was asked for", True),
+    Metric("same_seed_cosine", "Same seed", "high", "cosine between images that two models drew from the same noise"),
 )
 
 
@@ -219,6 +224,8 @@ def _terms(evaluation: dict[str, Any]) -> str:
     """What must agree for two evaluations' numbers to be compared."""
     context = evaluation["context"]
     parts = [context["embedder"], context["reference"]["count"], context["samples"]["count"]]
+    sampling = context.get("sampling") or {}
+    parts += [sampling.get(name) for name in ("steps", "method", "rtol", "atol", "guidance", "guidance_channels")]
     return repr([*parts, *(context.get(name) for name in ("k", "class_k", "limit"))])
 
 

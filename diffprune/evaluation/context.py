@@ -1,0 +1,84 @@
+"""What a set of metrics was computed from, and what a reader must know before comparing them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffprune.errors import InputError
+from diffprune.evaluation.folders import FeatureFolder
+
+FEW_HELD_OUT = 100
+# of `sample`'s plan, what a result states; the hashes say which checkpoints
+_SAMPLING = (
+    *("steps", "method", "rtol", "atol", "guidance", "guidance_channels", "seed", "count", "image_size"),
+    *("coarse_until", "model_sha256", "coarse_sha256", "vqvae_sha256"),
+)
+
+
+def common_embedder(samples: FeatureFolder, reference: FeatureFolder) -> dict[str, Any]:
+    """What made both folders; InputError if they differ in the model, its weights, the image size or anything else
+    but the precision."""
+    for field in sorted((samples.embedder.keys() | reference.embedder.keys()) - {"precision"}):
+        found = [folder.embedder.get(field) for folder in (samples, reference)]
+        if found[0] != found[1]:
+            raise InputError(
+                f"{samples.folder} and {reference.folder}: embeddings of two kinds cannot be compared: {field} is "
+                f"{found[0]!r} and {found[1]!r}; embed both with the same model and options"
+            )
+    told = {field: value for field, value in samples.embedder.items() if field != "shape"}
+    return {**told, "dimensions": samples.dimensions}
+
+
+def sampling_of(folder: FeatureFolder) -> dict[str, Any] | None:
+    """How generated images were drawn, where ``diffprune sample`` drew them: steps, guidance, seed, checkpoints."""
+    plan = folder.metadata.get("sampled")
+    return {name: plan[name] for name in _SAMPLING if plan.get(name) is not None} if isinstance(plan, dict) else None
+
+
+def flags(
+    samples: FeatureFolder,
+    reference: FeatureFolder,
+    *,
+    used_samples: int,
+    used_reference: int,
+    held_out: int,
+    infinity: dict[str, Any] | None,
+    nearness: dict[str, Any],
+    has_classes: bool,
+) -> list[str]:
+    """In words, what a reader must know before comparing the numbers."""
+    dimensions = samples.dimensions
+    told = [
+        f"fewer {what} ({count:,}) than embedding dimensions ({dimensions:,}): the Fréchet distance is inflated"
+        for what, count in (("reference images", len(reference)), ("samples", len(samples)))
+        if count < dimensions
+    ]
+    precisions = [folder.embedder.get("precision") for folder in (samples, reference)]
+    if precisions[0] != precisions[1]:
+        told.append(f"samples and reference were embedded in different precisions, {precisions[0]} and {precisions[1]}")
+    if infinity is None:
+        least = 2 * (dimensions + 1)
+        told.append(f"no Fréchet distance at infinity: it needs {least:,} samples of {dimensions:,} dimensions")
+    told += [
+        f"precision, recall and classes from {part:,} of {whole:,} {what}, drawn at random"
+        for what, part, whole in (
+            ("reference images", used_reference, len(reference)),
+            ("samples", used_samples, len(samples)),
+        )
+        if part < whole
+    ]
+    if nearness["baseline"] == "leave-one-out":
+        told.append("no held-out images: memorization is judged against the training images' own neighbours")
+    elif held_out < FEW_HELD_OUT:
+        told.append(f"the memorization baseline rests on only {held_out} held-out images")
+    if not has_classes:
+        told.append("the reference has no labels: no class balance")
+    sampling, size = sampling_of(samples), samples.embedder.get("image_size")
+    if sampling is None:
+        told.append("how the samples were drawn (steps, guidance, seed) is not recorded")
+    elif sampling.get("image_size") not in (None, size) and samples.embedder.get("model") == "inception":
+        told.append(
+            f"the samples are {sampling['image_size']} pixels wide and were resized to {size} for the embedder: FID is "
+            f"defined on the images as they are"
+        )
+    return told

@@ -1,0 +1,105 @@
+"""A network over the images of shards: what ``encode`` and ``embed`` write, and what scoring on the fly computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from diffprune.decode import MAX_PIXELS, Batch, Resizer, read_batches
+from diffprune.errors import InputError
+from diffprune.progress import Progress
+from diffprune.shards import ShardIndex, ShardSpec, index_shards
+from diffprune.tables import base_table
+
+
+class ImageMap:
+    """The images of shards, and a network's values of them."""
+
+    def __init__(self, network: Network, shards: ShardSpec, batch_size: int, reading: Reading) -> None:
+        if batch_size < 1:
+            raise InputError(f"batch_size: expected 1 or more, got {batch_size}")
+        self.network, self.batch_size, self.reading = network, batch_size, reading
+        self.indexes = {index.path.stem: index for index in index_shards(shards)}
+        with torch.inference_mode():
+            blank = torch.zeros(1, network.channels, *network.size, dtype=torch.uint8, device=network.device)
+            self.row_shape = tuple(network.function(blank).shape[1:])
+        height, width = network.size
+        self.config = {
+            **network.head,
+            "shape": list(self.row_shape),
+            "image_size": height if height == width else [height, width],
+            "inputs": describe(list(self.indexes.values())),
+            **reading.config,
+        }
+
+    def batches(self, stem: str) -> Iterator[Batch]:
+        """Read and decode one shard."""
+        size, channels = self.network.resize, self.network.channels
+        options = {"strict": self.reading.strict, "max_pixels": self.reading.max_pixels}
+        return read_batches(self.indexes[stem], size=size, channels=channels, batch_size=self.batch_size, **options)
+
+    def run(self, stem: str, batches: Iterable[Batch], bar: Progress | None = None) -> tuple[pa.Table, np.ndarray]:
+        """(base columns, float16 [n, ...]) of one shard, NaN where a sample failed."""
+        index, network = self.indexes[stem], self.network
+        array = np.full((len(index.samples), *self.row_shape), np.nan, dtype=np.float16)
+        labels: list[int | None] = []
+        uids: list[str | None] = []
+        errors: list[str | None] = []
+        notes: list[str | None] = []
+        for batch in batches:
+            start = len(errors)
+            with torch.inference_mode():
+                images = torch.from_numpy(batch.images).to(network.device)
+                values = network.function(images).float().cpu().numpy().astype(np.float16)
+            for row, error in enumerate(batch.errors):
+                if error is None and not np.isfinite(values[row]).all():
+                    error = f"the {network.head['model']} gave NaN, only zeros, or a value too large for float16"
+                if error is None:
+                    array[start + row] = values[row]
+                errors.append(error)
+            labels += batch.labels
+            uids += batch.uids
+            notes += batch.notes
+            if bar is not None:
+                bar.advance(len(batch.samples))
+        return base_table(index.path.name, index.samples, labels, uids, errors, notes), array
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How images are decoded: ``strict`` and ``max_pixels`` as in ``diffprune.decode.Decoding``."""
+
+    strict: bool = True
+    max_pixels: int = MAX_PIXELS
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What of it the result depends on; nothing by default."""
+        return {} if self == Reading() else {"strict_decode": self.strict, "max_pixels": self.max_pixels}
+
+
+@dataclass(frozen=True)
+class Network:
+    """A function of uint8 images [B, C, H, W] made by ``resize``, with what identifies it."""
+
+    function: Callable[[torch.Tensor], torch.Tensor]
+    resize: int | Resizer
+    channels: int
+    head: dict[str, Any]
+    path: str
+    device: torch.device
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of its images."""
+        return (self.resize, self.resize) if isinstance(self.resize, int) else self.resize.size
+
+
+def describe(indexes: list[ShardIndex]) -> dict[str, list[int]]:
+    """What identifies a set of shards in a fingerprint: name -> [bytes, samples]."""
+    return {index.path.name: [index.size, len(index.samples)] for index in indexes}

@@ -1,0 +1,78 @@
+"""Latents that are encoded from images when they are asked for: no latents folder, the same numbers."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from diffprune.decode import MAX_PIXELS, read_annotations
+from diffprune.device import pick_device
+from diffprune.encoding import vqvae_network
+from diffprune.files import fingerprint
+from diffprune.image_maps import ImageMap, Reading
+from diffprune.shards import ShardReader, ShardSpec
+from diffprune.tables import base_table
+
+_SHARDS_KEPT = 2  # in memory: the one that is scored and the one that is read ahead
+
+
+class LiveLatents:
+    """Shards and a VQ-VAE, with ``ArrayFolder``'s interface.
+
+    ``metadata``, ``fingerprint``, ``stems``, ``table(stem)`` and ``array(stem)`` are those of the folder that
+    ``encode`` would write with the same arguments, to the bit; so scores are the same, and a folder of scores begun
+    with the one can be finished with the other. Every pass over the shards decodes and encodes again: with several
+    passes (MoSo, several checkpoints) ``encode`` once is cheaper. The last two shards that were asked for are kept in
+    memory. May be called by several threads, such as ``Prefetch``'s.
+
+    Raises InputError as ``encode`` does: a missing or damaged shard, no VQ-VAE, a batch of nothing.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSpec,
+        vqvae: str | Path,
+        *,
+        batch_size: int = 256,
+        device: str = "auto",
+        strict_decode: bool = True,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        network = vqvae_network(vqvae, pick_device(device))
+        self._images = ImageMap(network, shards, batch_size, Reading(strict_decode, max_pixels))
+        self.folder = shards if isinstance(shards, (str, Path)) else ", ".join(map(str, shards))  # for messages
+        self.metadata: dict[str, Any] = {**self._images.config, "model_path": network.path}
+        self.fingerprint: str = fingerprint(self._images.config)
+        self.stems: list[str] = list(self._images.indexes)
+        self._kept: OrderedDict[str, tuple[pa.Table, np.ndarray]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def table(self, stem: str) -> pa.Table:
+        """The base columns of one shard's samples; encodes it, as only then it is known which images fail."""
+        return self._shard(stem)[0]
+
+    def array(self, stem: str) -> np.ndarray:
+        """float16 [n, C, H, W], row-aligned with ``table(stem)``, NaN where a sample failed."""
+        return self._shard(stem)[1]
+
+    def unread_table(self, stem: str) -> pa.Table:
+        """As ``table``, but without a look at the images: labels are read, and a sample fails for its label only."""
+        index = self._images.indexes[stem]
+        with ShardReader(index.path, index.size) as reader:
+            rows = [read_annotations(reader, sample) for sample in index.samples]
+        labels, uids, errors = ([row[column] for row in rows] for column in range(3))
+        return base_table(index.path.name, index.samples, labels, uids, errors)
+
+    def _shard(self, stem: str) -> tuple[pa.Table, np.ndarray]:
+        with self._lock:  # who asks for a shard that is being encoded waits for it
+            if stem not in self._kept:
+                self._kept[stem] = self._images.run(stem, self._images.batches(stem))
+            self._kept.move_to_end(stem)
+            while len(self._kept) > _SHARDS_KEPT:
+                self._kept.popitem(last=False)
+            return self._kept[stem]

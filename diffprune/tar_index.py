@@ -1,0 +1,380 @@
+"""Where each sample lies in a tar: one pass over the 512-byte headers, every byte accounted for.
+
+``tarfile`` takes a broken or missing header for the end of the archive. Here a header's checksum, the two closing
+zero blocks and the bytes after them are all checked, and what does not add up is told as Damage.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+from zlib import adler32
+
+BLOCK = 512
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+
+Read = Callable[[int, int], bytes]  # offset, size -> the bytes there, fewer at the end of the file
+
+
+class Member(NamedTuple):
+    """One file in a tar. Offsets and size are bytes from the start of the tar."""
+
+    name: str
+    extension: str
+    header_offset: int  # of its first header, extended (pax, GNU long name) ones included
+    data_offset: int
+    size: int
+
+    @property
+    def end(self) -> int:
+        """Where the next header begins: after the data's padding to 512 bytes."""
+        return self.data_offset + _padded(self.size)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The members of one key. ``offset`` and ``size`` span whole tar members, headers and padding included."""
+
+    key: str
+    index: int
+    members: tuple[Member, ...]
+
+    @property
+    def offset(self) -> int:
+        return self.members[0].header_offset
+
+    @property
+    def size(self) -> int:
+        return self.members[-1].end - self.offset
+
+    def member(self, *extensions: str) -> Member | None:
+        """The first member with one of these extensions, or None."""
+        for member in self.members:
+            if member.extension in extensions:
+                return member
+        return None
+
+    def images(self) -> list[Member]:
+        """Members that are images by their extension's last part."""
+        return [m for m in self.members if m.extension.rpartition(".")[2] in IMAGE_EXTENSIONS]
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What does not add up in a shard, and where (byte offset)."""
+
+    offset: int
+    key: str | None
+    message: str
+
+
+def index_tar(read: Read, size: int) -> tuple[list[Sample], list[Damage], list[str]]:
+    """(samples, damage by offset, names that are no samples: links, devices, ``__meta__``) of a tar of ``size`` bytes.
+
+    Samples are grouped as webdataset groups them: the key is the name up to the first dot of its last part (folders
+    included), consecutive members of one key are one sample, extensions are lower-cased.
+    """
+    scan = _Scan(read, size)
+    scan.run()
+    samples, grouping_damage = _group(scan.members, scan.ignored)
+    return samples, sorted(scan.damage + grouping_damage, key=lambda d: d.offset), scan.ignored
+
+
+_RawMember = tuple[str, int, int, int]  # name, header offset, data offset, size
+
+_NEAR = 128 << 10  # bytes read at a time where headers lie close together
+_FAR = 4 << 10  # and where the next header is further away than _GAP, so that images are not read for nothing
+_GAP = 16 << 10
+_RECORD = 20 * BLOCK  # what tar pads an archive to by default
+_MAX_EXTENDED_HEADER = 1 << 20
+_REGULAR, _OLD_REGULAR, _CONTIGUOUS, _FOLDER, _SPARSE = b"0\x007" + b"5S"
+_WITHOUT_DATA = frozenset(b"123456")  # links, devices, folders, FIFOs, whatever their size field says
+_EXTENDED = frozenset(b"LKxg")
+_DECIMAL = re.compile(r"[0-9]{1,19}")
+
+
+@dataclass
+class _Extended:
+    """What extended headers say about the member after them."""
+
+    offset: int
+    name: str | None = None
+    size: int | None = None
+    sparse: bool = False
+
+
+@dataclass
+class _Scan:
+    """A walk from header to header. A damaged header ends it: where the next one is, is unknown then."""
+
+    read: Read
+    size: int
+    members: list[_RawMember] = field(default_factory=list)
+    damage: list[Damage] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+    extended: _Extended | None = None
+
+    def run(self) -> None:
+        offset, base, window, gap = 0, 0, b"", 0
+        sums: dict[bytes, int] = {}  # checksum field -> the sum of a header with it
+        while True:
+            header = window[offset - base : offset - base + BLOCK]
+            if len(header) < BLOCK:
+                base, window = offset, self.read(offset, _FAR if gap > _GAP else _NEAR)
+                header = window[:BLOCK]
+                if len(header) < BLOCK:
+                    self._tell(offset, None, "the file ends where a header or the closing zero blocks should be: cut")
+                    break
+            if not header[0] and not header.strip(b"\0"):
+                self._end(offset)
+                break
+            if not _checksum_is_right(header, sums):
+                self._tell(offset, None, "a tar header whose checksum is wrong: damaged")
+                break
+            end = self._plain(offset, header) or self._unusual(offset, header)
+            if not end:
+                break
+            gap, offset = end - offset, end
+
+    def _plain(self, offset: int, header: bytes) -> int:
+        """Take a plain file's header, as nearly all are, in few operations; returns 0 where there is more to it."""
+        digits = header[124:135]
+        name_end = header.find(0)
+        if (
+            header[156] != _REGULAR
+            or self.extended is not None
+            or header[345]
+            or header[135] not in b"\0 "
+            or not digits.isdigit()
+            or name_end > 100
+        ):
+            return 0
+        try:
+            name, length = str(header[:name_end], "utf-8"), int(digits, 8)
+        except ValueError:  # no UTF-8, or an 8 or 9
+            return 0
+        body = offset + BLOCK
+        if body + length > self.size:
+            return 0
+        self.members.append((name, offset, body, length))
+        return body + length + -length % BLOCK
+
+    def _unusual(self, offset: int, header: bytes) -> int:
+        """Take any header that is not a plain file's; returns where the next one is, or 0 if that is unknown."""
+        length, kind, body = _number(header[124:136]), header[156], offset + BLOCK
+        if length is None:
+            self._tell(offset, None, "not a tar header: its size field is no number")
+            return 0
+        if kind in _EXTENDED:
+            return self._extend(offset, kind, length)
+        extended, self.extended = self.extended or _Extended(offset), None
+        name = _name(header) if extended.name is None else extended.name
+        if kind not in _WITHOUT_DATA and extended.size is not None:
+            length = extended.size
+        is_folder = kind == _FOLDER or (kind == _OLD_REGULAR and name is not None and name.endswith("/"))
+        if is_folder or kind in _WITHOUT_DATA:
+            length = 0
+        if kind == _SPARSE:  # blocks of a map of holes come before the data
+            more = header[482]
+            while more:
+                block = self.read(body, BLOCK)
+                body, more = body + BLOCK, block[504] if len(block) == BLOCK else 0
+        if body + length > self.size:
+            left = max(self.size - body, 0)
+            self._tell(extended.offset, name, f"its data should be {length:,} bytes, {left:,} are left: it was cut")
+            return 0
+        if name is None:
+            self._tell(extended.offset, None, "its name is not UTF-8")
+        elif kind == _SPARSE or extended.sparse:
+            self._tell(extended.offset, name, "a sparse member, whose data are not in one piece; pack it again")
+        elif is_folder:
+            pass
+        elif kind in (_REGULAR, _OLD_REGULAR, _CONTIGUOUS):
+            self.members.append((name, extended.offset, body, length))
+        else:
+            self.ignored.append(f"{name} (tar type {chr(kind)!r}, not a regular file)")
+        return body + _padded(length)
+
+    def _extend(self, offset: int, kind: int, length: int) -> int:
+        """Take a header whose data are about the next member: a GNU long name or link, or pax records."""
+        body = offset + BLOCK
+        if self.extended is None:
+            self.extended = _Extended(offset)
+        data = self.read(body, length) if length <= _MAX_EXTENDED_HEADER else b""
+        if len(data) < length:
+            self._tell(offset, None, f"an extended header of {length:,} bytes: damaged or cut")
+            return 0
+        if kind == ord("L"):
+            self.extended.name = _text(data.rstrip(b"\0"))
+            if self.extended.name is None:
+                self._tell(offset, None, "a long name that is not UTF-8")
+                return 0
+        elif kind in b"xg":
+            fields = _pax(data)
+            size = None if fields is None else fields.get("size", "0")
+            if fields is None or size is None or not _DECIMAL.fullmatch(size):
+                self._tell(offset, None, "a malformed pax header")
+                return 0
+            sparse = any(name.startswith("GNU.sparse.") for name in fields)
+            if kind == ord("g"):  # about all members from here on: fine for comments and times
+                if sparse or "path" in fields or "size" in fields:
+                    self._tell(offset, None, "a global pax header that sets names or sizes")
+                    return 0
+            else:
+                self.extended.sparse |= sparse
+                self.extended.name = fields.get("path", self.extended.name)
+                self.extended.size = int(size) if "size" in fields else self.extended.size
+        return body + _padded(length)
+
+    def _end(self, offset: int) -> None:
+        """The archive must close with two zero blocks, and nothing but a record's zeros may follow them."""
+        if self.extended is not None:
+            self._tell(self.extended.offset, self.extended.name, "an extended header without its member")
+        if offset + 2 * BLOCK > self.size:
+            self._tell(offset, None, "one closing zero block instead of two: the file was cut")
+            return
+        end, zeros = offset, bytes(1 << 20)
+        while chunk := self.read(offset, len(zeros)):
+            if chunk != zeros[: len(chunk)]:
+                stray = offset + len(chunk) - len(chunk.lstrip(b"\0"))
+                self._tell(end, None, f"a zeroed header, and data at {stray:,}: wiped, or two archives in one file")
+                return
+            offset += len(chunk)
+        if self.size - end > 2 * BLOCK + _RECORD:
+            message = (
+                f"{self.size - end:,} zero bytes end the archive, where tar writes at most {2 * BLOCK + _RECORD:,}: "
+                f"filled by a broken copy? If it has a larger blocking factor, cut it to {end + 2 * BLOCK} bytes"
+            )
+            self._tell(end, None, message)
+
+    def _tell(self, offset: int, name: str | None, message: str) -> None:
+        self.damage.append(Damage(min(offset, self.size), name, message))  # the file may end in a member's padding
+
+
+# --- samples ---------------------------------------------------------------------------------------------------
+
+_WEBDATASET_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
+_WEBDATASET_META = re.compile(r"^__[^/]*__($|/)")
+
+
+def _group(members: list[_RawMember], ignored: list[str]) -> tuple[list[Sample], list[Damage]]:
+    """Consecutive members of one key are a sample; a key that comes back, or an extension twice, is damage."""
+    samples: list[Sample] = []
+    damage: list[Damage] = []
+    seen: set[str] = set()
+    key: str | None = None
+    group: list[Member] = []
+    extensions: list[str] = []
+    lower: dict[str, str] = {}  # one string per extension, not one per member
+    end = 0
+    for name, header_offset, data_offset, length in members:
+        if name.startswith("__") and _WEBDATASET_META.match(name):
+            ignored.append(f"{name} (webdataset skips what is below a folder named like this)")
+            continue
+        slash = name.rfind("/")
+        dot = name.find(".", slash + 1)
+        if dot > slash + 1:
+            member_key, extension = name[:dot], name[dot + 1 :]
+            extension = lower.get(extension) or lower.setdefault(extension, extension.lower())
+        elif odd := _WEBDATASET_NAME.match(name):  # such as "a/.b", which webdataset takes for "a/" and "b"
+            member_key, extension = odd.group(1), odd.group(2).lower()
+        else:
+            damage.append(Damage(header_offset, name, "a name without an extension belongs to no sample"))
+            continue
+        if not name.isprintable() and any(ord(character) < 32 for character in name):
+            damage.append(Damage(header_offset, member_key, "a name with control characters"))
+            continue
+        if member_key != key:
+            if group:
+                samples.append(Sample(key or "", len(samples), tuple(group)))
+            key, group, extensions = member_key, [], []
+            if key in seen:
+                message = "this key stood earlier in the shard: a duplicate, or interleaved samples"
+                damage.append(Damage(header_offset, key, message))
+            seen.add(key)
+        elif extension in extensions:
+            message = f"a second .{extension} under the same key: two samples with one key"
+            damage.append(Damage(header_offset, key, message))
+            continue
+        elif end != header_offset:
+            damage.append(Damage(header_offset, key, "its members do not follow each other"))
+        group.append(Member(name, extension, header_offset, data_offset, length))
+        extensions.append(extension)
+        end = data_offset + length + -length % BLOCK
+    if group:
+        samples.append(Sample(key or "", len(samples), tuple(group)))
+    return samples, damage
+
+
+# --- fields of a header ----------------------------------------------------------------------------------------
+
+
+def _name(header: bytes) -> str | None:
+    name = header[:100].partition(b"\0")[0]
+    if header[345] and header[257:263] == b"ustar\0":
+        prefix = header[345:500].partition(b"\0")[0]
+        name = prefix + b"/" + name
+    return _text(name)
+
+
+def _text(raw: bytes) -> str | None:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+
+
+def _octal(field: bytes) -> int | None:
+    digits = field.strip(b" \0")
+    try:
+        return int(digits, 8) if digits.isdigit() else None
+    except ValueError:
+        return None
+
+
+def _number(field: bytes) -> int | None:
+    """A numeric header field: octal text, or base 256 with the top bit set (GNU); empty is 0."""
+    if field[0] & 0x80:
+        return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
+    return _octal(field) if field.strip(b" \0") else 0
+
+
+def _pax(body: bytes) -> dict[str, str] | None:
+    """The records of a pax extended header (``length key=value\\n``), or None if malformed."""
+    fields: dict[str, str] = {}
+    position = 0
+    body = body.rstrip(b"\0")
+    while position < len(body):
+        digits, space, _ = body[position : position + 20].partition(b" ")
+        if not space or not digits.isdigit() or int(digits) <= len(digits) + 1:
+            return None
+        end = position + int(digits)
+        record = body[position + len(digits) + 1 : end]
+        key, equals, value = record.removesuffix(b"\n").partition(b"=")
+        text = _text(value)
+        if not equals or end > len(body) or text is None:
+            return None
+        fields[key.decode("latin-1")] = text
+        position = end
+    return fields
+
+
+def _checksum_is_right(header: bytes, sums: dict[bytes, int]) -> bool:
+    """Whether a header's bytes add up to what it says; ``sums`` is a cache: checksum field -> the sum of all bytes."""
+    stored = header[148:156]
+    expected = sums.get(stored)
+    if expected is None:
+        expected = sums[stored] = (_number(stored) or 0) + sum(stored) - 8 * 32  # the field itself counts as spaces
+    # the low half of Adler-32 is 1 + the sum of the bytes, exact for 256 bytes, and much faster than any other sum
+    found = (adler32(header[:256]) & 0xFFFF) + (adler32(header[256:]) & 0xFFFF) - 2
+    return found == expected or found - 256 * _high(header) == expected - 256 * _high(stored)  # some sum signed bytes
+
+
+def _high(data: bytes) -> int:
+    return sum(byte > 127 for byte in data)
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
