@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffprune.batch_layout import Layout, batch_first
-from diffprune.kernels import linear_grad_dot, linear_grad_sqnorm
+from diffprune.kernels import linear_grad_dot, linear_grad_sqnorm, linear_grad_sqnorm_dot
 
 BLOCK = 2**22
 """Elements of a temporary on the CPU: 16 MiB in float32. A GPU takes 16 times as many."""
@@ -114,6 +114,11 @@ class Outer(Part):
     def sums(self, norm: bool, direction: Tensor | None, total: bool) -> PartSums:
         if total and self._in_strips:
             return self._sums_of_strips(norm, direction)
+        if norm and direction is not None and self.groups == 1:
+            matrix = direction.reshape(self.rows, self.columns)
+            both = [linear_grad_sqnorm_dot(b.squeeze(1), a.squeeze(1), matrix) for a, b in self.factor_blocks()]
+            sqnorm, dot = (torch.cat(parts).double() for parts in zip(*both, strict=True))
+            return PartSums(sqnorm, dot, self.total() if total else None)
         return super().sums(norm, direction, total)
 
     def sqnorm(self) -> Tensor:
