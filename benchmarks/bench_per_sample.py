@@ -170,7 +170,7 @@ def test_all_ways_agree():
 
 
 def test_report(capsys, pytestconfig):
-    if pytestconfig.getoption("benchmark_disable"):
+    if not pytestconfig.getoption("benchmark_enable"):
         pytest.skip("timed with --benchmark-enable only")
     problem = Problem("DiT-S/4", 32)
     reason = disagreement(problem)  # and a first run of each
