@@ -25,7 +25,8 @@ struct Tables {
   Packed packed;
 };
 
-Tables pack(const Variant& variant, const float* centroids, const float* centre, int64_t k, int64_t dimensions) {
+Tables pack(const Variant& variant, const float* centroids, const float* centre, int64_t k, int64_t dimensions,
+            int threads) {
   Tables tables;
   const int64_t columns = variant.columns, panels = (k + columns - 1) / columns;
   const int64_t groups = (dimensions + 7) / 8 * 2;  // of 4 dimensions; an even number
@@ -42,8 +43,7 @@ Tables pack(const Variant& variant, const float* centroids, const float* centre,
   if (largest > 0) std::frexp(largest, &exponent);
   exponent = std::clamp(exponent, -126, 126);  // a float of that power, and its inverse, is a normal number
   const double scale = std::ldexp(1.0, -exponent);
-  std::vector<double> centred(dimensions);
-  for (int64_t j = 0; j < k; ++j) {
+  const auto pack_one = [&](int64_t j, std::vector<double>& centred) {
     double peak = 0, square = 0;
     for (int64_t d = 0; d < dimensions; ++d) {
       centred[d] = (static_cast<double>(centroids[j * dimensions + d]) - centre[d]) * scale;
@@ -55,8 +55,9 @@ Tables pack(const Variant& variant, const float* centroids, const float* centre,
     double norm = 0, error = 0;
     int8_t* panel = tables.codes.data() + j / columns * groups * columns * 4;
     for (int64_t d = 0; d < dimensions; ++d) {
-      const double ratio = step > 0 ? std::nearbyint(centred[d] / step) : 0;
-      const int code = static_cast<int>(std::clamp<double>(ratio, -variant.code_limit, variant.code_limit));
+      const double ratio = step > 0 ? centred[d] / step : 0;
+      const double within = std::clamp<double>(ratio, -variant.code_limit, variant.code_limit);
+      const int code = static_cast<int>(within + (within < 0 ? -0.5 : 0.5));
       const double rounded = static_cast<double>(step) * code;
       norm += rounded * rounded;
       error += (centred[d] - rounded) * (centred[d] - rounded);
@@ -70,7 +71,11 @@ Tables pack(const Variant& variant, const float* centroids, const float* centre,
     tables.error[j] = static_cast<float>(std::sqrt(error) * kUp + 1e-30);
     tables.offset[j] = static_cast<float>(-half + rounding);
     tables.slack[j] = static_cast<float>(2 * rounding * kUp);
-  }
+  };
+  in_threads(k * dimensions < 100000 ? 1 : threads, panels, [&](int64_t panel) {
+    std::vector<double> centred(dimensions);
+    for (int64_t j = panel * columns; j < std::min(k, (panel + 1) * columns); ++j) pack_one(j, centred);
+  });
   tables.packed = {tables.codes.data(),  tables.correction.data(), tables.step.data(), tables.norm.data(),
                    tables.error.data(),  tables.offset.data(),     tables.slack.data(), centroids,
                    centre,               static_cast<float>(scale), k,                  dimensions,
@@ -148,7 +153,7 @@ std::pair<int64_t, int64_t> kmeans_assign(const std::string& name, uintptr_t poi
   const auto found = std::find_if(usable().begin(), usable().end(), [&](const auto* v) { return name == v->name; });
   if (found == usable().end()) throw std::invalid_argument("kmeans_assign: this processor does not run " + name);
   const Tables tables = pack(**found, reinterpret_cast<const float*>(centroids),
-                             reinterpret_cast<const float*>(centre), k, dimensions);
+                             reinterpret_cast<const float*>(centre), k, dimensions, threads);
   const Points given{reinterpret_cast<const void*>(points), static_cast<Type>(type), stride};
   std::atomic<int64_t> candidates{0}, exact{0};
   std::atomic<bool> failed{false};

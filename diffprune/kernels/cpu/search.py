@@ -67,7 +67,7 @@ def centre_of(points: Tensor, dtype: torch.dtype) -> Tensor:
     Any centre is right. One in the middle keeps the norms and with them the error bound small, and no outlier moves a
     median.
     """
-    return points[:: max(1, points.shape[0] // 256)].to(dtype).median(dim=0).values
+    return points[:: max(1, points.shape[0] // 64)].to(dtype).median(dim=0).values
 
 
 def pair_sqdistances(queries: Tensor, points: Tensor, row: Tensor, column: Tensor) -> Tensor:
