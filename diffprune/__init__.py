@@ -36,6 +36,7 @@ _PUBLIC = {
     "evaluate": "diffprune.evaluation",
     "report": "diffprune.reporting",
     "doctor": "diffprune.diagnosis",
+    "LiveLatents": "diffprune.live_latents",
     "KMeans": "diffprune.kmeans",
     "HierarchicalKMeans": "diffprune.hierarchical_kmeans",
     "per_sample_gradients": "diffprune.per_sample",

@@ -23,11 +23,7 @@ from diffprune.kmeans import KMeans
 from diffprune.kmeans_faiss import faiss_centroids
 from diffprune.kmeans_points import Part
 from diffprune.progress import Progress
-<<<<<<< HEAD
-from diffprune.tables import BASE_COLUMNS, read_folder, table_metadata
-=======
 from diffprune.tables import BASE_COLUMNS, read_folder
->>>>>>> embed
 
 CENTROIDS_FILE = "centroids.safetensors"
 ENGINES = ("diffprune", "faiss")
@@ -158,12 +154,7 @@ class EmbeddingRows:
         self.rows, keys = 0, []
         for stem in self.stems:
             folder = self.folders[stem]
-<<<<<<< HEAD
-            _of_folder(folder, stem)
-            table = folder.table(stem).select(["key", "status"])
-=======
             table = folder.keys(stem)
->>>>>>> embed
             ok = pc.equal(table["status"], "ok")
             rows = np.flatnonzero(ok.to_numpy())
             array = folder.array(stem)
@@ -217,22 +208,6 @@ def _same_model(first: ArrayFolder, other: ArrayFolder) -> None:
             )
 
 
-<<<<<<< HEAD
-def _of_folder(folder: ArrayFolder, stem: str) -> None:
-    """A shard that was copied in from another run may be of another model."""
-    if type(folder) is not ArrayFolder:  # clip-retrieval's do not say which run they are of
-        return
-    path = folder.folder / f"{stem}.parquet"
-    found = table_metadata(path).get("fingerprint")
-    if found != folder.fingerprint:
-        raise InputError(
-            f"{path}: made by another run than {folder.folder} (fingerprint {found}, expected {folder.fingerprint}), "
-            f"maybe by another model; embed its shard again"
-        )
-
-
-=======
->>>>>>> embed
 def _fit_summary(centroids: Path) -> dict[str, float]:
     with safe_open(centroids, framework="numpy") as file:
         return json.loads(file.metadata()["fit"])

@@ -112,7 +112,10 @@ class _ExactSums:
 
     def _add(self, sums: Tensor, values: Tensor, changes: list[Change]) -> None:
         for assignment, sign in changes:
-            sums.add_(kmeans_update(values, assignment, self.k)[0], alpha=sign)
+            if len(values) < self.k:  # less work than a table of all clusters; in whatever order, as nothing rounds
+                sums.index_add_(0, assignment.long(), values.double(), alpha=sign)
+            else:
+                sums.add_(kmeans_update(values, assignment, self.k)[0], alpha=sign)
 
     def _split(self, values: Tensor, weights: Tensor | None) -> Tensor:
         """[2, b, D]: ``values``, times the ``weights``, as multiples of each grid."""

@@ -17,6 +17,7 @@ from diffprune.kernels import kmeans_assign
 from diffprune.kmeans import KMeans
 from diffprune.kmeans_faiss import faiss_centroids
 from diffprune.kmeans_init import draw_rows, parallel, random_rows, shares
+from diffprune.kmeans_minibatch import minibatch
 from diffprune.kmeans_points import open_points
 
 
@@ -208,3 +209,29 @@ def test_faiss_starts_nothing_it_leaves_out() -> None:
     np.testing.assert_allclose(centroids, means.numpy(), rtol=1e-4)
     with pytest.raises(InputError, match="at least k=5 points, got 4"):
         faiss_centroids(points[:4], 5, max_iter=1, seed=0)
+
+
+def test_minibatch_centroids_are_means_of_all_points_seen() -> None:
+    points = open_points(torch.randn(200, 3, generator=torch.Generator().manual_seed(0)), metric="euclidean")
+    found, batches = minibatch(points, torch.zeros(1, 3), 20, 2, 0.0, torch.Generator().manual_seed(7))
+    generator, seen = torch.Generator().manual_seed(7), []
+    for _ in range(batches):
+        seen.append(draw_rows(torch.rand(20, generator=generator, dtype=torch.float64), torch.ones(200)))
+    assert batches > 1
+    torch.testing.assert_close(found[0], points.data[torch.cat(seen)].mean(dim=0))
+
+
+def test_resampling_takes_as_many_from_each_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    points, _ = skewed()
+    fit, sizes = KMeans.fit, []
+
+    def counted(self: KMeans, elements: Any, **options: Any) -> KMeans:
+        sizes.append(len(elements))
+        return fit(self, elements, **options)
+
+    monkeypatch.setattr(KMeans, "fit", counted)
+    HierarchicalKMeans((100, 10), resample=1, resample_share=0.5).fit(points)
+    kept = sizes[2]
+    before = fit(KMeans(10, seed=1, max_iter=50), fit(KMeans(100, max_iter=50), points).centroids_)
+    assert sizes == [2190, 100, kept, 100]
+    assert kept == int(before.assignment_.bincount().clamp(max=5).sum()) < 100

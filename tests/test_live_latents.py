@@ -8,10 +8,11 @@ import threading
 import numpy as np
 import pytest
 from test_encoding import damage_image
+from typer.testing import CliRunner
 
 import diffprune
-from diffprune import scoring
 from diffprune.arrays import ArrayFolder
+from diffprune.cli.app import app
 from diffprune.errors import InputError
 from diffprune.image_maps import ImageMap
 from diffprune.live_latents import LiveLatents
@@ -64,13 +65,27 @@ def test_they_can_be_read_ahead(small_run):
             assert array.tobytes() == folder.array(stem).tobytes() and table.num_rows == len(array)
 
 
-def test_scores_are_the_same(small_run, tmp_path, monkeypatch):
-    """``score`` on the class itself: the two are interchangeable to it."""
+def test_scores_are_the_same(small_run, tmp_path):
     live = LiveLatents(small_run.shards, small_run.vqvae)
-    monkeypatch.setattr(scoring, "ArrayFolder", lambda latents, kind: live)
     methods = ("loss", "el2n", "grand", "moso", "monotonicity", "random")
-    diffprune.score("unused", small_run.surrogate, tmp_path / "scores", methods=methods)
+    diffprune.score(live, small_run.surrogate, tmp_path / "scores", methods=methods)
     assert read_folder(tmp_path / "scores").equals(read_folder(small_run.scores))
+    # a folder of scores begun with the one is finished with the other
+    last = sorted((tmp_path / "scores").glob("*.parquet"))[-1]
+    last.unlink()
+    result = diffprune.score(small_run.latents, small_run.surrogate, tmp_path / "scores", methods=methods)
+    assert result["shards_done_before"] == 2
+    assert read_folder(tmp_path / "scores").equals(read_folder(small_run.scores))
+
+
+def test_the_command_line_scores_shards(small_run, tmp_path):
+    out = tmp_path / "scores"
+    arguments = [str(small_run.shards), "--vqvae", str(small_run.vqvae), "--checkpoint", str(small_run.surrogate)]
+    result = CliRunner().invoke(app, ["score", *arguments, "--out", str(out), "--method", "loss"])
+    assert result.exit_code == 0, result.output
+    assert read_folder(out)["loss"].equals(read_folder(small_run.scores)["loss"])
+    missing = CliRunner().invoke(app, ["score", str(tmp_path / "no"), *arguments[1:], "--out", str(tmp_path / "x")])
+    assert missing.exit_code == 1
 
 
 def test_what_cannot_be_encoded_is_told_at_once(small_run, tmp_path):

@@ -32,7 +32,7 @@ def test_a_run_that_was_killed_20_times_at_random_points_ends_with_the_same_byte
     script = Path(__file__).with_name("killed_scoring.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
-        [sys.executable, script, tmp_path], env=environment, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, script, tmp_path], env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

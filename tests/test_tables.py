@@ -8,7 +8,7 @@ import pytest
 
 from diffprune import engines
 from diffprune.engines import run_stage
-from diffprune.errors import InputError, ResumeError
+from diffprune.errors import DiskFullError, InputError, ResumeError
 from diffprune.files import atomic_dir, atomic_path, fingerprint, read_json, write_json
 from diffprune.shards import Member, Sample
 from diffprune.tables import base_table, kept_keys, read_folder, read_table, read_tables, score_columns, table_metadata
@@ -165,7 +165,7 @@ def test_a_failing_write_leaves_nothing_and_keeps_what_was(tmp_path, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(engines, "write_table", broken)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(DiskFullError, match="0 of 1 shards are finished and kept; free some space"):
         stage(tmp_path / "out", {"s": make_table("s", ["k"])})
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["stage.json"]
 

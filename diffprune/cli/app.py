@@ -244,7 +244,9 @@ def embed(
 
 @app.command(rich_help_panel="Selection")
 def score(
-    latents: Annotated[Path, typer.Argument(help="The latents: a folder of `diffprune encode`.")],
+    latents: Annotated[
+        Path, typer.Argument(help="The latents: a folder of `diffprune encode`; or shards, with --vqvae.")
+    ],
     checkpoint: Annotated[
         list[Path], typer.Option(help="The surrogate: checkpoints, or a run folder with all of its.")
     ],
@@ -309,6 +311,16 @@ def score(
         typer.Option(help="For auto on the CPU: GiB that it may hold.", rich_help_panel="How it runs"),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel="How it runs")] = "auto",
+    vqvae: Annotated[
+        Path | None,
+        typer.Option(help="Score shards: encode their images by this VQ-VAE on the fly.", rich_help_panel="Images"),
+    ] = None,
+    strict_decode: Annotated[
+        bool, typer.Option(help="Refuse a JPEG with any damage, flipped bits too.", rich_help_panel="Images")
+    ] = True,
+    max_pixels: Annotated[
+        int, typer.Option(min=1, help="Refuse an image whose header says more.", rich_help_panel="Images")
+    ] = MAX_PIXELS,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -327,7 +339,13 @@ def score(
     options |= {"group_size": group_size, "learning_rates": rates, "weights": weights, "precision": precision}
     options |= {"compile": compile_, "batch_size": batch_size if batch_size == "auto" else int(batch_size)}
     options |= {"memory": memory, "device": device}
-    run(diffprune.score, latents, checkpoint, out, **options, dry_run=dry_run, as_json=as_json)
+
+    def call(**options: object) -> dict:
+        decoding = {"device": device, "strict_decode": strict_decode, "max_pixels": max_pixels}
+        source = latents if vqvae is None else diffprune.LiveLatents(str(latents), vqvae, **decoding)
+        return diffprune.score(source, checkpoint, out, **options)
+
+    run(call, **options, dry_run=dry_run, as_json=as_json)
 
 
 @app.command(rich_help_panel="Selection")

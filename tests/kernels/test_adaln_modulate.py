@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from triton_case import DEVICE, launch
+from triton_bounds import launch
+from triton_case import DEVICE
 
 from diffprune.kernels import adaln_modulate
 from diffprune.kernels.triton import Gpu, assume, tokens

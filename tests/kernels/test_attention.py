@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from triton_case import DEVICE, launch
+from triton_bounds import launch
+from triton_case import DEVICE
 
 from diffprune.kernels import attention, report
 from diffprune.kernels.triton.attention import strides, widths

@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton_case import DEVICE, launch
+from triton_bounds import launch
+from triton_case import DEVICE
 
 from diffprune.draws import draw_noise, hash_keys, key_hash
 from diffprune.flow import interpolate

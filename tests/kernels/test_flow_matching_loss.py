@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from triton_case import DEVICE, launch
+from triton_bounds import launch
+from triton_case import DEVICE
 
 from diffprune.draws import draw_noise
 from diffprune.flow import velocity_loss, velocity_target

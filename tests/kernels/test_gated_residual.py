@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from triton_case import DEVICE, launch
+from triton_bounds import launch
+from triton_case import DEVICE
 
 from diffprune.kernels import gated_residual
 from diffprune.kernels.triton import Gpu, assume

@@ -7,7 +7,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor
-from triton_case import launch
+from triton_bounds import launch
 
 from diffprune.kernels import dispatch, kmeans_update
 from diffprune.kernels.kmeans_update_delta import kmeans_update_delta

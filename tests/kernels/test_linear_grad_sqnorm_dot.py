@@ -9,8 +9,8 @@ import pytest
 import torch
 from cuda_case import cuda_ops  # noqa: F401
 from torch import Tensor
-from triton_bounds import within_bounds
-from triton_case import DEVICE, launch
+from triton_bounds import launch, within_bounds
+from triton_case import DEVICE
 
 from diffprune.kernels import linear_grad_dot, linear_grad_sqnorm, linear_grad_sqnorm_dot
 

@@ -12,8 +12,15 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+import triton_case
 from torch import Tensor
 from triton_case import DEVICE
+
+
+def launch(op: Any, *args: Any, **options: Any) -> Any:
+    """``triton_case.launch`` within bounds."""
+    with within_bounds():
+        return triton_case.launch(op, *args, **options)
 
 
 @contextmanager

@@ -20,12 +20,28 @@ import triton.language as tl
 from torch import Tensor
 
 from diffprune.kernels.triton import Case, Gpu, gpu, refuse_inputs
-from diffprune.kernels.triton.search import NONE, Rounded, inverse, numbers, part, round_both, tolerance
+from diffprune.kernels.triton.search import (
+    NONE,
+    Rounded,
+    inverse,
+    nearest_integer,
+    numbers,
+    part,
+    round_both,
+    tolerance,
+)
 from diffprune.kernels.triton.tiles import MAX_ROWS, describable, load, matrix, power_of_2, source
 
 LOWEST = tl.constexpr(NONE)
 
-QUICK = ("N=1281167 K=1000 D=768 float32",)
+FILTER = torch.float16
+"""What points and centroids are rounded to for the products: float16; or int8, twice as fast on tensor cores, which
+decides fewer rows. The answer is the same. No GPU has measured int8: set this to ``torch.int8`` to try it."""
+
+MAX_INT8 = 2**17
+"""Products of so many pairs of int8 fit into int32."""
+
+QUICK = ("N=1281167 K=1000 D=768 float32", "N=1281167 K=1000 D=768 float16 by int8")
 """Cases of the default test run."""
 
 
@@ -33,11 +49,14 @@ def refuse(points: Tensor, centroids: Tensor) -> str | None:
     """Only CUDA tensors of float16, bfloat16 or float32."""
     if max(*points.shape, *centroids.shape) > MAX_ROWS:
         return f"needs sizes of at most {MAX_ROWS}, got {tuple(points.shape)} and {tuple(centroids.shape)}"
+    if torch.int8 == FILTER and points.shape[1] > MAX_INT8:
+        return f"needs D of at most {MAX_INT8} with FILTER int8, got {points.shape[1]}"
     return refuse_inputs(points, centroids)
 
 
-def run(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """See ``kernels/kmeans_assign.py``."""
+def run(points: Tensor, centroids: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """See ``kernels/kmeans_assign.py``. ``dtype``: of the products' operands, by default FILTER."""
+    dtype = dtype or FILTER
     points, centroids = matrix(points), matrix(centroids)
     (n, depth), k = points.shape, len(centroids)
     assignment = torch.empty(n, dtype=torch.int32, device=points.device)
@@ -45,9 +64,9 @@ def run(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     if n == 0:
         return assignment, sqdistance
     rounded = value = index = again = None
-    tile = config(k, depth, gpu(points))[0]
+    tile = config(k, depth, gpu(points), dtype.itemsize)[0]
     if k > 1:
-        rounded = round_both(points, centroids)
+        rounded = round_both(points, centroids, dtype)
         value, index = search(rounded)
         again = torch.empty(n, dtype=torch.int8, device=points.device)
     height = 8
@@ -70,6 +89,7 @@ def run(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
         TAG=(tile["COLUMNS"] + 8) * 2.0**-23,
         ONLY=k == 1,
         WHOLE=rounded is not None and rounded.whole,
+        INT8=dtype == torch.int8,
         ROWS=height,
         STEP=power_of_2(depth, 16, 128),
         maxnreg=168,  # without a limit the compiler sets itself one, and spills
@@ -87,7 +107,7 @@ def search(rounded: Rounded) -> tuple[Tensor, Tensor]:
     """
     (n, depth), k = rounded.rows.shape, len(rounded.columns)
     device = gpu(rounded.rows)
-    tile, options = config(k, depth, device)
+    tile, options = config(k, depth, device, rounded.rows.element_size())
     described = describable(device, rounded.rows, rounded.columns)
     value = torch.empty(n, 3, dtype=torch.float32, device=rounded.rows.device)
     index = torch.empty(n, 2, dtype=torch.int32, device=rounded.rows.device)
@@ -105,21 +125,22 @@ def search(rounded: Rounded) -> tuple[Tensor, Tensor]:
         rounded.rows.stride(0),
         rounded.columns.stride(0),
         DESCRIBED=described,
+        INT8=rounded.rows.dtype == torch.int8,
         **tile,
         **options,
     )
     return value, index
 
 
-def config(k: int, depth: int, gpu: Gpu) -> tuple[dict[str, int], dict[str, int]]:
+def config(k: int, depth: int, gpu: Gpu, itemsize: int = 2) -> tuple[dict[str, int], dict[str, int]]:
     """The tile of the products and the STEP through D; and warps and pipeline stages.
 
     Wide tiles, because a point is read from the L2 cache once per tile of centroids, and a centroid once per tile of
     points. 128 points at a time: those that all multiprocessors work on stay in the L2 cache.
     """
     rows, columns = 128, power_of_2(k, 16, 256 if gpu.capability >= 90 else 128)
-    step = power_of_2(depth, 16, 64 if gpu.capability >= 90 else 32)
-    stages = min(3 if gpu.capability >= 90 else 4, (gpu.shared - 16384) // ((rows + columns) * step * 2))
+    step = power_of_2(depth, 32 // itemsize, (128 if gpu.capability >= 90 else 64) // itemsize)
+    stages = min(3 if gpu.capability >= 90 else 4, (gpu.shared - 16384) // ((rows + columns) * step * itemsize))
     return {"ROWS": rows, "COLUMNS": columns, "STEP": step}, {"num_warps": 8, "num_stages": stages}
 
 
@@ -133,6 +154,10 @@ def aot_cases() -> Iterator[Case]:
             centroids = torch.empty(k, depth, device="meta")
             label = f"N={n} K={k} D={depth} {dtype}".replace("torch.", "")
             yield Case(label, (points, centroids), quick=label in QUICK)
+        if k > 1:
+            points = torch.empty(n, depth, dtype=torch.float16, device="meta")
+            label = f"N={n} K={k} D={depth} float16 by int8"
+            yield Case(label, (points, centroids, torch.int8), quick=label in QUICK)
 
 
 def _search_again(points: Tensor, centroids: Tensor, again: Tensor, assignment: Tensor, sqdistance: Tensor) -> None:
@@ -162,11 +187,11 @@ def _search_again(points: Tensor, centroids: Tensor, again: Tensor, assignment: 
 
 @triton.jit
 def _search_kernel(
-    points,  # [n, depth] float16: a pointer, or a descriptor if DESCRIBED
-    centroids,  # [k, depth] float16: likewise
+    points,  # [n, depth] float16 or int8: a pointer, or a descriptor if DESCRIBED
+    centroids,  # [k, depth]: likewise
     scale_ptr,  # [n], or None: 1
     offset_ptr,  # [k]
-    limits_ptr,  # [5]
+    limits_ptr,  # [6]
     value_ptr,  # [n, 3]
     index_ptr,  # [n, 2]
     n,
@@ -175,15 +200,16 @@ def _search_kernel(
     points_stride,
     centroids_stride,
     DESCRIBED: tl.constexpr,
+    INT8: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """The two largest v = scale / unit · points · centroidsᵀ − offset of each row, and the largest of all others."""
+    """The two largest v = scale·step/unit · points · centroidsᵀ − offset of each row, and the largest of all others."""
     row = tl.program_id(0) * ROWS
     r = row + tl.arange(0, ROWS)
     pair = 2 * tl.arange(0, COLUMNS // 2)
-    scale = tl.zeros((ROWS,), dtype=tl.float32) + tl.load(limits_ptr)
+    scale = tl.zeros((ROWS,), dtype=tl.float32) + tl.load(limits_ptr) * tl.load(limits_ptr + 5)
     if scale_ptr is not None:
         scale *= tl.load(scale_ptr + r, mask=r < n, other=0.0)
     first = tl.full((ROWS,), LOWEST, dtype=tl.float32)
@@ -192,14 +218,14 @@ def _search_kernel(
     second_column = first_column
 
     for column in range(0, k, COLUMNS):
-        product = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+        product = tl.zeros((ROWS, COLUMNS), dtype=tl.int32 if INT8 else tl.float32)
         for d in range(0, depth, STEP):
             x = load(points, row, d, n, depth, points_stride, ROWS, STEP, DESCRIBED)
             y = load(centroids, column, d, k, depth, centroids_stride, COLUMNS, STEP, DESCRIBED)
             product = tl.dot(x, y.T, product)
         c = column + tl.arange(0, COLUMNS)
         offset = tl.load(offset_ptr + c, mask=c < k, other=-LOWEST)
-        v = product * scale[:, None] - offset[None, :]
+        v = product.to(tl.float32) * scale[:, None] - offset[None, :]
         # Neighbours are in one thread: half as many v to go through, if the smaller ones count as others.
         even, odd = tl.split(tl.reshape(v, (ROWS, COLUMNS // 2, 2)))
         others = tl.max(tl.minimum(even, odd), axis=1)
@@ -239,7 +265,7 @@ def _decide_kernel(
     centroids_ptr,  # [k, depth]
     centre_ptr,  # [depth], here and below: None if ONLY
     scale_ptr,  # [n], or None if WHOLE
-    limits_ptr,  # [5]
+    limits_ptr,  # [6]
     value_ptr,  # [n, 3]
     index_ptr,  # [n, 2]
     assignment_ptr,  # [n]
@@ -253,6 +279,7 @@ def _decide_kernel(
     TAG: tl.constexpr,
     ONLY: tl.constexpr,
     WHOLE: tl.constexpr,
+    INT8: tl.constexpr,
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
 ):
@@ -268,7 +295,7 @@ def _decide_kernel(
         if not WHOLE:  # measured in units of the row's own
             scale = tl.load(scale_ptr + row, mask=inside, other=1.0)
             unit = up * scale
-            up = inverse(scale)
+            up = 1 / scale if INT8 else inverse(scale)
     c_ptr = centroids_ptr + nearest.to(tl.int64) * centroids_stride
 
     squares = tl.zeros((ROWS, STEP), dtype=tl.float32)
@@ -285,7 +312,7 @@ def _decide_kernel(
             if WHOLE:
                 size += (x * up[:, None]) * (x * up[:, None])
             else:
-                error = y - y.to(tl.float16).to(tl.float32)
+                error = y - (nearest_integer(y) if INT8 else y.to(tl.float16).to(tl.float32))
                 lost += error * error
     sqdistance = tl.sum(squares, axis=1)
 

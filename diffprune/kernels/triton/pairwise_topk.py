@@ -145,7 +145,7 @@ def _search_kernel(
     points,  # [m, depth] float16: likewise
     scale_ptr,  # [n], or None: 1
     offset_ptr,  # [m]
-    limits_ptr,  # [5]
+    limits_ptr,  # [6]
     value_ptr,  # [n, shares, LIST]
     index_ptr,  # [n, shares, LIST]
     n,
@@ -210,7 +210,7 @@ def _select_kernel(
     points_ptr,  # [m, depth]
     centre_ptr,  # [depth]
     scale_ptr,  # [n], or None if WHOLE
-    limits_ptr,  # [5]
+    limits_ptr,  # [6]
     value_ptr,  # [n, shares, LIST]
     index_ptr,  # [n, shares, LIST]
     squares_ptr,  # [n, k]

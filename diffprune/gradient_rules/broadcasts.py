@@ -1,0 +1,139 @@
+"""Rules for weights that are broadcast: added, multiplied, put beside tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffprune.batch_layout import Layout
+from diffprune.gradient_rules.registry import channel_shape, elementwise, rule, unknown
+from diffprune.weight_tensors import Contribution, Recorder, Weight
+
+
+@elementwise(torch.add, Tensor.add, Tensor.add_, torch.sub, Tensor.sub, Tensor.sub_, torch.rsub)
+def add(recorder: Recorder, func: Callable, input: Any, other: Any, *, alpha: float = 1) -> Tensor:
+    scales = (1, alpha)
+    if func in (torch.sub, Tensor.sub, Tensor.sub_):
+        scales = (1, -alpha)
+    elif func is torch.rsub:
+        scales = (-alpha, 1)
+    output = recorder.run(func, input, other, alpha=alpha)
+    layout = _elementwise_layout(recorder, output, input, other)
+
+    def contribute(gradient: Tensor) -> Iterator[Contribution]:
+        for weight, scale in zip((input, other), scales, strict=True):
+            if isinstance(weight, Weight):
+                yield recorder.dense(weight, gradient if scale == 1 else gradient * scale, layout)
+
+    return recorder.record(output, (), contribute, input, other)
+
+
+@elementwise(torch.mul, Tensor.mul, Tensor.mul_)
+def mul(recorder: Recorder, func: Callable, input: Any, other: Any) -> Tensor:
+    weight, seen = (input, other) if isinstance(input, Weight) else (other, input)
+    output = recorder.run(func, input, other)
+    layout = _elementwise_layout(recorder, output, input, other)
+
+    def contribute(seen: Tensor, gradient: Tensor) -> Iterator[Contribution]:
+        yield recorder.dense(weight, gradient * seen, layout)
+
+    return recorder.record(output, (seen,), contribute, weight)
+
+
+@elementwise(torch.div, Tensor.div, Tensor.div_, torch.true_divide, Tensor.true_divide)
+def div(recorder: Recorder, func: Callable, input: Any, other: Any, *, rounding_mode: str | None = None) -> Tensor:
+    if rounding_mode is not None:
+        raise unknown(func, input, other)
+    output = recorder.run(func, input, other)
+    layout = _elementwise_layout(recorder, output, input, other)
+    if isinstance(input, Weight):
+        weight, seen = input, other
+    else:
+        weight, seen = other, input
+
+    def contribute(seen: Tensor, gradient: Tensor) -> Iterator[Contribution]:
+        terms = gradient / seen if weight is input else -gradient * seen / weight.plain.detach().square()
+        yield recorder.dense(weight, terms, layout)
+
+    return recorder.record(output, (seen,), contribute, weight)
+
+
+@elementwise(torch.where)
+def where(recorder: Recorder, func: Callable, condition: Tensor, input: Any, other: Any) -> Tensor:
+    output = recorder.run(func, condition, input, other)
+    layout = _elementwise_layout(recorder, output, condition, input, other)
+
+    def contribute(condition: Tensor, gradient: Tensor) -> Iterator[Contribution]:
+        for weight, chosen in ((input, condition), (other, ~condition)):
+            if isinstance(weight, Weight):
+                yield recorder.dense(weight, gradient * chosen, layout)
+
+    return recorder.record(output, (condition,), contribute, input, other)
+
+
+@rule(torch.prelu)
+def prelu(recorder: Recorder, func: Callable, input: Tensor, weight: Weight) -> Tensor:
+    output = recorder.run(func, input, weight)
+    layout = recorder.layout(input, weight)
+
+    def contribute(input: Tensor, gradient: Tensor) -> Iterator[Contribution]:
+        shape = channel_shape(weight, gradient) if weight.numel() > 1 else None
+        yield recorder.dense(weight, gradient * input.clamp(max=0), layout, shape)
+
+    return recorder.record(output, (input,), contribute, weight)
+
+
+@elementwise(torch.cat, torch.concat, torch.concatenate)
+def cat(recorder: Recorder, func: Callable, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    output = recorder.run(func, tensors, dim)
+    dim %= output.dim()
+    weights = [x for x in tensors if isinstance(x, Weight)]
+    layouts = {
+        recorder.layout(x, *weights)
+        for x in tensors
+        if not isinstance(x, Weight) and recorder.tracker.depends_on_batch(x)
+    }
+    if len(layouts) != 1 or dim in {layout.dim for layout in layouts}:
+        raise unknown(func, *weights)
+    [layout] = layouts
+
+    def contribute(gradient: Tensor) -> Iterator[Contribution]:
+        start = 0
+        for x in tensors:
+            if isinstance(x, Weight):
+                yield recorder.dense(x, gradient.narrow(dim, start, x.shape[dim]), layout)
+            start += x.shape[dim]
+
+    return recorder.record(output, (), contribute, *weights)
+
+
+@rule(F.scaled_dot_product_attention)
+def attention(
+    recorder: Recorder,
+    func: Callable,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *args: Any,
+    **kw: Any,
+) -> Tensor:
+    """A weight in the mask: a bias by relative position."""
+    if not isinstance(attn_mask, Weight) or any(isinstance(x, Weight) for x in (query, key, value)):
+        raise unknown(func, query, key, value, attn_mask)
+    layout = recorder.layout(query, attn_mask)
+    wide = recorder.spread(attn_mask, (*query.shape[:-1], key.shape[-2]), layout)
+    return func(query, key, value, wide, *args, **kw)
+
+
+def _elementwise_layout(recorder: Recorder, output: Tensor, *inputs: Any) -> Layout:
+    weights = [x for x in inputs if isinstance(x, Weight)]
+    for x in inputs:
+        if isinstance(x, Tensor) and not isinstance(x, Weight) and recorder.tracker.depends_on_batch(x):
+            layout = recorder.layout(x, *weights)
+            return layout._replace(dim=layout.dim + output.dim() - x.dim())
+    raise unknown(torch.add, *weights)
