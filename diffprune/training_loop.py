@@ -58,6 +58,8 @@ def run_training(objective: Objective, run: Run, out: str | Path, *, resume: boo
     if state:
         learner.restore(checkpoint, state)
     log = _Log(out / LOG_FILE if ranks.rank == 0 else None, first_step)
+    if ranks.rank == 0:
+        (out / STOPPED_FILE).unlink(missing_ok=True)
     peak = matmul_rate(objective.device, torch.bfloat16 if bfloat16 else torch.float32) * ranks.size
     loss, title = None, f"train {objective.kind}"
 

@@ -143,10 +143,10 @@ class DiT(nn.Module):
         output = self._unpatchify(self.final_layer(tokens, condition))
         return output[:, : self.in_channels]
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, backend: str = "inductor") -> None:
         """Have torch.compile make one block's code, which all of them share; names of parameters stay."""
         for block in self.blocks:
-            block.compile()
+            block.compile(backend=backend)
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Initialise every parameter as published; the draws come from ``generator``, in module order."""
