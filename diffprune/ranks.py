@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import inspect
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,9 @@ class Ranks:
         if self.size == 1:
             return model
         # Buffers are not sent around: every process computes the same ones.
-        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        known = inspect.signature(DistributedDataParallel.__init__).parameters
+        option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its older name
+        return DistributedDataParallel(model, **{option: False}, gradient_as_bucket_view=True)
 
     def gathered(self, values: Tensor) -> Tensor:
         """Everyone's ``values`` [b, ...], of one shape, in the order of ranks: [b * size, ...]."""
@@ -48,34 +51,29 @@ class Ranks:
             distributed.barrier()
 
 
-@contextmanager
-def training_ranks(device: str, batch_size: int) -> Iterator[tuple[Ranks, torch.device]]:
+def training_ranks(device: str, batch_size: int) -> tuple[Ranks, torch.device]:
     """The processes of this run, and this one's device: with torchrun and device auto, the GPU of its local rank.
 
-    They talk through NCCL on GPUs and gloo on CPUs. A process group that is there already is used, and left.
+    They talk through NCCL on GPUs and gloo on CPUs. A process group that is there already is used. One made here stays
+    until the process ends: torchrun's store still knows its addresses, so that a second one would never meet.
 
     Raises: InputError where ``batch_size`` is no multiple of the number of processes.
     """
     launched = distributed.is_available() and (distributed.is_initialized() or "WORLD_SIZE" in os.environ)
     size = distributed.get_world_size() if launched and distributed.is_initialized() else _environment("WORLD_SIZE", 1)
     if not launched or size == 1:
-        yield Ranks(), pick_device(device)
-        return
+        return Ranks(), pick_device(device)
     if batch_size % size:
         raise InputError(f"train.batch_size: expected a multiple of the {size} processes, got {batch_size}")
     if device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{_environment('LOCAL_RANK', 0)}"
     chosen = pick_device(device)
-    ours = not distributed.is_initialized()
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if ours:
+    if not distributed.is_initialized():
         distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    try:
-        yield Ranks(distributed.get_rank(), size), chosen
-    finally:
-        if ours:
-            distributed.destroy_process_group()
+        atexit.register(_leave)
+    return Ranks(distributed.get_rank(), size), chosen
 
 
 def without_sync(model: nn.Module, last: bool) -> nullcontext:
@@ -88,3 +86,8 @@ def _environment(name: str, default: int) -> int:
     if not value.isdecimal():
         raise InputError(f"environment variable {name}: expected a number, as torchrun sets it, got {value!r}")
     return int(value)
+
+
+def _leave() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -72,9 +72,9 @@ def train_vqvae(
     if not keys:
         raise InputError(f"{shards}: expected images to train on, found {table.num_rows} samples and none usable")
     images = images if usable.all() else images[usable]
-    with training_ranks(config.train.device, config.train.batch_size) as (ranks, device):
-        objective = _VqvaeObjective(config, ranks, device, keys, images)
-        report = run_training(objective, config, out, resume=resume, dry_run=dry_run)
+    ranks, device = training_ranks(config.train.device, config.train.batch_size)
+    objective = _VqvaeObjective(config, ranks, device, keys, images)
+    report = run_training(objective, config, out, resume=resume, dry_run=dry_run)
     return {**report, "failed": int((~usable).sum())}
 
 
@@ -124,13 +124,13 @@ def train_dit(
     groups = None if oversample_balanced is None else _groups(oversample_balanced, table, latents)
     source = {name: folder.metadata[name] for name in ("model_sha256", "latent_scale")}
     start = None if start_from is None else load_start(start_from, config.model, source)
-    with training_ranks(config.train.device, config.train.batch_size) as (ranks, device):
-        objective = _DitObjective(config, ranks, device, keys, values, twins, labels, source)
-        if groups is not None:
-            objective.balance(groups, str(oversample_balanced))
-        if start is not None:
-            objective.start(*start)
-        return run_training(objective, config, out, resume=resume, dry_run=dry_run)
+    ranks, device = training_ranks(config.train.device, config.train.batch_size)
+    objective = _DitObjective(config, ranks, device, keys, values, twins, labels, source)
+    if groups is not None:
+        objective.balance(groups, str(oversample_balanced))
+    if start is not None:
+        objective.start(*start)
+    return run_training(objective, config, out, resume=resume, dry_run=dry_run)
 
 
 class _VqvaeObjective(Objective):
