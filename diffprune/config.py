@@ -49,6 +49,9 @@ class VqvaeConfig:
     """β of the VQ-VAE paper, equation 3."""
     codebook_decay: float = 0.99
     """γ of the codebook's moving average, per step."""
+    normalize_codes: bool = False
+    """Latents and codes of unit length, so that the nearest code is the one of the largest cosine (arXiv 2110.04627);
+    a large codebook of short codes is used better so. Needs at least 2 latent_channels."""
 
     def __post_init__(self) -> None:
         for name in ("image_size", "base_channels", "blocks_per_level", "latent_channels", "codebook_size"):
@@ -60,6 +63,8 @@ class VqvaeConfig:
         _expect(self.image_size % halvings == 0, self, "image_size", f"a multiple of {halvings}")
         _expect(self.commitment_weight >= 0, self, "commitment_weight", "at least 0")
         _expect(0 < self.codebook_decay < 1, self, "codebook_decay", "between 0 and 1")
+        if self.normalize_codes:
+            _expect(self.latent_channels >= 2, self, "latent_channels", "at least 2 with normalize_codes")
 
 
 @dataclass(frozen=True)
@@ -205,7 +210,7 @@ _RUNS = {"vqvae": VqvaeRun, "dit": DitRun}
 # Fields that came after the first checkpoints, and what those were made with.
 _TRAIN_BEFORE = {"accumulate": 1, "activation_checkpointing": False, "compile": False, "timesteps": "uniform"}
 _TRAIN_BEFORE |= {"flip": False, "explosion_factor": 0.0}
-_MODEL_BEFORE = {"vqvae": {}, "dit": {"qk_norm": False, "rope": False}}
+_MODEL_BEFORE = {"vqvae": {"normalize_codes": False}, "dit": {"qk_norm": False, "rope": False}}
 
 
 def load_config(path: str | Path | None, kind: Literal["vqvae", "dit"], overrides: Iterable[str] = ()) -> Run:

@@ -59,6 +59,10 @@ class Objective:
         """More numbers of the last step, for the log."""
         return {}
 
+    def summary(self) -> dict[str, float]:
+        """Of the run's last checkpoint, for the report."""
+        return {}
+
     def forward_of_one(self) -> None:
         """A forward pass of one image, on the meta device: to count operations."""
         raise NotImplementedError

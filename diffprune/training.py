@@ -56,6 +56,7 @@ def train_vqvae(
 
     Returns: kind, out, images, failed, parameters, device, processes, precision, operations_per_image (of a training
     step), steps, first_step, images_seen, epochs; and after training checkpoint, loss, the last log line's metrics,
+    codebook_use (share of the codes that are some latent's nearest, over at most 10,000 images), latent_scale,
     images_per_second and mfu (operations per second over what a large matrix product reached just before, on as many
     devices). With ``dry_run`` nothing is written.
 
@@ -149,6 +150,7 @@ class _VqvaeObjective(Objective):
         self.data = {"samples": len(keys), "sha256": _sha256(keys, images)}
         self.outputs: list[VqvaeOutput] = []  # of the parts of this step's batch
         self.codes = self.errors = torch.empty(0)
+        self.codebook_use = float("nan")  # until a checkpoint is saved
 
     def draw(self, rows: Tensor, share: slice, generator: torch.Generator) -> tuple[Tensor, ...]:
         images = self.images[rows[share]]
@@ -182,18 +184,25 @@ class _VqvaeObjective(Objective):
 
     @torch.no_grad()
     def before_checkpoint(self) -> None:
-        """latent_scale = 1 / std of the latents' elements, over images evenly spread over the training set."""
+        """latent_scale = 1 / std of the latents' elements, and the share of codes in use, over images evenly spread."""
         count = min(len(self.images), LATENT_SCALE_IMAGES)
         rows = torch.arange(count) * len(self.images) // count
         moments = torch.zeros(3, dtype=torch.float64)
+        used = torch.zeros(self.model.config.codebook_size, dtype=torch.bool)
         for part in rows.split(500):
-            values = self.model.encoder(self.images[part].to(self.device).float() / 127.5 - 1).double()
+            latents = self.model.latents(self.images[part].to(self.device).float() / 127.5 - 1)
+            used[self.model.quantize(latents)[1].unique().cpu()] = True
+            values = latents.double()
             moments += torch.tensor([values.numel(), values.sum().item(), values.square().sum().item()])
         number, total, squares = moments.tolist()
         variance = squares / number - (total / number) ** 2
         if not variance > 0:
             raise DiffpruneError(f"the latents of all {count} images are equal (variance {variance}): nothing learned")
         self.model.latent_scale.fill_(variance**-0.5)
+        self.codebook_use = used.double().mean().item()
+
+    def summary(self) -> dict[str, float]:
+        return {"latent_scale": self.model.latent_scale.item(), "codebook_use": self.codebook_use}
 
     def forward_of_one(self) -> None:
         config = self.model.config

@@ -85,7 +85,8 @@ def run_training(objective: Objective, run: Run, out: str | Path, *, resume: boo
                 log.write(done, pace, loss=loss, grad_norm=grad_norm, **objective.metrics())
             if done % train.checkpoint_every == 0 or done == train.steps:
                 checkpoint = _save(learner, run, out, done)
-    return {**report, "checkpoint": str(checkpoint), "loss": loss, **log.last, **pace.whole()}
+    summary = objective.summary() if first_step < train.steps and ranks.rank == 0 else {}
+    return {**report, "checkpoint": str(checkpoint), "loss": loss, **log.last, **summary, **pace.whole()}
 
 
 class _Pace:

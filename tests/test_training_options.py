@@ -287,7 +287,7 @@ def test_qk_norm_and_rope_are_what_they_say(small_run, tmp_path):
     expected = attention.proj((shares @ value).transpose(1, 2).reshape(2, 16, 16))
     torch.testing.assert_close(attention(x, turns), expected, atol=1e-5, rtol=1e-4)
 
-    options = ["model.qk_norm=true", "model.rope=true", "train.steps=40", "train.lr=0.003"]
+    options = ["model.qk_norm=true", "model.rope=true", "train.steps=24", "train.lr=0.003"]
     train(small_run, tmp_path / "run", *options)
     assert np.mean(losses(tmp_path / "run")[-8:]) < 0.9 * np.mean(losses(tmp_path / "run")[:8])
     train(small_run, tmp_path / "low", *options, "train.steps=2", "train.precision=bfloat16")
@@ -343,3 +343,32 @@ def test_options_that_do_not_fit_are_refused(kind, override, message):
     with pytest.raises(InputError, match=message):
         load_config(None, kind, [override])
     assert TrainConfig().accumulate == 1
+
+
+# Unit codes
+
+
+def test_unit_codes_are_looked_up_by_cosine_and_stay_units(small_run, tmp_path):
+    config = load_config(None, "vqvae", [*VQVAE_RUN, "model.normalize_codes=true", "model.latent_channels=3"]).model
+    model = VQVAE(config, seed=2)
+    latents = 5 * torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    quantized, codes = model.quantize(latents)
+    assert torch.equal(codes, torch.einsum("bdhw,kd->bkhw", latents, model.codebook).argmax(dim=1))
+    torch.testing.assert_close(quantized.norm(dim=1), torch.ones(2, 4, 4))
+    run = ["model.normalize_codes=true", "train.steps=30", "train.lr=0.003"]
+    config = load_config(None, "vqvae", [*VQVAE_RUN, *run, "train.log_every=1"])
+    report = diffprune.train_vqvae(config, small_run.shards, tmp_path / "run")
+    found, _ = load_vqvae(tmp_path / "run")
+    torch.testing.assert_close(found.codebook.norm(dim=1), torch.ones(16))
+    _, images = load_images(small_run.shards, size=16, channels=1)
+    with torch.inference_mode():
+        latents = found.latents(torch.from_numpy(images).float() / 127.5 - 1)
+    torch.testing.assert_close(latents.norm(dim=1), torch.ones(latents[:, 0].shape))
+    assert report["codebook_use"] == len(found.quantize(latents)[1].unique()) / 16 > 0.2
+    assert report["latent_scale"] == pytest.approx(1 / latents.double().std(correction=0).item(), rel=1e-4)
+    log = [
+        json.loads(line)["reconstruction_error"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    ]
+    assert np.mean(log[-5:]) < 0.8 * np.mean(log[:5])
+    with pytest.raises(InputError, match="latent_channels: expected at least 2 with normalize_codes, got 1"):
+        load_config(None, "vqvae", ["model.normalize_codes=true", "model.latent_channels=1"])
