@@ -9,10 +9,11 @@ all: a run that is stopped anywhere goes on from its last piece to the same byte
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +25,7 @@ from diffprune.draws import hash_keys
 from diffprune.errors import InputError
 from diffprune.files import read_json, write_json
 from diffprune.memory import find_batch_size
+from diffprune.prefetch import Prefetch
 from diffprune.progress import progress
 from diffprune.scores.batches import BatchSize, Draws, Samples
 from diffprune.scores.mean_gradients import GradientSum, Mean, MeanGradient, load_tensors, save_tensors
@@ -41,7 +43,7 @@ MOST_ROWS = 4096
 
 
 class Latents(Protocol):
-    """Where latents come from, as `arrays.ArrayFolder` has them."""
+    """Where latents come from, as `arrays.ArrayFolder` has them. Called by two threads, never at once."""
 
     metadata: dict[str, Any]
     fingerprint: str
@@ -50,6 +52,15 @@ class Latents(Protocol):
     def table(self, stem: str) -> pa.Table: ...
 
     def array(self, stem: str) -> np.ndarray: ...
+
+
+_Rows = tuple[pa.Table, list[int], list[str], list[int | None], np.ndarray | None]
+"""Base columns, and of the rows that are ok: their places, keys, labels and float32 latents."""
+
+
+def unread_table(source: Latents, stem: str) -> pa.Table:
+    """The base columns of one shard; where images are encoded on the fly, those of samples that may yet fail."""
+    return getattr(source, "unread_table", source.table)(stem)
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,10 @@ class Plan:
 
 
 class Passes:
-    """One run of `score`: `begin`, then the `columns` of each shard, then `remove`."""
+    """One run of `score`: `begin`, then the `scores` of each shard, then `remove`.
+
+    A context manager: while a shard is scored, a thread reads the next one.
+    """
 
     def __init__(
         self,
@@ -91,10 +105,22 @@ class Passes:
         rows: int,
     ) -> None:
         self.source, self.surrogate, self.plan, self.folder, self.rows = source, surrogate, plan, folder, rows
+        self.failed = 0  # samples whose scores are not finite
         self._batch_size, self._memory = batch_size, memory
         self.size = BatchSize(batch_size if isinstance(batch_size, int) else BatchSize.MINIMUM)
         self._sum_size = BatchSize(SUM_ROWS[surrogate.device.type if surrogate else "cpu"])
         self._mean = lru_cache(maxsize=plan.support.trials)(self._read_mean)
+        self._wanted = set(source.stems)  # shards worth reading ahead
+        self._ahead: Prefetch[_Rows] = Prefetch(self._rows_of, source.stems, skip=lambda stem: stem not in self._wanted)
+
+    def __enter__(self) -> Passes:
+        self._ahead.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ahead.__exit__(kind, error, trace)
 
     def begin(self) -> None:
         """All that has to be done before the first shard's scores."""
@@ -110,6 +136,7 @@ class Passes:
             if self.plan.two_passes and (todo or not keep):
                 self._first_pass(number)
             if todo:
+                self._wanted = set(todo)
                 with progress(f"score, checkpoint {number + 1} of {last + 1}", total=self.rows, unit="images") as bar:
                     for stem in todo:
                         samples = self.read(stem)[2]
@@ -119,6 +146,8 @@ class Passes:
                     self._mean_gradient(number, trial).remove()
         if self.plan.normalise_t:
             self._sums = self._stratum_sums()
+        tables = self.folder.parent
+        self._wanted = {stem for stem in self.source.stems if not (tables / f"{stem}.parquet").is_file()}
 
     def scores(self, stem: str, samples: Samples, advance: Callable[[int], None]) -> dict[str, Tensor]:
         """Score name -> [n] float64 on the CPU, for the methods asked for and maybe others."""
@@ -146,15 +175,21 @@ class Passes:
 
     def read(self, stem: str) -> tuple[pa.Table, list[int], Samples]:
         """A shard's base columns, the rows that are ok, and what the surrogate sees of them."""
-        base = self.source.table(stem).select(BASE_COLUMNS)
-        ok = [row for row, status in enumerate(base["status"].to_pylist()) if status == "ok"]
-        keys, labels = (base[name].take(ok).to_pylist() if ok else [] for name in ("key", "label"))
+        (rows,) = self._ahead.parts(stem)
+        base, ok, keys, labels, latents = rows
         if self.surrogate is None:
             return base, ok, Samples(hash_keys(keys), torch.empty(len(ok), 0), None)
         device = self.surrogate.device
-        latents = torch.from_numpy(self.source.array(stem)[ok].astype(np.float32)).to(device)
         given = torch.tensor(labels, dtype=torch.int64, device=device) if self.surrogate.num_classes else None
-        return base, ok, Samples(hash_keys(keys, device), latents, given)
+        return base, ok, Samples(hash_keys(keys, device), torch.from_numpy(latents).to(device), given)
+
+    def _rows_of(self, stem: str) -> Iterator[_Rows]:
+        """Runs in a thread: what has to be read of a shard, in memory."""
+        base = self.source.table(stem).select(BASE_COLUMNS)
+        ok = [row for row, status in enumerate(base["status"].to_pylist()) if status == "ok"]
+        keys, labels = (base[name].take(ok).to_pylist() if ok else [] for name in ("key", "label"))
+        latents = None if self.surrogate is None else self.source.array(stem)[ok].astype(np.float32)
+        yield base, ok, keys, labels, latents
 
     def remove(self) -> None:
         """Remove the partial results, once all tables are there."""
@@ -246,6 +281,7 @@ class Passes:
 
     def _first_pass(self, number: int) -> None:
         network, support = self.surrogate.network(number), self.plan.support
+        self._wanted = set(self.source.stems)
         title = f"score, mean gradient {number + 1} of {len(self.surrogate.paths)}"
         with progress(title, total=self.rows, unit="images") as bar:
             for trial in range(support.trials):
@@ -298,7 +334,7 @@ class Passes:
             places = torch.arange(max(1, rows // draws.count), device=some.hashes.device) % len(some)
             visit(network, some.take(places), draws, BatchSize(rows, minimum=rows), **costly)
 
-        most = min(MOST_ROWS, draws.count * max(self.source.table(stem).num_rows for stem in self.source.stems))
+        most = min(MOST_ROWS, draws.count * max(unread_table(self.source, stem).num_rows for stem in self.source.stems))
         rows = find_batch_size(attempt, most, self.surrogate.device, self._memory)
         write_json(path, {"rows": rows})
         return rows

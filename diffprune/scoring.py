@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,11 @@ import pyarrow.compute as pc
 import torch
 
 from diffprune.arrays import ArrayFolder
-from diffprune.device import pick_device
+from diffprune.device import full_float32, pick_device
 from diffprune.draws import MASK
 from diffprune.engines import run_stage
 from diffprune.errors import InputError
-from diffprune.passes import BY_DRAW, Latents, Passes, Plan
+from diffprune.passes import BY_DRAW, Latents, Passes, Plan, unread_table
 from diffprune.progress import Progress
 from diffprune.scores.batches import Draws
 from diffprune.scores.grand import GRAND
@@ -79,8 +78,8 @@ def score(
         memory: for batch_size "auto" on the CPU: GiB that this process may hold; half of what is free by default.
         dry_run: write nothing, and return how much there is to do.
 
-    Returns: counts (samples, failed, failed_in_scoring, ...). A sample whose score is not finite becomes a failed row
-    without scores; the others stand.
+    Returns: counts (samples, failed, failed_in_scoring, ...; the latter of this run's shards). A sample whose score is
+    not finite becomes a failed row without scores; the others stand.
 
     Raises: InputError for latents that do not fit the surrogate (shape, VQ-VAE, labels), too few checkpoints or
     samples, or a bad argument; ResumeError for a folder with other work; DiskFullError.
@@ -138,7 +137,7 @@ def score(
         rows - failed_before,
     )
     fields = _fields(plan)
-    with _full_float32():
+    with full_float32(), passes:
         counts = run_stage(
             "score",
             out,
@@ -154,7 +153,7 @@ def score(
     if dry_run:
         return {**counts, **summary}
     passes.remove()
-    return {**counts, **summary, "failed_in_scoring": counts["failed"] - failed_before, "batch_size": passes.size.rows}
+    return {**counts, **summary, "failed_in_scoring": passes.failed, "batch_size": passes.size.rows}
 
 
 def _table(passes: Passes, fields: dict[str, pa.Field], stem: str, bar: Progress) -> pa.Table:
@@ -168,6 +167,7 @@ def _table(passes: Passes, fields: dict[str, pa.Field], stem: str, bar: Progress
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
             status[row], error[row] = "failed", f"its {bad[0]} is not finite ({values[bad[0]]})"
+            passes.failed += 1
         else:
             for name, value in values.items():
                 columns[name][row] = value
@@ -222,7 +222,9 @@ def _checked_tables(source: Latents, surrogate: Surrogate | None, plan: Plan, la
     rows = failed = 0
     classes = surrogate.num_classes if surrogate else 0
     for stem in source.stems:
-        table = source.table(stem).select(["key", "label", "status"])
+        # A group of the one-pass estimate counts on how many samples there are, so their images have to be seen.
+        whole = source.table(stem) if plan.group else unread_table(source, stem)
+        table = whole.select(["key", "label", "status"])
         good = table.filter(pc.equal(table["status"], "ok"))
         rows, failed = rows + table.num_rows, failed + table.num_rows - good.num_rows
         least = 2 if plan.moso_mode == "paper" else 3
@@ -242,15 +244,3 @@ def _checked_tables(source: Latents, surrogate: Surrogate | None, plan: Plan, la
     if "moso" in plan.methods and rows - failed < 2:
         raise InputError(f"{latents}: moso needs at least 2 samples, found {rows - failed}")
     return rows, failed
-
-
-@contextmanager
-def _full_float32() -> Iterator[None]:
-    """No TF32 in matrix products and convolutions: it would leave 3 digits of a score."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)

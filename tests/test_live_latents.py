@@ -16,6 +16,7 @@ from diffprune.cli.app import app
 from diffprune.errors import InputError
 from diffprune.image_maps import ImageMap
 from diffprune.live_latents import LiveLatents
+from diffprune.passes import Passes
 from diffprune.prefetch import Prefetch
 from diffprune.tables import read_folder
 
@@ -137,3 +138,50 @@ def test_not_strict_is_another_run(small_run, tmp_path):
     diffprune.encode(small_run.shards, small_run.vqvae, tmp_path / "latents", strict_decode=False)
     with pytest.raises(diffprune.ResumeError, match="strict_decode"):
         diffprune.encode(small_run.shards, small_run.vqvae, tmp_path / "latents")
+
+
+def test_each_pass_of_score_encodes_a_shard_once(small_run, tmp_path, monkeypatch):
+    """No look at the images before the first pass; MoSo's two passes at 3 checkpoints and the last visit's tables."""
+    run, runs = ImageMap.run, []
+    monkeypatch.setattr(ImageMap, "run", lambda self, stem, *rest: runs.append(stem) or run(self, stem, *rest))
+    live = LiveLatents(small_run.shards, small_run.vqvae)
+    diffprune.score(live, small_run.surrogate, tmp_path / "one", methods=["loss", "grand"], batch_size="auto")
+    assert runs == live.stems
+    runs.clear()
+    result = diffprune.score(live, small_run.surrogate, tmp_path / "many", methods=["moso"])
+    assert len(runs) <= result["sweeps"] * len(live.stems)
+
+
+def test_the_next_shard_is_encoded_while_one_is_scored(small_run, tmp_path, monkeypatch):
+    live = LiveLatents(small_run.shards, small_run.vqvae)
+    encoded = {stem: threading.Event() for stem in live.stems}
+    run, scores = ImageMap.run, Passes.scores
+    waited = []
+
+    def announced(self, stem, *rest):
+        result = run(self, stem, *rest)
+        encoded[stem].set()
+        return result
+
+    def after_the_next(self, stem, *rest):
+        following = live.stems[live.stems.index(stem) + 1 :][:1]
+        waited.extend(encoded[one].wait(timeout=60) for one in following)
+        return scores(self, stem, *rest)
+
+    monkeypatch.setattr(ImageMap, "run", announced)
+    monkeypatch.setattr(Passes, "scores", after_the_next)
+    diffprune.score(live, small_run.surrogate, tmp_path / "scores", methods="loss")
+    assert waited == [True] * (len(live.stems) - 1) and waited
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+def test_an_image_that_fails_on_the_fly_is_no_failure_of_scoring(small_run, tmp_path):
+    shutil.copytree(small_run.shards, tmp_path / "shards")
+    damage_image(sorted((tmp_path / "shards").glob("*.tar"))[1])
+    diffprune.encode(tmp_path / "shards", small_run.vqvae, tmp_path / "latents")
+    live = LiveLatents(tmp_path / "shards", small_run.vqvae)
+    methods = ("loss", "moso")
+    found = diffprune.score(live, small_run.surrogate, tmp_path / "live", methods=methods)
+    expected = diffprune.score(tmp_path / "latents", small_run.surrogate, tmp_path / "folder", methods=methods)
+    assert (found["failed"], found["failed_in_scoring"]) == (expected["failed"], 0) == (1, 0)
+    assert read_folder(tmp_path / "live").equals(read_folder(tmp_path / "folder"))

@@ -181,7 +181,7 @@ def _search_again(points: Tensor, centroids: Tensor, again: Tensor, assignment: 
         centroids.stride(0),
         ROWS=height,
         COLUMNS=16,
-        STEP=32,
+        STEP=power_of_2(depth, 8, 32),
     )
 
 
