@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pyarrow.compute as pc
 from diffprune.errors import InputError
 from diffprune.files import atomic_path
 from diffprune.tables import kept_keys, read_folder, read_stage, read_table, table_metadata
+
+TWIN_SUFFIX = ".flip.npy"
 
 
 def write_array(path: str | Path, array: np.ndarray) -> None:
@@ -60,19 +63,37 @@ class ArrayFolder:
 
     def array(self, stem: str) -> np.ndarray:
         """float16 [n, ...], memory-mapped, row-aligned with ``table(stem)``."""
-        path = self.folder / f"{stem}.npy"
+        return self._checked(self.folder / f"{stem}.npy", stem)
+
+    def _checked(self, path: Path, stem: str) -> np.ndarray:
         array = load_array(path, f"delete {stem}.* and make it again")
         rows = read_table(self.folder / f"{stem}.parquet", ["status"]).num_rows
         if array.dtype != np.float16 or len(array) != rows:
             raise InputError(f"{path}: expected float16 with {rows} rows, found {array.dtype} {array.shape}")
         return array
 
-    def load(self, kept: str | Path | None = None) -> tuple[pa.Table, np.ndarray]:
-        """All rows that are ok, in memory: (table, float32 [N, ...]), row-aligned, in shard order.
+    def twins(self, stem: str) -> np.ndarray:
+        """As ``array``, of the mirrored images; InputError where `encode` did not write them."""
+        path = self.folder / f"{stem}{TWIN_SUFFIX}"
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; make the latents with `diffprune encode --flip-twins`")
+        return self._checked(path, stem)
+
+    def load(self, kept: str | Path | None = None, dtype: type = np.float32) -> tuple[pa.Table, np.ndarray]:
+        """All rows that are ok, in memory: (table, ``dtype`` [N, ...]), row-aligned, in shard order.
 
         ``kept`` (a kept.parquet) restricts them to its keys; raises InputError if one of them is not here or failed,
         or if a value is not finite.
         """
+        table, use = self._used(kept)
+        return table.filter(use), self._gathered(self.array, table, use, dtype)
+
+    def load_twins(self, kept: str | Path | None = None, dtype: type = np.float32) -> np.ndarray:
+        """The mirrored images' rows, aligned with those of ``load``."""
+        return self._gathered(self.twins, *self._used(kept), dtype)
+
+    def _used(self, kept: str | Path | None) -> tuple[pa.Table, pa.ChunkedArray]:
+        """The whole table, and which of its rows ``load`` gives."""
         table = self._whole_table()
         use = pc.equal(table["status"], "ok")
         if kept is not None:
@@ -85,21 +106,25 @@ class ArrayFolder:
                     f"{kept}: {len(wanted) - found} of {len(wanted)} keys, {missing!r} first, are not in {self.folder} "
                     f"or failed there; is this a selection of another data set?"
                 )
+        return table, use
+
+    def _gathered(
+        self, read: Callable[[str], np.ndarray], table: pa.Table, use: pa.ChunkedArray, dtype: type
+    ) -> np.ndarray:
         mask = use.to_numpy()
         parts, start = [], 0
         for stem in self.stems:
-            array = self.array(stem)
-            parts.append(array[mask[start : start + len(array)]].astype(np.float32))
+            array = read(stem)
+            parts.append(array[mask[start : start + len(array)]].astype(dtype))
             start += len(array)
-        values = np.concatenate(parts) if parts else np.zeros((0, *self.metadata["shape"]), np.float32)
-        table = table.filter(use)
+        values = np.concatenate(parts) if parts else np.zeros((0, *self.metadata["shape"]), dtype)
         finite = np.isfinite(values.reshape(len(values), -1)).all(axis=1) if len(values) else np.ones(0, bool)
         if not finite.all():
-            key = table["key"][int(np.flatnonzero(~finite)[0])].as_py()
+            key = table.filter(use)["key"][int(np.flatnonzero(~finite)[0])].as_py()
             raise InputError(
                 f"{self.folder}: {int((~finite).sum())} rows are NaN or infinite, key {key!r} first; make them again"
             )
-        return table, values
+        return values
 
     def _whole_table(self) -> pa.Table:
         return read_folder(self.folder)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from diffprune._version import __version__
 from diffprune.config import DitConfig, from_dict
-from diffprune.errors import InputError
+from diffprune.errors import DiskFullError, InputError
 from diffprune.files import atomic_dir, read_json, sha256_file, write_json
 from diffprune.models.dit import DiT
 from diffprune.models.vqvae import VQVAE
@@ -58,11 +59,44 @@ def load_vqvae(checkpoint: str | Path, device: torch.device | str = "cpu") -> tu
     return _load(checkpoint, "vqvae", VQVAE, "model", device)
 
 
-def load_foreign_dit(path: str | Path, config: DitConfig, device: torch.device | str = "cpu") -> DiT:
-    """A DiT from another program's ``.pt`` file: a state dict, or a dict with one under "ema".
+def load_start(path: str | Path, config: DitConfig, latents: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
+    """Weights to begin a DiT's training with, and the sha256 of their file.
 
-    Such files are Python pickles: only tensors and plain containers are accepted (``weights_only=True``), never
-    code. ``config`` must describe the model; for the published 256×256 ones it is ``configs/dit-xl-2-imagenet.toml``.
+    Args:
+        path: a checkpoint or run folder (its moving average of weights is taken), or a file as of
+            ``load_foreign_dit``. A published DiT's weights predict noise and not velocity: training goes on from
+            them, they are no velocity model yet.
+        config: the model that they have to fit.
+        latents: what identifies the latents to train on; a checkpoint must have been made on the same.
+
+    Raises:
+        InputError: nothing readable there, tensors that do not fit ``config``, or latents of another VQ-VAE or scale.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return load_foreign_dit(path, config).state_dict(), sha256_file(path)
+    folder = list_checkpoints(path)[-1]
+    state = read_state(folder)
+    weights = "ema" if "ema.safetensors" in state["files"] else "model"
+    model, state = load_dit(folder, weights)
+    with torch.device("meta"):
+        expected = DiT(**asdict(config)).state_dict()
+    check_tensors(model.state_dict(), expected, folder / f"{weights}.safetensors")
+    theirs = state.get("latents") or {}
+    for name, ours in latents.items():
+        if theirs.get(name) != ours:
+            raise InputError(
+                f"{folder}: made on latents of another VQ-VAE: {name} {theirs.get(name)!r} there, {ours!r} now"
+            )
+    return model.state_dict(), state["sha256"]
+
+
+def load_foreign_dit(path: str | Path, config: DitConfig, device: torch.device | str = "cpu") -> DiT:
+    """A DiT from another program's file: ``.safetensors``, or ``.pt`` with a state dict, or one under "ema".
+
+    ``.pt`` files are Python pickles: only tensors and plain containers are accepted (``weights_only=True``), never
+    code. Weights in half precision become float32. ``config`` must describe the model; for the published 256×256 ones
+    it is ``configs/dit-xl-2-imagenet.toml``.
 
     Raises:
         InputError: no such file, one that holds anything else, or tensors that do not fit ``config``.
@@ -70,6 +104,18 @@ def load_foreign_dit(path: str | Path, config: DitConfig, device: torch.device |
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
+    tensors = _foreign_tensors(path)
+    halves = (torch.float16, torch.bfloat16)
+    tensors = {name: value.float() if value.dtype in halves else value for name, value in tensors.items()}
+    return _filled(lambda: DiT(**asdict(config)), tensors, path).to(device)
+
+
+def _foreign_tensors(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise InputError(f"{path}: not a readable safetensors file ({error})") from error
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -79,7 +125,7 @@ def load_foreign_dit(path: str | Path, config: DitConfig, device: torch.device |
         tensors = tensors["ema"]
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise InputError(f"{path}: expected a state dict of tensors, found {type(tensors).__name__}")
-    return _filled(lambda: DiT(**asdict(config)), tensors, path).to(device)
+    return tensors
 
 
 def list_checkpoints(path: str | Path) -> list[Path]:
@@ -110,17 +156,32 @@ def save_checkpoint(
     Args:
         state: kind, step, total_steps, lr, images_seen, seed, config, data, latents.
         tensors: file name without suffix ("model", ...) -> tensor name -> tensor.
+
+    Raises: DiskFullError where it could not be written; nothing of it is left then.
     """
-    folder = Path(run_folder) / f"step_{state['step']:08d}"
-    with atomic_dir(folder) as temporary:
-        files = {}
-        for name, values in tensors.items():
-            path = temporary / f"{name}.safetensors"
-            save_file({key: value.detach().cpu().contiguous() for key, value in values.items()}, path)
-            files[path.name] = sha256_file(path)
-        head = {"format_version": FORMAT_VERSION, "version": __version__, "files": files}
-        write_json(temporary / STATE_FILE, {**state, **head})
+    folder = checkpoint_path(run_folder, state["step"])
+    try:
+        with atomic_dir(folder) as temporary:
+            files = {}
+            for name, values in tensors.items():
+                path = temporary / f"{name}.safetensors"
+                save_file({key: value.detach().cpu().contiguous() for key, value in values.items()}, path)
+                files[path.name] = sha256_file(path)
+            head = {"format_version": FORMAT_VERSION, "version": __version__, "files": files}
+            write_json(temporary / STATE_FILE, {**state, **head})
+    except (OSError, SafetensorError) as error:  # safetensors has no error of its own for a write that failed
+        needed = sum(value.nbytes for values in tensors.values() for value in values.values())
+        free = shutil.disk_usage(run_folder).free
+        raise DiskFullError(
+            f"{folder}: could not be written ({error}); it takes {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB "
+            "are free; checkpoints before it stand: make room and run the same command again"
+        ) from error
     return folder
+
+
+def checkpoint_path(run_folder: str | Path, step: int) -> Path:
+    """Where ``save_checkpoint`` puts a step."""
+    return Path(run_folder) / f"step_{step:08d}"
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -49,6 +49,9 @@ class VqvaeConfig:
     """β of the VQ-VAE paper, equation 3."""
     codebook_decay: float = 0.99
     """γ of the codebook's moving average, per step."""
+    normalize_codes: bool = False
+    """Latents and codes of unit length, so that the nearest code is the one of the largest cosine (arXiv 2110.04627);
+    a large codebook of short codes is used better so. Needs at least 2 latent_channels."""
 
     def __post_init__(self) -> None:
         for name in ("image_size", "base_channels", "blocks_per_level", "latent_channels", "codebook_size"):
@@ -60,6 +63,8 @@ class VqvaeConfig:
         _expect(self.image_size % halvings == 0, self, "image_size", f"a multiple of {halvings}")
         _expect(self.commitment_weight >= 0, self, "commitment_weight", "at least 0")
         _expect(0 < self.codebook_decay < 1, self, "codebook_decay", "between 0 and 1")
+        if self.normalize_codes:
+            _expect(self.latent_channels >= 2, self, "latent_channels", "at least 2 with normalize_codes")
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,11 @@ class DitConfig:
     label_init_std: float = 0.2
     """Standard deviation of the label table's initial values: 0.02 as published. A narrow model learns faster with
     more."""
+    qk_norm: bool = False
+    """LayerNorm on each head's queries and keys (arXiv 2302.05442). Published DiTs and SiTs have none."""
+    rope: bool = False
+    """Also turn queries and keys by the token's row and column (arXiv 2104.09864, in two axes); a head's size is then
+    a multiple of 4. Published DiTs and SiTs have the position embedding alone."""
 
     def __post_init__(self) -> None:
         for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads"):
@@ -100,6 +110,8 @@ class DitConfig:
         _expect(self.input_size % patch == 0, self, "input_size", f"a multiple of patch_size {patch}")
         _expect(self.hidden_size % heads == 0, self, "hidden_size", f"a multiple of num_heads {heads}")
         _expect(self.hidden_size % 4 == 0, self, "hidden_size", "a multiple of 4")
+        if self.rope:
+            _expect(self.hidden_size // heads % 4 == 0, self, "hidden_size", f"a multiple of {4 * heads} with rope")
         _expect(self.hidden_size * self.mlp_ratio >= 1, self, "mlp_ratio", "a positive number")
         _expect(0 <= self.class_dropout_prob < 1, self, "class_dropout_prob", "at least 0 and below 1")
         _expect(self.num_classes >= 0, self, "num_classes", "at least 0")
@@ -135,12 +147,30 @@ class TrainConfig:
     """Of activations; auto is bfloat16 on a GPU that has it, else float32. Weights are float32."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    accumulate: int = 1
+    """Parts in which a process computes its share of a batch, one after the other: less memory, the same step but for
+    rounding."""
+    activation_checkpointing: bool = False
+    """Keep only what enters each block of a DiT and compute the block again for its gradient: less memory, a third
+    more operations, the same step."""
+    compile: bool = False
+    """torch.compile each block of a DiT: the same step but for rounding, after a minute or so of compiling."""
+    timesteps: Literal["uniform", "lognormal"] = "uniform"
+    """How a DiT's times are drawn: uniform in [0, 1), or lognormal: 1 / (1 + exp(-z)) with z normal (logit-normal,
+    arXiv 2403.03206), more in the middle."""
+    flip: bool = False
+    """Mirror half of the samples, drawn anew each time: images, or latents that `encode --flip-twins` wrote."""
+    explosion_factor: float = 20.0
+    """Stop when the loss is this many times the median of the last 100 steps; 0 never does."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
+        for name in ("steps", "batch_size", "checkpoint_every", "log_every", "accumulate"):
             _expect(getattr(self, name) >= 1, self, name, "at least 1")
         for name in ("warmup_steps", "weight_decay", "grad_clip"):
             _expect(getattr(self, name) >= 0, self, name, "at least 0")
+        _expect(self.accumulate <= self.batch_size, self, "accumulate", f"at most batch_size {self.batch_size}")
+        factor = self.explosion_factor
+        _expect(factor == 0 or 1 < factor < math.inf, self, "explosion_factor", "0, or a number above 1")
         _expect(0 < self.lr < math.inf, self, "lr", "a positive number")
         _expect(0 <= self.ema_decay < 1, self, "ema_decay", "at least 0 and below 1")
         _expect(0 <= self.seed < 2**32, self, "seed", "at least 0 and below 2**32")
@@ -159,6 +189,11 @@ class VqvaeRun:
                 f"train.ema_decay: expected 0 for a VQ-VAE, whose codebook follows its own weights, "
                 f"got {self.train.ema_decay}"
             )
+        for name in ("activation_checkpointing", "compile"):
+            if getattr(self.train, name):
+                raise InputError(f"train.{name}: expected false for a VQ-VAE: it is done by a DiT's blocks")
+        if self.train.timesteps != "uniform":
+            raise InputError(f"train.timesteps: a VQ-VAE draws no times, got {self.train.timesteps!r}")
 
 
 @dataclass(frozen=True)
@@ -172,6 +207,10 @@ class DitRun:
 Run = VqvaeRun | DitRun
 Changes = dict[tuple[str, str], Any]
 _RUNS = {"vqvae": VqvaeRun, "dit": DitRun}
+# Fields that came after the first checkpoints, and what those were made with.
+_TRAIN_BEFORE = {"accumulate": 1, "activation_checkpointing": False, "compile": False, "timesteps": "uniform"}
+_TRAIN_BEFORE |= {"flip": False, "explosion_factor": 0.0}
+_MODEL_BEFORE = {"vqvae": {"normalize_codes": False}, "dit": {"qk_norm": False, "rope": False}}
 
 
 def load_config(path: str | Path | None, kind: Literal["vqvae", "dit"], overrides: Iterable[str] = ()) -> Run:
@@ -212,10 +251,13 @@ def to_dict(run: Run) -> dict[str, dict[str, Any]]:
 def from_dict(kind: Literal["vqvae", "dit"], sections: Any, where: str) -> Run:
     """A run from what ``to_dict`` gave, every field of it: a default of today must not stand in for what was used.
 
-    ``where`` (a file) is named in the InputError if it does not fit.
+    Fields that did not exist when it was given stand for what was done then. ``where`` (a file) is named in the
+    InputError if it does not fit.
     """
     run = _run_type(kind)()
-    changes = _changes(run, sections, where)
+    before = {("model", key): value for key, value in _MODEL_BEFORE[kind].items()}
+    before |= {("train", key): value for key, value in _TRAIN_BEFORE.items()}
+    changes = before | _changes(run, sections, where)
     for section, values in to_dict(run).items():
         for key in values:
             if (section, key) not in changes:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import torch
 
-from diffprune.arrays import write_array
+from diffprune.arrays import TWIN_SUFFIX, write_array
 from diffprune.checkpoints import load_vqvae
 from diffprune.clip_retrieval import bind_embeddings
 from diffprune.decode import MAX_PIXELS
@@ -27,6 +29,7 @@ def encode(
     vqvae: str | Path,
     out: str | Path,
     *,
+    flip_twins: bool = False,
     batch_size: int = 256,
     device: str = "auto",
     strict_decode: bool = True,
@@ -37,11 +40,16 @@ def encode(
 
     ``vqvae`` is a checkpoint or a run folder of ``train vqvae``. Latents are the encoder's output before quantisation,
     times the checkpoint's ``latent_scale``. An image that cannot be decoded is a failed row, NaN in the array.
+    ``flip_twins``: also write the latents of the images mirrored left to right, ``<shard>.flip.npy``, which training
+    with ``train.flip`` takes half of the time.
     ``strict_decode`` and ``max_pixels``: see ``diffprune.decode.Decoding``. The next shard is read while this
     one is encoded. Returns counts (samples, failed, ...); shards that are done are skipped.
     """
     network = vqvae_network(vqvae, pick_device(device))
-    return _map_images("encode", network, shards, Path(out), batch_size, Reading(strict_decode, max_pixels), dry_run)
+    reading = Reading(strict_decode, max_pixels)
+    if flip_twins:
+        network = replace(network, function=_with_twin(network.function), head={**network.head, "flip_twins": True})
+    return _map_images("encode", network, shards, Path(out), batch_size, reading, dry_run)
 
 
 def embed(
@@ -91,11 +99,18 @@ def vqvae_network(vqvae: str | Path, device: torch.device) -> Network:
     return Network(latents, model.image_size, model.in_channels, head, str(vqvae), device)
 
 
+def _with_twin(latents: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda images: torch.stack([latents(images), latents(images.flip(-1))], dim=1)
+
+
 def _map_images(
     stage: str, network: Network, shards: ShardSpec, out: Path, batch_size: int, reading: Reading, dry_run: bool
 ) -> dict[str, Any]:
     images = ImageMap(network, shards, batch_size, reading)
     stems = list(images.indexes)
+    twins = network.head.get("flip_twins", False)  # each row is an image's and its mirror image's
+    if twins:
+        images.config["shape"] = list(images.row_shape[1:])
 
     def is_done(stem: str) -> bool:
         return (out / f"{stem}.parquet").is_file()
@@ -104,6 +119,9 @@ def _map_images(
 
         def work(stem: str, bar: Progress) -> pa.Table:
             table, array = images.run(stem, batches.parts(stem), bar)
+            if twins:
+                write_array(out / f"{stem}{TWIN_SUFFIX}", array[:, 1])
+                array = array[:, 0]
             write_array(out / f"{stem}.npy", array)  # before the table, whose presence means that the shard is done
             return table
 

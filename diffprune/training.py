@@ -9,19 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffprune.arrays import ArrayFolder
-from diffprune.config import DitConfig, DitRun, VqvaeConfig, VqvaeRun
+from diffprune.checkpoints import load_start
+from diffprune.config import DitRun, TrainConfig, VqvaeRun
 from diffprune.decode import load_images
-from diffprune.device import pick_device
 from diffprune.errors import DiffpruneError, InputError
 from diffprune.flow import interpolate, velocity_loss, velocity_target
+from diffprune.learner import Objective
 from diffprune.models.dit import DiT
 from diffprune.models.vqvae import VQVAE, VqvaeOutput
+from diffprune.ranks import Ranks, training_ranks
 from diffprune.shards import ShardSpec
-from diffprune.training_loop import Objective, run_training
+from diffprune.tables import read_folder
+from diffprune.training_loop import run_training
+from diffprune.training_order import BalancedOrder
 
 LATENT_SCALE_IMAGES = 10_000
 
@@ -42,16 +48,24 @@ def train_vqvae(
     and counted. ``latent_scale`` is set at every checkpoint, from at most 10,000 images.
 
     ``out`` gets ``step_*`` folders (see ``checkpoints``) and ``log.jsonl``. A run that was stopped goes on from its
-    last checkpoint and ends in the same bytes (on a CPU) as one that was not; ``resume=False`` refuses a folder that
-    holds checkpoints.
+    last checkpoint and ends in the same bytes (on a CPU, with as many processes and parts of a batch) as one that was
+    not; ``resume=False`` refuses a folder that holds checkpoints.
 
-    Returns: kind, out, images, failed, parameters, device, precision, steps, first_step, images_seen, epochs; and
-    after training checkpoint, loss, and the last log line's metrics. With ``dry_run`` nothing is written.
+    Under torchrun every process computes its share of each batch; draws are those of the whole batch, so the training
+    curve is the same but for rounding, for any number of processes. A run may be resumed with another number.
+
+    Returns: kind, out, images, failed, parameters, device, processes, precision, operations_per_image (of a training
+    step), steps, first_step, images_seen, epochs; and after training checkpoint, loss, the last log line's metrics,
+    codebook_use (share of the codes that are some latent's nearest, over at most 10,000 images), latent_scale,
+    images_per_second and mfu (operations per second over what a large matrix product reached just before, on as many
+    devices). With ``dry_run`` nothing is written.
 
     Raises:
         InputError: no usable image, or an argument that does not fit.
         ResumeError: ``out`` holds a run with another config, seed or data; it names what differs.
-        DiffpruneError: a loss that is not finite; it names the step and the sample keys.
+        DiffpruneError: a loss that is not finite, or exploded; it names the step and the sample keys, and
+            ``<out>/stopped.json`` has the loss of each sample of the batch. The step did not reach the weights.
+        DiskFullError: a checkpoint could not be written; the ones before it are whole.
     """
     table, images = load_images(shards, size=config.model.image_size, channels=config.model.in_channels, kept=kept)
     usable = np.array([status == "ok" for status in table["status"].to_pylist()], dtype=bool)
@@ -59,7 +73,8 @@ def train_vqvae(
     if not keys:
         raise InputError(f"{shards}: expected images to train on, found {table.num_rows} samples and none usable")
     images = images if usable.all() else images[usable]
-    objective = _VqvaeObjective(config.model, config.train.seed, config.train.device, keys, images)
+    ranks, device = training_ranks(config.train.device, config.train.batch_size)
+    objective = _VqvaeObjective(config, ranks, device, keys, images)
     report = run_training(objective, config, out, resume=resume, dry_run=dry_run)
     return {**report, "failed": int((~usable).sum())}
 
@@ -70,24 +85,30 @@ def train_dit(
     out: str | Path,
     *,
     kept: str | Path | None = None,
+    oversample_balanced: str | Path | None = None,
+    start_from: str | Path | None = None,
     resume: bool = True,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Train a DiT by flow matching on a latents folder of ``encode``, or on the samples of a ``kept.parquet`` in it.
 
-    Each step draws for each sample of its batch a time t, uniform in [0, 1), and noise x0, and takes the mean of
-    ``‖v(xt, t, label) − (x1 − x0)‖²`` per element (arXiv 2401.08740, equations 2 and 5). A label is replaced by the
-    null label with probability ``class_dropout_prob``. Latents are kept in memory in float32. A data set smaller
-    than a batch is gone through more than once per step.
+    Each step draws for each sample of its batch a time t, uniform in [0, 1) or as ``train.timesteps`` says, and noise
+    x0, and takes the mean of ``‖v(xt, t, label) − (x1 − x0)‖²`` per element (arXiv 2401.08740, equations 2 and 5). A
+    label is replaced by the null label with probability ``class_dropout_prob``. Latents are kept in memory in float16,
+    as they are on disk. A data set smaller than a batch is gone through more than once per step.
+
+    ``oversample_balanced``: "label", or a folder of `diffprune cluster`: each label or cluster is seen equally often
+    (``BalancedOrder``). ``start_from``: initial weights: a checkpoint or run folder (its moving average), or a
+    published DiT's or SiT's state dict, ``.pt`` or ``.safetensors``; see ``checkpoints.load_start``.
 
     What ``out`` holds, how a run is resumed, what is returned and raised: as ``train_vqvae``. InputError too where
-    latents or labels do not fit the model.
+    latents, labels, clusters or ``start_from`` do not fit the model.
     """
     folder = ArrayFolder(latents, kind="latents")
     missing = [name for name in ("model_sha256", "latent_scale") if name not in folder.metadata]
     if missing:
         raise InputError(f"{latents}: its metadata lacks {missing[0]}; make the latents again with `diffprune encode`")
-    table, values = folder.load(kept)
+    table, values = folder.load(kept, np.float16)
     keys = table["key"].to_pylist()
     if not keys:
         raise InputError(f"{kept or latents}: expected samples to train on, found none")
@@ -97,9 +118,19 @@ def train_dit(
             f"{latents}: expected latents {list(expected)} (model.in_channels, input_size, input_size), "
             f"found {list(values.shape[1:])}"
         )
+    twins = folder.load_twins(kept, np.float16) if config.train.flip else None
+    if twins is not None and twins.shape != values.shape:
+        raise InputError(f"{latents}: expected mirrored latents {list(expected)}, found {list(twins.shape[1:])}")
     labels = _checked_labels(keys, table["label"].to_pylist(), config.model.num_classes, latents)
+    groups = None if oversample_balanced is None else _groups(oversample_balanced, table, latents)
     source = {name: folder.metadata[name] for name in ("model_sha256", "latent_scale")}
-    objective = _DitObjective(config.model, config.train.seed, config.train.device, keys, values, labels, source)
+    start = None if start_from is None else load_start(start_from, config.model, source)
+    ranks, device = training_ranks(config.train.device, config.train.batch_size)
+    objective = _DitObjective(config, ranks, device, keys, values, twins, labels, source)
+    if groups is not None:
+        objective.balance(groups, str(oversample_balanced))
+    if start is not None:
+        objective.start(*start)
     return run_training(objective, config, out, resume=resume, dry_run=dry_run)
 
 
@@ -109,47 +140,73 @@ class _VqvaeObjective(Objective):
     kind = "vqvae"
     latents = None
 
-    def __init__(self, model: VqvaeConfig, seed: int, device: str, keys: Sequence[str], images: np.ndarray) -> None:
-        self.device = pick_device(device)
-        self.model = VQVAE(model, seed=seed).to(self.device)
+    def __init__(
+        self, run: VqvaeRun, ranks: Ranks, device: torch.device, keys: Sequence[str], images: np.ndarray
+    ) -> None:
+        self.ranks, self.device, self.train = ranks, device, run.train
+        self.model = VQVAE(run.model, seed=run.train.seed).to(device)
         self.keys = keys
         self.images = torch.from_numpy(images)
         self.data = {"samples": len(keys), "sha256": _sha256(keys, images)}
-        self.output: VqvaeOutput | None = None
+        self.outputs: list[VqvaeOutput] = []  # of the parts of this step's batch
+        self.codes = self.errors = torch.empty(0)
+        self.codebook_use = float("nan")  # until a checkpoint is saved
 
-    def losses(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        self.output = self.model(self._batch(rows))
-        return self.output.reconstruction_error + self.model.config.commitment_weight * self.output.commitment_error
+    def draw(self, rows: Tensor, share: slice, generator: torch.Generator) -> tuple[Tensor, ...]:
+        images = self.images[rows[share]]
+        if self.train.flip:
+            mirrored = torch.rand(len(rows), generator=generator)[share] < 0.5
+            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+        return (images,)
+
+    def losses(self, model: nn.Module, images: Tensor) -> Tensor:
+        output = model(images.float() / 127.5 - 1)
+        self.outputs.append(output._replace(reconstruction=None, latents=output.latents.detach()))
+        return output.reconstruction_error + self.model.config.commitment_weight * output.commitment_error
 
     def after_step(self, generator: torch.Generator) -> None:
-        self.model.update_codebook(self.output.latents.detach(), self.output.codes, generator)
+        parts = zip(
+            *((o.latents, o.codes, o.reconstruction_error, o.commitment_error) for o in self.outputs), strict=True
+        )
+        latents, self.codes, *errors = (self.ranks.gathered(torch.cat(part).detach()) for part in parts)
+        self.errors = torch.stack(errors)
+        self.outputs = []
+        self.model.update_codebook(latents, self.codes, generator)
 
     def metrics(self) -> dict[str, float]:
-        counts = torch.bincount(self.output.codes.flatten(), minlength=self.model.config.codebook_size).double()
+        counts = torch.bincount(self.codes.flatten(), minlength=self.model.config.codebook_size).double()
         share = counts / counts.sum()
         return {
-            "reconstruction_error": self.output.reconstruction_error.mean().item(),
-            "commitment_error": self.output.commitment_error.mean().item(),
+            "reconstruction_error": self.errors[0].mean().item(),
+            "commitment_error": self.errors[1].mean().item(),
             "code_perplexity": torch.special.entr(share).sum().exp().item(),
         }
 
     @torch.no_grad()
     def before_checkpoint(self) -> None:
-        """latent_scale = 1 / std of the latents' elements, over images evenly spread over the training set."""
+        """latent_scale = 1 / std of the latents' elements, and the share of codes in use, over images evenly spread."""
         count = min(len(self.images), LATENT_SCALE_IMAGES)
         rows = torch.arange(count) * len(self.images) // count
         moments = torch.zeros(3, dtype=torch.float64)
+        used = torch.zeros(self.model.config.codebook_size, dtype=torch.bool)
         for part in rows.split(500):
-            values = self.model.encoder(self._batch(part)).double()
+            latents = self.model.latents(self.images[part].to(self.device).float() / 127.5 - 1)
+            used[self.model.quantize(latents)[1].unique().cpu()] = True
+            values = latents.double()
             moments += torch.tensor([values.numel(), values.sum().item(), values.square().sum().item()])
         number, total, squares = moments.tolist()
         variance = squares / number - (total / number) ** 2
         if not variance > 0:
             raise DiffpruneError(f"the latents of all {count} images are equal (variance {variance}): nothing learned")
         self.model.latent_scale.fill_(variance**-0.5)
+        self.codebook_use = used.double().mean().item()
 
-    def _batch(self, rows: Tensor) -> Tensor:
-        return self.images[rows].to(self.device).float() / 127.5 - 1
+    def summary(self) -> dict[str, float]:
+        return {"latent_scale": self.model.latent_scale.item(), "codebook_use": self.codebook_use}
+
+    def forward_of_one(self) -> None:
+        config = self.model.config
+        VQVAE(config)(torch.zeros(1, config.in_channels, config.image_size, config.image_size))
 
 
 class _DitObjective(Objective):
@@ -159,33 +216,82 @@ class _DitObjective(Objective):
 
     def __init__(
         self,
-        model: DitConfig,
-        seed: int,
-        device: str,
+        run: DitRun,
+        ranks: Ranks,
+        device: torch.device,
         keys: Sequence[str],
         values: np.ndarray,
+        twins: np.ndarray | None,
         labels: Tensor | None,
         source: dict[str, Any],
     ) -> None:
-        self.device = pick_device(device)
-        self.model = DiT(**asdict(model), seed=seed).to(self.device)
+        self.ranks, self.device, self.train = ranks, device, run.train
+        self.model = DiT(**asdict(run.model), seed=run.train.seed).to(device)
         self.keys = keys
         self.values, self.labels = torch.from_numpy(values), labels
+        self.twins = None if twins is None else torch.from_numpy(twins)
         self.latents = source
+        self.order: BalancedOrder | None = None
         parts = [values] if labels is None else [values, labels.numpy()]
+        if twins is not None:
+            parts.append(twins)
         self.data = {"samples": len(keys), "sha256": _sha256(keys, *parts)}
 
-    def losses(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        x1 = self.values[rows]
-        t = torch.rand(len(rows), generator=generator)
-        x0 = torch.randn(x1.shape, generator=generator)
-        dropped = torch.rand(len(rows), generator=generator) < self.model.config.class_dropout_prob
-        labels = None
-        if self.labels is not None:
-            labels = torch.where(dropped, self.model.num_classes, self.labels[rows]).to(self.device)
-        x1, x0, t = x1.to(self.device), x0.to(self.device), t.to(self.device)
-        velocity = self.model(interpolate(x1, x0, t), t, labels)
+    def balance(self, groups: Tensor, name: str) -> None:
+        """See each of these groups [N] equally often."""
+        self.order = BalancedOrder(groups, self.train.seed)
+        self.data["balanced_by"] = "label" if name == "label" else "cluster"
+        self.data["balanced_sha256"] = _sha256([], groups.numpy())
+
+    def start(self, weights: dict[str, Tensor], sha256: str) -> None:
+        """Begin with these weights."""
+        self.model.load_state_dict(weights)
+        self.data["start_sha256"] = sha256
+
+    def rows(self, step: int, train: TrainConfig) -> Tensor:
+        return super().rows(step, train) if self.order is None else self.order.batch(train.batch_size, step)
+
+    def draw(self, rows: Tensor, share: slice, generator: torch.Generator) -> tuple[Tensor, ...]:
+        count = len(rows)
+        if self.train.timesteps == "lognormal":
+            t = torch.randn(count, generator=generator).sigmoid()
+        else:
+            t = torch.rand(count, generator=generator)
+        x0 = torch.randn((count, *self.values.shape[1:]), generator=generator)
+        dropped = torch.rand(count, generator=generator) < self.model.config.class_dropout_prob
+        x1 = self.values[rows[share]]
+        if self.twins is not None:
+            mirrored = torch.rand(count, generator=generator)[share] < 0.5
+            x1 = torch.where(mirrored[:, None, None, None], self.twins[rows[share]], x1)
+        inputs = (x1.float(), x0[share], t[share])
+        if self.labels is None:
+            return inputs
+        return (*inputs, torch.where(dropped, self.model.num_classes, self.labels[rows])[share])
+
+    def losses(self, model: nn.Module, x1: Tensor, x0: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        velocity = model(interpolate(x1, x0, t), t, labels)
         return velocity_loss(velocity.float(), velocity_target(x1, x0))
+
+    def forward_of_one(self) -> None:
+        config = self.model.config
+        labels = torch.zeros(1, dtype=torch.int64) if config.num_classes else None
+        latent = torch.zeros(1, config.in_channels, config.input_size, config.input_size)
+        DiT(**asdict(config))(latent, torch.zeros(1), labels)
+
+
+def _groups(by: str | Path, table: pa.Table, latents: str | Path) -> Tensor:
+    """[N] int64: the label or the cluster of each row of ``table``."""
+    if str(by) == "label":
+        values, where = table["label"], latents
+    else:
+        clusters = read_folder(by, ["key", "cluster"])
+        places = pc.index_in(table["key"], value_set=clusters["key"].combine_chunks())
+        values, where = clusters["cluster"].combine_chunks().take(places.combine_chunks()), by
+    if values.null_count:
+        key = table["key"].filter(pc.is_null(values))[0].as_py()
+        what = "label" if str(by) == "label" else "cluster"
+        raise InputError(f"{where}: key {key!r}: expected a {what} to balance by, found none")
+    return torch.tensor(values.to_pylist(), dtype=torch.int64)
 
 
 def _checked_labels(keys: list[str], labels: list[int | None], num_classes: int, where: str | Path) -> Tensor | None:
@@ -203,9 +309,11 @@ def _checked_labels(keys: list[str], labels: list[int | None], num_classes: int,
 
 
 def _sha256(keys: Sequence[str], *arrays: np.ndarray) -> str:
-    """Of the keys in order and of the arrays' bytes."""
+    """Of the keys in order and of the arrays' bytes; float16 ones as if they were float32."""
     digest = hashlib.sha256("\0".join(keys).encode())
     for array in arrays:
-        digest.update(str((array.shape, array.dtype.str)).encode())
-        digest.update(np.ascontiguousarray(array).data)
+        dtype = np.dtype(np.float32) if array.dtype == np.float16 else array.dtype
+        digest.update(str((array.shape, dtype.str)).encode())
+        for start in range(0, len(array), 4096):
+            digest.update(np.ascontiguousarray(array[start : start + 4096], dtype).data)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""How a training run goes: order of samples, optimizer, moving average, log, checkpoints, resume.
+"""How a training run goes: steps, log, checkpoints, resume.
 
 All randomness of a step is a function of (seed, step), so a resumed run needs no generator's state: it does what the
 run would have done that was never stopped.
@@ -6,70 +6,47 @@ run would have done that was never stopped.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from diffprune.checkpoints import check_tensors, find_checkpoints, read_state, read_tensors, save_checkpoint
-from diffprune.config import Run, TrainConfig, to_dict
-from diffprune.errors import DiffpruneError, InputError, ResumeError
-from diffprune.files import atomic_path
-from diffprune.progress import progress
+from diffprune.checkpoints import checkpoint_path, find_checkpoints, read_state, save_checkpoint
+from diffprune.config import Run, from_dict, to_dict
+from diffprune.errors import InputError, ResumeError
+from diffprune.files import atomic_path, write_json
+from diffprune.learner import Draw, Learner, Objective, Stopped, learning_rate
+from diffprune.prefetch import Prefetch
+from diffprune.progress import Progress, progress
+from diffprune.throughput import duration, matmul_rate, step_operations
 
 LOG_FILE = "log.jsonl"
-# What a resumed run may change: none of it alters what a step does.
-_FREE = {"train.steps", "train.checkpoint_every", "train.log_every", "train.device"}
-
-
-class Objective:
-    """What is trained on what. ``run_training`` calls these in order, step by step."""
-
-    kind: str
-    """ "vqvae" or "dit"."""
-    model: nn.Module
-    device: torch.device
-    keys: Sequence[str]
-    """Sample keys; a row is an index into them."""
-    data: dict[str, Any]
-    """What identifies the training data."""
-    latents: dict[str, Any] | None
-    """What identifies the VQ-VAE behind the training data, if they are latents."""
-
-    def losses(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """The loss [B] float32 of each of these rows (CPU int64); randomness from ``generator`` (CPU)."""
-        raise NotImplementedError
-
-    def after_step(self, generator: torch.Generator) -> None:
-        """After the optimizer's step."""
-
-    def before_checkpoint(self) -> None:
-        """Before the model's tensors are saved."""
-
-    def metrics(self) -> dict[str, float]:
-        """More numbers of the last step, for the log."""
-        return {}
+STOPPED_FILE = "stopped.json"
+# What a resumed run may change: how it runs (which may round otherwise), not what it computes.
+_FREE = {"train.steps", "train.checkpoint_every", "train.log_every", "train.device", "train.explosion_factor"}
+_FREE |= {"train.accumulate", "train.activation_checkpointing", "train.compile"}
 
 
 def run_training(objective: Objective, run: Run, out: str | Path, *, resume: bool, dry_run: bool) -> dict[str, Any]:
     """Train to ``run.train.steps`` steps, from the last checkpoint in ``out`` if there is one. See ``train_vqvae``."""
-    out, train = Path(out), run.train
+    out, train, ranks = Path(out), run.train, objective.ranks
     checkpoint, state = _last_checkpoint(objective, run, out, resume)
+    ranks.wait()  # nobody writes before everyone has looked
     first_step = state["step"] if state else 0
     bfloat16 = _use_bfloat16(train.precision, objective.device)
+    operations = step_operations(objective.forward_of_one)
     report = {
         "kind": objective.kind,
         "out": str(out),
         "images": len(objective.keys),
         "parameters": sum(p.numel() for p in objective.model.parameters()),
         "device": str(objective.device),
+        "processes": ranks.size,
         "precision": "bfloat16" if bfloat16 else "float32",
+        "operations_per_image": operations,
         "steps": train.steps,
         "first_step": first_step,
         "images_seen": train.steps * train.batch_size,
@@ -77,156 +54,111 @@ def run_training(objective: Objective, run: Run, out: str | Path, *, resume: boo
     }
     if dry_run:
         return {**report, "dry_run": True}
-    learner = _Learner(objective, train, bfloat16)
+    learner = Learner(objective, train, bfloat16)
     if state:
         learner.restore(checkpoint, state)
-    log = _Log(out / LOG_FILE, first_step)
-    loss = None
-    with progress(f"train {objective.kind}", total=(train.steps - first_step) * train.batch_size, unit="images") as bar:
-        for step in range(first_step, train.steps):
-            loss, grad_norm = learner.step(step)
-            done = step + 1
-            bar.advance(train.batch_size, note=f"step {done:,} of {train.steps:,}  loss {loss:.4f}")
+    log = _Log(out / LOG_FILE if ranks.rank == 0 else None, first_step)
+    if ranks.rank == 0:
+        (out / STOPPED_FILE).unlink(missing_ok=True)
+    peak = matmul_rate(objective.device, torch.bfloat16 if bfloat16 else torch.float32) * ranks.size
+    loss, title = None, f"train {objective.kind}"
+
+    def draws(_: str) -> Iterator[Draw]:
+        return map(learner.draw, range(first_step, train.steps))
+
+    with (
+        Prefetch(draws, [title]) as batches,
+        progress(title, total=(train.steps - first_step) * train.batch_size, unit="images") as bar,
+    ):
+        pace = _Pace(bar if ranks.rank == 0 else None, train.batch_size, train.steps, first_step, operations / peak)
+        for draw in batches.parts(title):
+            try:
+                loss, grad_norm = learner.step(draw)
+            except Stopped as stopped:
+                if ranks.rank == 0:
+                    last = None if checkpoint is None else str(checkpoint)
+                    write_json(out / STOPPED_FILE, {**stopped.details, "last_checkpoint": last})
+                raise
+            done = draw.step + 1
+            pace.step(loss, grad_norm)
             if done % train.log_every == 0 or done == train.steps:
-                log.write(done, train.batch_size, loss=loss, grad_norm=grad_norm, **objective.metrics())
+                log.write(done, pace, loss=loss, grad_norm=grad_norm, **objective.metrics())
             if done % train.checkpoint_every == 0 or done == train.steps:
                 checkpoint = _save(learner, run, out, done)
-    return {**report, "checkpoint": str(checkpoint), "loss": loss, **log.last}
+    summary = objective.summary() if first_step < train.steps and ranks.rank == 0 else {}
+    return {**report, "checkpoint": str(checkpoint), "loss": loss, **log.last, **summary, **pace.whole()}
 
 
-def batch_rows(count: int, batch_size: int, seed: int, step: int) -> Tensor:
-    """The rows of a step's batch, [batch_size] int64 below ``count``.
+class _Pace:
+    """Images per second, MFU and the time left: shown at each step, logged now and then."""
 
-    Batches are consecutive pieces of an endless sequence, one random permutation of all rows after the other. So each
-    epoch sees each row once, and a batch may span epochs: with fewer rows than ``batch_size`` rows repeat in it.
-    """
-    positions = torch.arange(step * batch_size, (step + 1) * batch_size)
-    epochs = positions // count
-    parts = []
-    for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-        parts.append(_permutation(count, seed, epoch)[positions[epochs == epoch] % count])
-    return torch.cat(parts)
+    def __init__(
+        self, bar: Progress | None, batch_size: int, steps: int, first_step: int, image_seconds: float
+    ) -> None:
+        self.bar, self.batch_size, self.steps, self.done = bar, batch_size, steps, first_step
+        # An image's operations over the matrix product rate: its seconds at an MFU of 1.
+        self.image_seconds = image_seconds
+        self.first = self.last_done = first_step
+        self.start = self.last = time.monotonic()
+        self.shown = 0.0
 
+    def step(self, loss: float, grad_norm: float) -> None:
+        self.done += 1
+        if self.bar is not None:
+            self.shown = self._rate(self.first, self.start)
+            left = duration((self.steps - self.done) * self.batch_size / self.shown)
+            self.bar.advance(
+                self.batch_size,
+                note=f"step {self.done:,} of {self.steps:,}  loss {loss:.4f}  gradient {grad_norm:.3g}  "
+                f"MFU {self._mfu(self.shown)}  {left} left",
+            )
 
-def step_generator(seed: int, stream: str, index: int) -> torch.Generator:
-    """A CPU generator for one purpose (``stream``) and one step or epoch."""
-    digest = hashlib.blake2b(f"{seed}/{stream}/{index}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    def since_last(self) -> dict[str, float]:
+        """Since this was last asked for."""
+        rate = self._rate(self.last_done, self.last)
+        self.last_done, self.last = self.done, time.monotonic()
+        return {"images_per_second": round(rate, 1), "mfu": round(rate * self.image_seconds, 4)}
 
+    def whole(self) -> dict[str, float]:
+        """Of the whole run; nothing where no step was done. Checkpoints and compiling are in it."""
+        if self.done == self.first:
+            return {}
+        rate = self._rate(self.first, self.start)
+        return {"images_per_second": round(rate, 1), "mfu": round(rate * self.image_seconds, 4)}
 
-@lru_cache(maxsize=4)
-def _permutation(count: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(count, generator=step_generator(seed, "epoch", epoch))
+    def _rate(self, done: int, since: float) -> float:
+        return (self.done - done) * self.batch_size / max(time.monotonic() - since, 1e-9)
 
-
-class _Learner:
-    """A model, its optimizer and the moving average of its weights."""
-
-    def __init__(self, objective: Objective, train: TrainConfig, bfloat16: bool) -> None:
-        self.objective, self.model, self.train, self.bfloat16 = objective, objective.model.train(), train, bfloat16
-        self.trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            self.trainable.values(), lr=train.lr, weight_decay=train.weight_decay, fused=True
-        )
-        self.ema = {name: p.detach().clone() for name, p in self.trainable.items()} if train.ema_decay else {}
-
-    def step(self, step: int) -> tuple[float, float]:
-        """One optimizer step, the ``step``-th from 0; the loss and the norm of the gradient before clipping."""
-        train, objective = self.train, self.objective
-        rows = batch_rows(len(objective.keys), train.batch_size, train.seed, step)
-        generator = step_generator(train.seed, "step", step)
-        with torch.autocast(objective.device.type, torch.bfloat16, enabled=self.bfloat16):
-            losses = objective.losses(rows, generator)
-        loss = losses.mean()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        limit = train.grad_clip or float("inf")
-        grad_norm = nn.utils.clip_grad_norm_(self.trainable.values(), limit)
-        # One wait for the device per step: a step that is not finite must not reach the weights.
-        loss_value, norm_value = torch.stack([loss.detach(), grad_norm]).tolist()
-        if not abs(loss_value) + norm_value < float("inf"):
-            self._refuse(step, rows, losses, norm_value)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(train, step)
-        self.optimizer.step()
-        objective.after_step(generator)
-        if self.ema:
-            decay = min(train.ema_decay, (1 + step) / (10 + step))
-            averages = list(self.ema.values())
-            torch._foreach_lerp_(averages, [p.detach() for p in self.trainable.values()], 1 - decay)
-        return loss_value, norm_value
-
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint holds."""
-        model = self.model.state_dict()
-        files = {"model": model, "optimizer": {}}
-        if self.ema:
-            files["ema"] = {**model, **self.ema}
-        for name, parameter in self.trainable.items():
-            for moment, value in self.optimizer.state[parameter].items():
-                files["optimizer"][f"{moment}.{name}"] = value
-        return files
-
-    def restore(self, checkpoint: Path, state: dict[str, Any]) -> None:
-        """Put back what ``tensors`` gave."""
-        found = {name: read_tensors(checkpoint, state, name) for name in ("model", "optimizer")}
-        if self.ema:
-            found["ema"] = read_tensors(checkpoint, state, "ema")
-        model = self.model.state_dict()
-        moments = {
-            f"{moment}.{name}": torch.zeros_like(p, dtype=torch.float32) if moment != "step" else torch.zeros(())
-            for name, p in self.trainable.items()
-            for moment in ("step", "exp_avg", "exp_avg_sq")
-        }
-        for name, expected in {"model": model, "ema": model, "optimizer": moments}.items():
-            if name in found:
-                check_tensors(found[name], expected, checkpoint / f"{name}.safetensors")
-        self.model.load_state_dict(found["model"])
-        for name, average in self.ema.items():
-            average.copy_(found["ema"][name])
-        for name, parameter in self.trainable.items():
-            self.optimizer.state[parameter] = {
-                moment: found["optimizer"][f"{moment}.{name}"].to(parameter.device)
-                for moment in ("step", "exp_avg", "exp_avg_sq")
-            }
-
-    def _refuse(self, step: int, rows: Tensor, losses: Tensor, grad_norm: float) -> None:
-        bad = (~losses.detach().isfinite()).cpu()
-        what = f"the loss is not finite for {int(bad.sum())} of {len(rows)} samples"
-        if not bad.any():
-            bad, what = torch.ones(len(rows), dtype=torch.bool), f"the gradient's norm is {grad_norm}"
-        keys = [self.objective.keys[row] for row in rows[bad].tolist()]
-        more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
-        raise DiffpruneError(
-            f"training stopped at step {step + 1}: {what}, keys {', '.join(keys[:8])}{more}; checkpoints before it "
-            f"stand; look at these samples, or use a lower train.lr (now {self.train.lr:g}) or a train.grad_clip"
-        )
+    def _mfu(self, rate: float) -> str:
+        return f"{100 * rate * self.image_seconds:.0f}%"
 
 
 class _Log:
-    """``log.jsonl``: a line per ``log_every`` steps; those of steps after the checkpoint resumed from are dropped."""
+    """``log.jsonl``: a line per ``log_every`` steps; those of steps after the checkpoint resumed from are dropped.
 
-    def __init__(self, path: Path, first_step: int) -> None:
-        self.path, self.since, self.step, self.last = path, time.monotonic(), first_step, {}
+    ``path`` is None on all ranks but the first, which writes for all.
+    """
+
+    def __init__(self, path: Path | None, first_step: int) -> None:
+        self.path, self.last = path, {}
+        if path is None:
+            return
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         with atomic_path(path) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in lines if _logged_step(line) <= first_step))
 
-    def write(self, step: int, batch_size: int, **numbers: float) -> None:
-        now = time.monotonic()
-        rate = (step - self.step) * batch_size / max(now - self.since, 1e-9)
-        self.step, self.since, self.last = step, now, numbers
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **numbers, "images_per_second": round(rate, 1)}) + "\n")
+    def write(self, step: int, pace: _Pace, **numbers: float) -> None:
+        self.last = numbers
+        if self.path is not None:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **numbers, **pace.since_last()}) + "\n")
 
 
-def learning_rate(train: TrainConfig, step: int) -> float:
-    """Constant after a linear warm-up; it knows nothing of ``train.steps``, so a longer run begins as a shorter one."""
-    return train.lr * min(1.0, (step + 1) / max(1, train.warmup_steps))
-
-
-def _save(learner: _Learner, run: Run, out: Path, step: int) -> Path:
+def _save(learner: Learner, run: Run, out: Path, step: int) -> Path:
     objective, train = learner.objective, run.train
+    tensors = learner.tensors()
+    if objective.ranks.rank:
+        return checkpoint_path(out, step)
     objective.before_checkpoint()
     state = {
         "kind": objective.kind,
@@ -239,7 +171,7 @@ def _save(learner: _Learner, run: Run, out: Path, step: int) -> Path:
         "data": objective.data,
         "latents": objective.latents,
     }
-    return save_checkpoint(out, state, learner.tensors())
+    return save_checkpoint(out, state, tensors)
 
 
 def _last_checkpoint(
@@ -253,7 +185,8 @@ def _last_checkpoint(
     if not resume:
         raise InputError(f"{out}: holds checkpoints already, {checkpoint.name} the last; train into another folder")
     state = read_state(checkpoint)
-    theirs = {"kind": state["kind"], **_flat(state["config"]), **_flat({"data": state["data"]})}
+    was = to_dict(from_dict(state["kind"], state["config"], str(checkpoint)))
+    theirs = {"kind": state["kind"], **_flat(was), **_flat({"data": state["data"]})}
     ours = {"kind": objective.kind, **_flat(to_dict(run)), **_flat({"data": objective.data})}
     theirs |= _flat({"latents": state.get("latents") or {}})
     ours |= _flat({"latents": objective.latents or {}})

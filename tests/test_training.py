@@ -22,10 +22,11 @@ from diffprune.checkpoints import load_dit, load_vqvae
 from diffprune.config import load_config
 from diffprune.decode import load_images
 from diffprune.errors import DiffpruneError, InputError, ResumeError
+from diffprune.learner import learning_rate
 from diffprune.models.dit import DiT
 from diffprune.models.vqvae import VQVAE
 from diffprune.tables import read_table, table_metadata, write_table
-from diffprune.training_loop import batch_rows, learning_rate, step_generator
+from diffprune.training_order import batch_rows, step_generator
 
 DIT_OVERRIDES = [
     "model.input_size=4",
@@ -57,7 +58,7 @@ def steps_in(run: Path) -> list[str]:
 
 def logged(run: Path) -> list[dict]:
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in ("images_per_second", "mfu")} for line in lines]
 
 
 # Order of samples
@@ -368,7 +369,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_samples(small_run, tmp_pa
         DiffpruneError, match=f"stopped at step 3: .* for 1 of 8 samples, keys {key}; checkpoints before"
     ):
         diffprune.train_dit(config, small_run.latents, tmp_path / "run")
-    assert steps_in(tmp_path / "run") == ["log.jsonl", "step_00000002"]
+    assert steps_in(tmp_path / "run") == ["log.jsonl", "step_00000002", "stopped.json"]
     load_dit(tmp_path / "run")
 
 

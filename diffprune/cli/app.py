@@ -174,6 +174,14 @@ def train_dit(
     config: Config = None,
     overrides: Set = None,
     kept: Kept = None,
+    oversample_balanced: Annotated[
+        str | None,
+        typer.Option(help="See each group equally often: label, or a folder of `diffprune cluster`."),
+    ] = None,
+    start_from: Annotated[
+        Path | None,
+        typer.Option(help="Initial weights: a checkpoint or run folder, or a published DiT's or SiT's .pt."),
+    ] = None,
     resume: Resume = True,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -185,7 +193,8 @@ def train_dit(
 
         return diffprune.train_dit(load_config(config, "dit", overrides or []), latents, out, **options)
 
-    run(call, kept=kept, resume=resume, dry_run=dry_run, as_json=as_json)
+    options = {"oversample_balanced": oversample_balanced, "start_from": start_from}
+    run(call, kept=kept, **options, resume=resume, dry_run=dry_run, as_json=as_json)
 
 
 @app.command(rich_help_panel="Features")
@@ -193,6 +202,9 @@ def encode(
     shards: Shards,
     vqvae: Annotated[Path, typer.Option(help="A VQ-VAE checkpoint or run folder.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The latents folder.")],
+    flip_twins: Annotated[
+        bool, typer.Option("--flip-twins", help="Also of the images mirrored left to right, for train.flip.")
+    ] = False,
     batch_size: BatchSize = 256,
     device: Device = "auto",
     strict_decode: StrictDecode = True,
@@ -202,7 +214,7 @@ def encode(
 ) -> None:
     """Write the latents of every image, one fp16 .npy per shard."""
     options = {"batch_size": batch_size, "device": device, "strict_decode": strict_decode, "max_pixels": max_pixels}
-    run(diffprune.encode, shards, vqvae, out, **options, dry_run=dry_run, as_json=as_json)
+    run(diffprune.encode, shards, vqvae, out, flip_twins=flip_twins, **options, dry_run=dry_run, as_json=as_json)
 
 
 @app.command(rich_help_panel="Features")

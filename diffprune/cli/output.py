@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +24,7 @@ def run(
     **options: Any,
 ) -> dict[str, Any]:
     """Call a public function and print its result. What a user can mend ends as one line and exit code 1."""
-    set_enabled(not as_json or sys.stderr.isatty())
+    set_enabled((not as_json or sys.stderr.isatty()) and os.environ.get("RANK", "0") == "0")
     try:
         result = function(*args, **options)
     except KeyboardInterrupt:
@@ -32,6 +33,8 @@ def run(
         _fail(str(error), 1)
     except OSError as error:  # a full disk, a read-only folder, a file that vanished: the message names the file
         _fail(str(error), 1)
+    if os.environ.get("RANK", "0") != "0":  # torchrun's other processes: the first one speaks
+        return result
     if as_json:
         print(json.dumps(result, indent=2, ensure_ascii=False, default=str))
     else:

@@ -8,6 +8,7 @@ import re
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from diffprune.config import DitConfig
 from diffprune.errors import InputError
@@ -50,6 +51,8 @@ class DiT(nn.Module):
         learn_sigma: bool = True,
         time_scale: float = 1.0,
         label_init_std: float = 0.02,
+        qk_norm: bool = False,
+        rope: bool = False,
         *,
         seed: int = 0,
     ) -> None:
@@ -67,7 +70,10 @@ class DiT(nn.Module):
             learn_sigma=learn_sigma,
             time_scale=time_scale,
             label_init_std=label_init_std,
+            qk_norm=qk_norm,
+            rope=rope,
         )
+        self.activation_checkpointing = False
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.num_classes = num_classes
         self.out_channels = in_channels * (2 if learn_sigma else 1)
@@ -81,7 +87,7 @@ class DiT(nn.Module):
             if num_classes:
                 self.y_embedder = LabelEmbedder(num_classes + (class_dropout_prob > 0), hidden_size)
             self.pos_embed = nn.Parameter(torch.zeros(1, tokens, hidden_size), requires_grad=False)
-            self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+            self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth))
             self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         if device.type != "meta":
             self.to_empty(device="cpu").init_weights(torch.Generator().manual_seed(seed))
@@ -127,16 +133,29 @@ class DiT(nn.Module):
             condition = condition + self._embed_labels(y, x.shape[0])
         elif y is not None:
             raise InputError("this DiT is unconditional (num_classes=0): expected no labels")
+        turns = self._turns(tokens.device) if self.config.rope else None
+        again = self.activation_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
-            tokens = block(tokens, condition)
+            if again:  # without a generator's state: a block draws nothing
+                tokens = checkpoint(block, tokens, condition, turns, use_reentrant=False, preserve_rng_state=False)
+            else:
+                tokens = block(tokens, condition, turns)
         output = self._unpatchify(self.final_layer(tokens, condition))
         return output[:, : self.in_channels]
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Have torch.compile make one block's code, which all of them share; names of parameters stay."""
+        for block in self.blocks:
+            block.compile(backend=backend)
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Initialise every parameter as published; the draws come from ``generator``, in module order."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight, generator=generator)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
+                nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
         patch_weight = self.x_embedder.proj.weight
         nn.init.xavier_uniform_(patch_weight.view(patch_weight.shape[0], -1), generator=generator)
@@ -151,6 +170,10 @@ class DiT(nn.Module):
             nn.init.zeros_(linear.weight)
         side = self.input_size // self.patch_size
         self.pos_embed.data.copy_(sincos_position_embedding(side, self.pos_embed.shape[-1]).unsqueeze(0))
+
+    def _turns(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        head_size = self.config.hidden_size // self.config.num_heads
+        return rotary_turns(self.input_size // self.patch_size, head_size, device)
 
     def _embed_labels(self, y: Tensor | None, batch: int) -> Tensor:
         rows = self.y_embedder.embedding_table.num_embeddings
@@ -217,16 +240,25 @@ class LabelEmbedder(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention over [B, T, hidden], not causal."""
 
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.qk_norm = num_heads, qk_norm
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        if qk_norm:
+            self.q_norm = nn.LayerNorm(hidden_size // num_heads, eps=1e-6)
+            self.k_norm = nn.LayerNorm(hidden_size // num_heads, eps=1e-6)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor] | None = None) -> Tensor:
         batch, tokens, hidden = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, hidden // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        if self.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if turns is not None:
+            query, key = rotate(query, *turns), rotate(key, *turns)
+        if query.dtype != value.dtype:  # under autocast norms and turns give float32
+            query, key = query.to(value.dtype), key.to(value.dtype)
         attended = F.scaled_dot_product_attention(query, key, value)
         return self.proj(attended.transpose(1, 2).reshape(batch, tokens, hidden))
 
@@ -246,18 +278,18 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """A transformer block whose LayerNorms are shifted, scaled and gated by the condition (adaLN-Zero)."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: bool) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads)
+        self.attn = Attention(hidden_size, num_heads, qk_norm)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, turns: tuple[Tensor, Tensor] | None = None) -> Tensor:
         modulation = self.adaLN_modulation(condition).unsqueeze(1).chunk(6, dim=2)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
-        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))
+        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), turns)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
@@ -288,3 +320,22 @@ def sincos_position_embedding(side: int, dim: int) -> Tensor:
     column = waves.repeat(side, 1)
     row = waves.repeat_interleave(side, dim=0)
     return torch.cat([column, row], dim=1).float()
+
+
+def rotary_turns(side: int, head_size: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Cosines and sines [side * side, head_size / 2] float32 by which ``rotate`` turns pairs of a head's elements.
+
+    The first half of the pairs turns with the token's column, the other with its row, at head_size / 4 frequencies
+    100^(-4i / head_size) each (RoPE, arXiv 2104.09864, in two axes; a base of 100 because sides are tens of tokens).
+    """
+    count = head_size // 4
+    omega = 100.0 ** (-torch.arange(count, dtype=torch.float64, device=device) / count)
+    phase = torch.arange(side, dtype=torch.float64, device=device)[:, None] * omega
+    angle = torch.cat([phase.repeat(side, 1), phase.repeat_interleave(side, dim=0)], dim=1)
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Turn the pairs (x_i, x_{i + d/2}) of x [..., T, d]; cosine and sine [T, d / 2]."""
+    one, two = x.chunk(2, dim=-1)
+    return torch.cat([one * cosine - two * sine, one * sine + two * cosine], dim=-1)

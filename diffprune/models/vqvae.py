@@ -36,7 +36,8 @@ class VQVAE(nn.Module):
 
     Latents are the encoder's output before quantisation times ``latent_scale`` (as the VQ models of latent
     diffusion, arXiv 2112.10752: the diffusion model works on continuous latents, decoding quantises them).
-    ``latent_scale`` is a buffer, 1 until ``train_vqvae`` sets it to 1 / std of the training latents.
+    With ``normalize_codes`` a latent is of unit length at each position, and so is each code. ``latent_scale`` is a
+    buffer, 1 until ``train_vqvae`` sets it to 1 / std of the training latents.
 
     Initial weights are drawn from ``seed``; the global generator is left as it was.
     """
@@ -67,7 +68,11 @@ class VQVAE(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """[B, C, H, W] images in [-1, 1] -> [B, D, h, w] continuous latents, scaled."""
-        return self.encoder(self._checked(images)) * self.latent_scale
+        return self.latents(images) * self.latent_scale
+
+    def latents(self, images: Tensor) -> Tensor:
+        """As ``encode``, not scaled."""
+        return self._unit(self.encoder(self._checked(images)))
 
     def decode(self, latents: Tensor) -> Tensor:
         """[B, D, h, w] scaled latents -> [B, C, H, W] images in [-1, 1]; each latent is first quantised."""
@@ -77,21 +82,20 @@ class VQVAE(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """[B, C, H, W] images in [-1, 1] -> [B, D * s * s] features for clustering, not normalised; s is at most 8."""
-        latents = self.encoder(self._checked(images))
+        latents = self.latents(images)
         return F.adaptive_avg_pool2d(latents, min(EMBED_SIDE, latents.shape[-1])).flatten(1)
 
     def quantize(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Nearest code of each position of unscaled ``latents`` [B, D, h, w]: quantised latents, codes [B, h, w]."""
         batch, dim, height, width = latents.shape
-        points = latents.permute(0, 2, 3, 1).reshape(-1, dim)
+        points = self._unit(latents).permute(0, 2, 3, 1).reshape(-1, dim)
         codes, _ = kmeans_assign(points.detach().float(), self.codebook.float())
         codes = codes.long().view(batch, height, width)
         return self.codebook[codes].permute(0, 3, 1, 2).to(latents.dtype), codes
 
     def forward(self, images: Tensor) -> VqvaeOutput:
         """One training pass with the straight-through estimator; the codebook is not changed by it."""
-        images = self._checked(images)
-        latents = self.encoder(images)
+        latents = self.latents(images)
         quantized, codes = self.quantize(latents)
         reconstruction = self.decoder(latents + (quantized - latents).detach())
         error = (reconstruction - images).float().square().flatten(1).mean(1)
@@ -116,7 +120,7 @@ class VQVAE(nn.Module):
         dead = self.code_counts < DEAD_CODE_SHARE * even
         self.code_sums.copy_(torch.where(dead[:, None], fresh * even, self.code_sums))
         self.code_counts.masked_fill_(dead, even)
-        self.codebook.copy_(self.code_sums / self.code_counts[:, None])
+        self.codebook.copy_(self._unit(self.code_sums / self.code_counts[:, None]))
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Initialise all weights from ``generator``; the codebook is unused until ``update_codebook`` ran."""
@@ -128,9 +132,14 @@ class VQVAE(nn.Module):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.codebook, generator=generator)
+        self.codebook.copy_(self._unit(self.codebook))
         self.code_counts.zero_()
         self.code_sums.zero_()
         self.latent_scale.fill_(1.0)
+
+    def _unit(self, vectors: Tensor) -> Tensor:
+        """[n, D, ...] at unit length along D if the config says so, else as they are."""
+        return F.normalize(vectors, dim=1) if self.config.normalize_codes else vectors
 
     def _checked(self, images: Tensor) -> Tensor:
         _check_shape("images", images, (self.in_channels, self.image_size, self.image_size))

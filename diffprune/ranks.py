@@ -1,0 +1,93 @@
+"""The processes that train one model together: started by torchrun, one a device, or a single one without it."""
+
+from __future__ import annotations
+
+import atexit
+import inspect
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from diffprune.device import pick_device
+from diffprune.errors import InputError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among ``size``; rank 0 writes what there is to write."""
+
+    rank: int = 0
+    size: int = 1
+
+    def share(self, count: int) -> slice:
+        """This process's part of a batch of ``count`` rows, as many as everyone's."""
+        each = count // self.size
+        return slice(self.rank * each, (self.rank + 1) * each)
+
+    def wrapped(self, model: nn.Module) -> nn.Module:
+        """The model, its gradients averaged over the processes as they come up from the backward pass."""
+        if self.size == 1:
+            return model
+        # Buffers are not sent around: every process computes the same ones.
+        known = inspect.signature(DistributedDataParallel.__init__).parameters
+        option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its older name
+        return DistributedDataParallel(model, **{option: False}, gradient_as_bucket_view=True)
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """Everyone's ``values`` [b, ...], of one shape, in the order of ranks: [b * size, ...]."""
+        if self.size == 1:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.size)]
+        distributed.all_gather(parts, values.contiguous())
+        return torch.cat(parts)
+
+    def wait(self) -> None:
+        """Until everyone is here."""
+        if self.size > 1:
+            distributed.barrier()
+
+
+def training_ranks(device: str, batch_size: int) -> tuple[Ranks, torch.device]:
+    """The processes of this run, and this one's device: with torchrun and device auto, the GPU of its local rank.
+
+    They talk through NCCL on GPUs and gloo on CPUs. A process group that is there already is used. One made here stays
+    until the process ends: torchrun's store still knows its addresses, so that a second one would never meet.
+
+    Raises: InputError where ``batch_size`` is no multiple of the number of processes.
+    """
+    launched = distributed.is_available() and (distributed.is_initialized() or "WORLD_SIZE" in os.environ)
+    size = distributed.get_world_size() if launched and distributed.is_initialized() else _environment("WORLD_SIZE", 1)
+    if not launched or size == 1:
+        return Ranks(), pick_device(device)
+    if batch_size % size:
+        raise InputError(f"train.batch_size: expected a multiple of the {size} processes, got {batch_size}")
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        device = f"cuda:{_environment('LOCAL_RANK', 0)}"
+    chosen = pick_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if not distributed.is_initialized():
+        distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        atexit.register(_leave)
+    return Ranks(distributed.get_rank(), size), chosen
+
+
+def without_sync(model: nn.Module, last: bool) -> nullcontext:
+    """Around a part of a batch that is not the last: its gradients are added up here and sent with the last one's."""
+    return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
+
+
+def _environment(name: str, default: int) -> int:
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal():
+        raise InputError(f"environment variable {name}: expected a number, as torchrun sets it, got {value!r}")
+    return int(value)
+
+
+def _leave() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

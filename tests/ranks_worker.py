@@ -1,0 +1,38 @@
+"""What test_training_ranks.py starts with torchrun: trains, and leaves what each process reports.
+
+python -m torch.distributed.run --nproc-per-node N tests/ranks_worker.py REQUEST.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+import diffprune
+from diffprune import training
+from diffprune.config import load_config
+from diffprune.errors import DiffpruneError
+
+torch.set_num_threads(1)
+for request in json.loads(Path(sys.argv[1]).read_text()):
+    config = load_config(None, request["kind"], request["overrides"])
+    if "poisoned_step" in request:  # a NaN that only the last process sees
+        real, calls = training.velocity_loss, []
+
+        def poisoned(*arguments, real=real, calls=calls, step=request["poisoned_step"]):
+            calls.append(1)
+            last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+            return real(*arguments) * (float("nan") if last and len(calls) == step else 1)
+
+        training.velocity_loss = poisoned
+    train = diffprune.train_dit if request["kind"] == "dit" else diffprune.train_vqvae
+    try:
+        answer = train(config, request["data"], request["out"])
+    except DiffpruneError as error:
+        answer = {"error": str(error)}
+    Path(request["out"]).mkdir(parents=True, exist_ok=True)
+    Path(request["out"], f"report-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(answer))

@@ -1,0 +1,125 @@
+"""Several processes, started by torchrun and talking through gloo, train as one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import diffprune
+from diffprune.arrays import ArrayFolder
+from diffprune.config import load_config
+from diffprune.ranks import Ranks
+from diffprune.training_order import batch_rows
+
+DIT = ["model.input_size=4", "model.hidden_size=16", "model.depth=2", "train.batch_size=12", "train.log_every=1"]
+VQVAE = ["model.image_size=16", "model.base_channels=4", "model.codebook_size=16", "train.batch_size=12"]
+VQVAE += ["train.log_every=1", "train.lr=1e-5"]  # its biases without effect follow rounding, by lr a step
+# Sums of the same numbers in another order: float32 rounding, which training carries on.
+RELATIVE, ABSOLUTE = 1e-4, 1e-4
+
+
+def torchrun(folder: Path, processes: int, *requests: dict) -> None:
+    """Run tests/ranks_worker.py on these requests, one after the other."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "request.json").write_text(json.dumps(requests))
+    root = Path(__file__).resolve().parents[1]
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    result = subprocess.run(
+        [sys.executable, *command, str(root / "tests" / "ranks_worker.py"), str(folder / "request.json")],
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def dit(small_run, out: Path, *overrides: str, **more) -> dict:
+    every = [*DIT, "train.device=cpu", *overrides]
+    return {"kind": "dit", "overrides": every, "data": str(small_run.latents), "out": str(out), **more}
+
+
+def vqvae(small_run, out: Path, *overrides: str) -> dict:
+    every = [*VQVAE, "train.device=cpu", *overrides]
+    return {"kind": "vqvae", "overrides": every, "data": str(small_run.shards), "out": str(out)}
+
+
+def curve(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in ("images_per_second", "mfu")} for line in lines]
+
+
+def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(run / f"step_{step:08d}" / "model.safetensors")
+
+
+def assert_same(run: Path, other: Path, step: int) -> None:
+    assert [line["step"] for line in curve(run)] == [line["step"] for line in curve(other)]
+    for one, two in zip(curve(run), curve(other), strict=True):
+        assert one == pytest.approx(two, rel=RELATIVE)
+    found = weights(other, step)
+    for name, expected in weights(run, step).items():
+        torch.testing.assert_close(found[name], expected, rtol=RELATIVE, atol=ABSOLUTE, msg=name)
+
+
+@pytest.fixture(scope="module")
+def alone(small_run, tmp_path_factory) -> Path:
+    """The same in this process."""
+    root = tmp_path_factory.mktemp("alone")
+    diffprune.train_dit(load_config(None, "dit", [*DIT, "train.steps=8"]), small_run.latents, root / "dit")
+    diffprune.train_vqvae(load_config(None, "vqvae", [*VQVAE, "train.steps=4"]), small_run.shards, root / "vqvae")
+    return root
+
+
+def test_two_and_four_processes_draw_the_same_curve_and_go_on_from_each_other(small_run, alone, tmp_path):
+    half = dit(small_run, tmp_path / "mixed", "train.steps=4")
+    torchrun(
+        tmp_path / "two",
+        2,
+        dit(small_run, tmp_path / "two", "train.steps=8", "train.accumulate=2"),
+        vqvae(small_run, tmp_path / "two-vqvae", "train.steps=4"),
+        half,
+    )
+    torchrun(
+        tmp_path / "four",
+        4,
+        dit(small_run, tmp_path / "four", "train.steps=8"),
+        dit(small_run, tmp_path / "mixed", "train.steps=8"),  # resumes what two began
+        dit(small_run, tmp_path / "poisoned", "train.steps=8", "train.checkpoint_every=2", poisoned_step=3),
+        dit(small_run, tmp_path / "uneven", "train.batch_size=10"),
+    )
+    for run in ("two", "four", "mixed"):
+        assert_same(alone / "dit", tmp_path / run, 8)
+    assert_same(alone / "vqvae", tmp_path / "two-vqvae", 4)
+    for run, processes in (("two", 2), ("four", 4), ("mixed", 4)):
+        reports = [json.loads((tmp_path / run / f"report-{rank}.json").read_text()) for rank in range(processes)]
+        assert all(report["processes"] == processes for report in reports)
+        assert len({report["checkpoint"] for report in reports}) == len({report["loss"] for report in reports}) == 1
+    first = json.loads((tmp_path / "mixed" / "report-0.json").read_text())
+    assert first["first_step"] == 4
+
+    # One process's NaN stops all of them, and each names the samples, which are that process's.
+    keys = ArrayFolder(small_run.latents).load()[0]["key"].to_pylist()
+    bad = [keys[row] for row in batch_rows(120, 12, 0, 2)[9:]]
+    for rank in range(4):
+        error = json.loads((tmp_path / "poisoned" / f"report-{rank}.json").read_text())["error"]
+        assert f"step 3: the loss is not finite for 3 of 12 samples, keys {', '.join(bad)};" in error
+    assert json.loads((tmp_path / "poisoned" / "stopped.json").read_text())["last_checkpoint"].endswith("_00000002")
+    error = json.loads((tmp_path / "uneven" / "report-3.json").read_text())["error"]
+    assert error == "train.batch_size: expected a multiple of the 4 processes, got 10"
+
+
+def test_one_process_of_torchrun_is_a_run_without_it(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    from diffprune.ranks import training_ranks
+
+    ranks, device = training_ranks("cpu", 7)
+    assert ranks == Ranks(0, 1) and device.type == "cpu"
+    assert [Ranks(rank, 3).share(12) for rank in range(3)] == [slice(0, 4), slice(4, 8), slice(8, 12)]
