@@ -12,6 +12,12 @@ from small_run import DIT_OVERRIDES, VQVAE_OVERRIDES, SmallRun, write_digits
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.fixture(autouse=True)
+def progress_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line's --quiet and --json switch it off for the process, that is for all tests after theirs."""
+    monkeypatch.setattr("diffprune.progress._enabled", True)
+
+
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
     """Stages up to scores and clusters, through the public functions. Tests must not write into it."""
