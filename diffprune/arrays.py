@@ -94,7 +94,7 @@ class ArrayFolder:
 
     def _used(self, kept: str | Path | None) -> tuple[pa.Table, pa.ChunkedArray]:
         """The whole table, and which of its rows ``load`` gives."""
-        table = self._whole_table()
+        table = self.whole_table()
         use = pc.equal(table["status"], "ok")
         if kept is not None:
             wanted = kept_keys(kept)
@@ -126,7 +126,8 @@ class ArrayFolder:
             )
         return values
 
-    def _whole_table(self) -> pa.Table:
+    def whole_table(self) -> pa.Table:
+        """The base columns of all shards, in shard order; InputError for a key that stands twice."""
         return read_folder(self.folder)
 
     def _check_kind(self, kind: str | None, found: str | None) -> None:

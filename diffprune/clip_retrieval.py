@@ -91,7 +91,7 @@ class ClipRetrievalFolder(ArrayFolder):
 
     def keys(self, stem: str) -> pa.Table:
         if not self._unique:
-            self._whole_table()
+            self.whole_table()
         return self.table(stem).select(["key", "status"])
 
     def array(self, stem: str) -> np.ndarray:
@@ -122,7 +122,8 @@ class ClipRetrievalFolder(ArrayFolder):
         with np.errstate(invalid="ignore"):  # inf / inf; ``load`` tells about NaN, by key
             return (array.astype(np.float32) / lengths[:, None]).astype(self._dtype)
 
-    def _whole_table(self) -> pa.Table:
+    def whole_table(self) -> pa.Table:
+        """As ``ArrayFolder.whole_table``."""
         table = pa.concat_tables([self.table(stem) for stem in self.stems])
         counts = pc.value_counts(table["key"])
         twice = counts.filter(pc.greater(counts.field("counts"), 1))
@@ -170,7 +171,7 @@ def bind_embeddings(source: str | Path, shards: ShardSpec, out: str | Path, dry_
     from diffprune.image_maps import describe
 
     folder = ClipRetrievalFolder(source)
-    table = folder._whole_table()
+    table = folder.whole_table()
     keys = table["key"].combine_chunks()
     arrays = [folder.array(stem) for stem in folder.stems]
     starts = np.cumsum([0, *(len(array) for array in arrays)])

@@ -4,6 +4,8 @@
 // Isa has: lanes (floats per vector), vectors (per panel), rows (per call of products), row_limit, code_limit, mask(vector comparison) -> bits,
 // load(const uint16_t*, Type) -> Vector, store(uint8_t*, Integers), and products(x, stride, panel, groups, out).
 
+#include "halves.h"
+
 namespace diffprune::cpu {
 namespace {
 
@@ -38,25 +40,7 @@ inline float sum(Vector value) {
 }
 
 inline float to_float(uint16_t half, Type type) {
-  uint32_t bits;
-  if (type == Type::bfloat16) {
-    bits = static_cast<uint32_t>(half) << 16;
-  } else {
-    const uint32_t sign = (half & 0x8000u) << 16, magnitude = half & 0x7fffu;
-    if (magnitude >= 0x7c00u) {
-      bits = 0x7f800000u | (magnitude & 0x3ffu) << 13;  // infinity or NaN
-    } else {
-      float value;  // a float16 read 2^112 times too small: exact for subnormal numbers too
-      bits = magnitude << 13;
-      __builtin_memcpy(&value, &bits, 4);
-      value *= 5.192296858534828e33f;
-      __builtin_memcpy(&bits, &value, 4);
-    }
-    bits |= sign;
-  }
-  float value;
-  __builtin_memcpy(&value, &bits, 4);
-  return value;
+  return type == Type::bfloat16 ? from_bfloat16(half) : from_float16(half);
 }
 
 // Row `row` in float32: the row itself, or `buffer` with the values of a half-precision one.

@@ -2,6 +2,7 @@
 // row order, whatever the number of threads: N D reads, no atomics, no copy of the sums per thread.
 #include <cstring>
 
+#include "halves.h"
 #include "ops.h"
 #include "threads.h"
 
@@ -20,24 +21,8 @@ struct Bfloat16 {
 inline double to_double(float value) { return value; }
 inline double to_double(double value) { return value; }
 
-inline double to_double(Bfloat16 value) {
-  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-  float result;
-  std::memcpy(&result, &bits, 4);
-  return result;
-}
-
-inline double to_double(Half value) {
-  const uint32_t magnitude = (value.bits & 0x7fffu) << 13, sign = (value.bits & 0x8000u) << 16;
-  float small;
-  std::memcpy(&small, &magnitude, 4);
-  small *= 5.192296858534828e33f;  // 2^112: exact, for subnormal numbers too
-  uint32_t bits;
-  std::memcpy(&bits, &small, 4);
-  bits = (magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : bits) | sign;  // infinity and NaN stay so
-  std::memcpy(&small, &bits, 4);
-  return small;
-}
+inline double to_double(Bfloat16 value) { return from_bfloat16(value.bits); }
+inline double to_double(Half value) { return from_float16(value.bits); }
 
 template <class Number>
 void add_rows(const Number* points, int64_t stride, const double* weights, const int64_t* rows, int64_t count,

@@ -34,7 +34,7 @@ class FeatureFolder:
         if not isinstance(shape, list) or len(shape) != 1:
             raise InputError(f"{folder}: expected embeddings, one row of numbers per image, found shape {shape}")
         self.dimensions: int = shape[0]
-        table = self.arrays._whole_table()
+        table = self.arrays.whole_table()
         self._ok = pc.equal(table["status"], "ok").to_numpy()
         self.rows: pa.Table = table.filter(pa.array(self._ok))
         if not len(self.rows):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cpp_case import needs_cpp
 from torch import Tensor
 
-from diffprune.kernels import cpp, kmeans_assign
+from diffprune.kernels import kmeans_assign
 from diffprune.kernels.cpu import kmeans_assign as blocked
 from diffprune.kernels.cpu import search
 
-needs_cpp = pytest.mark.skipif(cpp.unavailable() is not None, reason=str(cpp.unavailable()))
 IMPLS = ["reference", "cpu", pytest.param("cpp", marks=needs_cpp)]
 
 

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
+from cpp_case import needs_cpp
 from torch import Tensor
 
-from diffprune.kernels import cpp, kmeans_update
+from diffprune.kernels import kmeans_update
 
-needs_cpp = pytest.mark.skipif(cpp.unavailable() is not None, reason=str(cpp.unavailable()))
 IMPLS = ["reference", "cpu", pytest.param("cpp", marks=needs_cpp)]
 
 
