@@ -33,9 +33,11 @@ __all__ = [
     "Resizer",
     "center_crop",
     "decode_image",
+    "decoding_threads",
     "load_images",
     "read_annotations",
     "read_batches",
+    "read_image",
 ]
 
 MAX_IMAGE_BYTES = 256 << 20
@@ -84,7 +86,7 @@ def read_batches(
     decoding = Decoding(size, channels, strict, max_pixels)
     samples = [sample for sample in index.samples if keys is None or sample.key in keys]
     rows = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
-    threads = threads or _cores()
+    threads = threads or decoding_threads()
     with ShardReader(index.path, index.size) as reader:
         if threads == 1:
             for batch in rows:
@@ -191,7 +193,7 @@ class _Pending:
             pixels, note = None, None
             if error is None:
                 try:
-                    pixels, note = self.decoding.decode(_read_image(self.reader, sample))
+                    pixels, note = self.decoding.decode(read_image(self.reader, sample))
                 except DecodeError as failure:
                     error = str(failure)
             if pixels is not None and self.images is not None:
@@ -201,12 +203,14 @@ class _Pending:
         return rows
 
 
-def _cores() -> int:
+def decoding_threads() -> int:
+    """As many as there are cores, at most 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, MAX_THREADS)
 
 
-def _read_image(reader: ShardReader, sample: Sample) -> bytes:
+def read_image(reader: ShardReader, sample: Sample) -> bytes:
+    """The bytes of a sample's one image; DecodeError if it has none, several, or one that is too long."""
     images = sample.images()
     if len(images) != 1:
         names = ", ".join(member.name for member in (images or sample.members))

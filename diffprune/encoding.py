@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,14 @@ from diffprune.checkpoints import load_vqvae
 from diffprune.clip_retrieval import bind_embeddings
 from diffprune.decode import MAX_PIXELS
 from diffprune.device import full_float32, pick_device
+from diffprune.draws import draw_noise
 from diffprune.engines import run_stage
+from diffprune.errors import InputError
 from diffprune.files import read_json
 from diffprune.image_maps import ImageMap, Network, Reading
+from diffprune.latent_scales import measured_latent_scale
 from diffprune.models.embedders import load_embedder
+from diffprune.models.kl import KLAutoencoder
 from diffprune.prefetch import Prefetch
 from diffprune.progress import Progress
 from diffprune.shards import ShardIndex, ShardSpec
@@ -30,6 +34,7 @@ def encode(
     out: str | Path,
     *,
     flip_twins: bool = False,
+    posterior_seed: int | None = None,
     batch_size: int = 256,
     device: str = "auto",
     strict_decode: bool = True,
@@ -38,17 +43,20 @@ def encode(
 ) -> dict[str, Any]:
     """Write the VQ-VAE latents of every image: ``<out>/<shard>.npy`` float16 [n, C, H, W] beside a table of keys.
 
-    ``vqvae`` is a checkpoint or a run folder of ``train vqvae``. Latents are the encoder's output before quantisation,
-    times the checkpoint's ``latent_scale``. An image that cannot be decoded is a failed row, NaN in the array.
+    ``vqvae`` is a checkpoint or a run folder of ``train vqvae``, or an autoencoder of another program, see
+    ``foreign_autoencoders.load_foreign_autoencoder``. Latents are the encoder's output before quantisation, times the
+    checkpoint's ``latent_scale``; where a file has none, it is measured here, see ``latent_scales``. Of a KL
+    autoencoder they are the posterior's means, or with ``posterior_seed`` a draw from it by (seed, sample key).
+    An image that cannot be decoded is a failed row, NaN in the array.
     ``flip_twins``: also write the latents of the images mirrored left to right, ``<shard>.flip.npy``, which training
     with ``train.flip`` takes half of the time.
     ``strict_decode`` and ``max_pixels``: see ``diffprune.decode.Decoding``. The next shard is read while this
     one is encoded. Returns counts (samples, failed, ...); shards that are done are skipped.
     """
-    network = vqvae_network(vqvae, pick_device(device))
     reading = Reading(strict_decode, max_pixels)
+    network = vqvae_network(vqvae, pick_device(device), shards, reading, posterior_seed)
     if flip_twins:
-        network = replace(network, function=_with_twin(network.function), head={**network.head, "flip_twins": True})
+        network = with_twins(network)
     return _map_images("encode", network, shards, Path(out), batch_size, reading, dry_run)
 
 
@@ -82,25 +90,49 @@ def embed(
     return _map_images("embed", network, shards, Path(out), batch_size, Reading(strict_decode, max_pixels), dry_run)
 
 
-def vqvae_network(vqvae: str | Path, device: torch.device) -> Network:
-    """Images -> latents, by a VQ-VAE checkpoint or run folder."""
+def vqvae_network(
+    vqvae: str | Path, device: torch.device, shards: ShardSpec, reading: Reading, posterior_seed: int | None = None
+) -> Network:
+    """Images -> latents, by an autoencoder as ``encode`` takes it; ``shards``: where a scale is measured if needed."""
     model, state = load_vqvae(vqvae, device)
+    is_kl = isinstance(model, KLAutoencoder)
+    if posterior_seed is not None and not is_kl:
+        raise InputError(f"posterior_seed: {vqvae} is a VQ-VAE, which draws nothing")
+    if posterior_seed is not None and not 0 <= posterior_seed < 2**32:
+        raise InputError(f"posterior_seed: expected a number from 0 to 2**32 - 1, got {posterior_seed}")
+    if not model.latent_scale.isfinite():
+        model.latent_scale.fill_(measured_latent_scale(model, shards, device, reading))
     head = {
         "kind": "latents",
-        "model": "vqvae",
+        "model": "kl-autoencoder" if is_kl else "vqvae",
         "model_sha256": state["sha256"],
         "latent_scale": float(model.latent_scale),
     }
+    if posterior_seed is not None:
+        head["posterior_seed"] = posterior_seed
 
-    def latents(images: torch.Tensor) -> torch.Tensor:
+    def latents(images: torch.Tensor, keys: Sequence[str] = (), draw: int = 0) -> torch.Tensor:
+        images = images.float() / 127.5 - 1
         with full_float32():
-            return model.encode(images.float() / 127.5 - 1)
+            if posterior_seed is None:
+                return model.encode(images)
+            noise = draw_noise(posterior_seed, keys, draw, model.latent_shape, device)
+            return model.scaled(model.drawn(images, noise))
 
-    return Network(latents, model.image_size, model.in_channels, head, str(vqvae), device)
+    return Network(
+        latents, model.image_size, model.in_channels, head, str(vqvae), device, keyed=posterior_seed is not None
+    )
 
 
-def _with_twin(latents: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda images: torch.stack([latents(images), latents(images.flip(-1))], dim=1)
+def with_twins(network: Network) -> Network:
+    """The same for each image and for its mirror image: [B, 2, ...]. Where latents are drawn, by draws 0 and 1."""
+    latents = network.function
+
+    def both(images: torch.Tensor, *keys: Sequence[str]) -> torch.Tensor:
+        mirrored = latents(images.flip(-1), *keys, draw=1)
+        return torch.stack([latents(images, *keys), mirrored], dim=1)
+
+    return replace(network, function=both, head={**network.head, "flip_twins": True})
 
 
 def _map_images(

@@ -81,6 +81,8 @@ class Sampler:
         self.dit, self.dit_state = load_dit(checkpoint, weights, device)
         self.vqvae, self.vqvae_state = load_vqvae(vqvae, device)
         self._check_latents(self.dit_state)
+        if not self.vqvae.latent_scale.isfinite():  # measured when the latents were made
+            self.vqvae.latent_scale.fill_(self.dit_state["latents"]["latent_scale"])
         if (coarse is None) != (coarse_until is None):
             raise InputError("coarse and coarse_until: expected both or neither")
         self.coarse, self.coarse_state, self.coarse_until = None, None, coarse_until

@@ -63,6 +63,13 @@ class Objective:
         """Of the run's last checkpoint, for the report."""
         return {}
 
+    def more_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint has to keep beside the model: file name without suffix -> tensor name -> tensor."""
+        return {}
+
+    def restore(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        """Put back what ``more_tensors`` gave."""
+
     def forward_of_one(self) -> None:
         """A forward pass of one image, on the meta device: to count operations."""
         raise NotImplementedError
@@ -163,7 +170,7 @@ class Learner:
                 f"weights are not finite, {names[0]} first, and were not saved; checkpoints before stand; use a lower "
                 f"train.lr (now {self.train.lr:g}) or a train.grad_clip"
             )
-        files = {"model": model, "optimizer": {}}
+        files = {"model": model, "optimizer": {}, **self.objective.more_tensors()}
         if self.ema:
             files["ema"] = {**model, **self.ema}
         for name, parameter in self.trainable.items():
@@ -193,6 +200,7 @@ class Learner:
                 moment: found["optimizer"][f"{moment}.{name}"].to(parameter.device)
                 for moment in ("step", "exp_avg", "exp_avg_sq")
             }
+        self.objective.restore(checkpoint, state)
 
     def _check(self, draw: Draw, losses: Tensor, loss: float, grad_norm: float) -> None:
         usual, factor = median(self.history or [0.0]), self.train.explosion_factor

@@ -43,8 +43,9 @@ class LiveLatents:
         strict_decode: bool = True,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        network = vqvae_network(vqvae, pick_device(device))
-        self._images = ImageMap(network, shards, batch_size, Reading(strict_decode, max_pixels))
+        reading = Reading(strict_decode, max_pixels)
+        network = vqvae_network(vqvae, pick_device(device), shards, reading)
+        self._images = ImageMap(network, shards, batch_size, reading)
         self.folder = shards if isinstance(shards, (str, Path)) else ", ".join(map(str, shards))  # for messages
         self.metadata: dict[str, Any] = {**self._images.config, "model_path": network.path}
         self.fingerprint: str = fingerprint(self._images.config)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import atexit
 import inspect
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -44,6 +46,21 @@ class Ranks:
         parts = [torch.empty_like(values) for _ in range(self.size)]
         distributed.all_gather(parts, values.contiguous())
         return torch.cat(parts)
+
+    def gathered_objects(self, value: Any) -> list[Any]:
+        """Everyone's ``value``, plain Python objects, in the order of ranks."""
+        values = [value]
+        if self.size > 1:
+            values = [None] * self.size
+            distributed.all_gather_object(values, value)
+        return values
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by the mean of everyone's."""
+        if self.size > 1:
+            for tensor in tensors:
+                distributed.all_reduce(tensor)
+                tensor /= self.size
 
     def wait(self) -> None:
         """Until everyone is here."""

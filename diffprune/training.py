@@ -15,21 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from diffprune.arrays import ArrayFolder
+from diffprune.autoencoder_objective import AutoencoderObjective
 from diffprune.checkpoints import load_start
 from diffprune.config import DitRun, TrainConfig, VqvaeRun
-from diffprune.decode import load_images
-from diffprune.errors import DiffpruneError, InputError
+from diffprune.decode import MAX_PIXELS
+from diffprune.errors import InputError
 from diffprune.flow import interpolate, velocity_loss, velocity_target
 from diffprune.learner import Objective
 from diffprune.models.dit import DiT
-from diffprune.models.vqvae import VQVAE, VqvaeOutput
+from diffprune.models.embedders import load_embedder
 from diffprune.ranks import Ranks, training_ranks
 from diffprune.shards import ShardSpec
 from diffprune.tables import read_folder
+from diffprune.training_images import training_images
 from diffprune.training_loop import run_training
 from diffprune.training_order import BalancedOrder
-
-LATENT_SCALE_IMAGES = 10_000
 
 
 def train_vqvae(
@@ -38,14 +38,23 @@ def train_vqvae(
     out: str | Path,
     *,
     kept: str | Path | None = None,
+    frechet_encoder: str | None = None,
+    strict_decode: bool = True,
+    max_pixels: int = MAX_PIXELS,
     resume: bool = True,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Train a VQ-VAE on the images of shards, or on those of a ``kept.parquet``.
+    """Train a VQ-VAE, or a KL autoencoder, on the images of shards, or on those of a ``kept.parquet``.
 
-    The loss is the mean squared error of the reconstruction plus ``commitment_weight`` times that of the latents to
-    their codes. Images are decoded once and kept in memory as bytes (uint8). One that cannot be decoded is left out
-    and counted. ``latent_scale`` is set at every checkpoint, from at most 10,000 images.
+    The loss of an image is the mean squared (or absolute) error of its reconstruction; plus, for a VQ-VAE,
+    ``commitment_weight`` times the mean squared error of its latents to their codes, for a KL autoencoder ``kl_weight``
+    times their divergence over the number of the image's elements; plus ``lpips_weight`` times LPIPS; plus, from step
+    ``adversarial_start``, a discriminator's verdict, which has no part in the loss that is told (see ``Adversary``).
+
+    Images are decoded once and kept in memory as bytes (uint8) if they fit into half of what is free; else they are
+    decoded anew each time, for the same run. One that cannot be decoded is left out and counted. ``latent_scale`` is
+    measured at every checkpoint, on at most 10,000 images. ``strict_decode`` and ``max_pixels``: see
+    ``diffprune.decode.Decoding``. ``frechet_encoder``: see below, as ``encoder`` of ``reconstruct``.
 
     ``out`` gets ``step_*`` folders (see ``checkpoints``) and ``log.jsonl``. A run that was stopped goes on from its
     last checkpoint and ends in the same bytes (on a CPU, with as many processes and parts of a batch) as one that was
@@ -55,28 +64,27 @@ def train_vqvae(
     curve is the same but for rounding, for any number of processes. A run may be resumed with another number.
 
     Returns: kind, out, images, failed, parameters, device, processes, precision, operations_per_image (of a training
-    step), steps, first_step, images_seen, epochs; and after training checkpoint, loss, the last log line's metrics,
-    codebook_use (share of the codes that are some latent's nearest, over at most 10,000 images), latent_scale,
-    images_per_second and mfu (operations per second over what a large matrix product reached just before, on as many
-    devices). With ``dry_run`` nothing is written.
+    step, without LPIPS and the discriminator), steps, first_step, images_seen, epochs; and after training checkpoint,
+    loss, the last log line's metrics, latent_scale, images_per_second and mfu (operations per second over what a large
+    matrix product reached just before, on as many devices). Reconstruction_error, psnr, frechet_distance and
+    frechet_features, codebook_use and code_perplexity or divergence are then those of ``measured_images`` training
+    images, see ``ReconstructionMeasure.result``. With ``dry_run`` nothing is written.
 
     Raises:
-        InputError: no usable image, or an argument that does not fit.
+        InputError: no usable image, LPIPS weights that are not there, or an argument that does not fit.
         ResumeError: ``out`` holds a run with another config, seed or data; it names what differs.
         DiffpruneError: a loss that is not finite, or exploded; it names the step and the sample keys, and
             ``<out>/stopped.json`` has the loss of each sample of the batch. The step did not reach the weights.
         DiskFullError: a checkpoint could not be written; the ones before it are whole.
     """
-    table, images = load_images(shards, size=config.model.image_size, channels=config.model.in_channels, kept=kept)
-    usable = np.array([status == "ok" for status in table["status"].to_pylist()], dtype=bool)
-    keys = [key for key, ok in zip(table["key"].to_pylist(), usable, strict=True) if ok]
-    if not keys:
-        raise InputError(f"{shards}: expected images to train on, found {table.num_rows} samples and none usable")
-    images = images if usable.all() else images[usable]
     ranks, device = training_ranks(config.train.device, config.train.batch_size)
-    objective = _VqvaeObjective(config, ranks, device, keys, images)
+    embedder = None if frechet_encoder is None else load_embedder(frechet_encoder, device)
+    size, channels = config.model.image_size, config.model.in_channels
+    options = {"kept": kept, "strict": strict_decode, "max_pixels": max_pixels, "ranks": ranks}
+    images = training_images(shards, size=size, channels=channels, **options)
+    objective = AutoencoderObjective(config, ranks, device, images, embedder)
     report = run_training(objective, config, out, resume=resume, dry_run=dry_run)
-    return {**report, "failed": int((~usable).sum())}
+    return {**report, "failed": images.failed}
 
 
 def train_dit(
@@ -132,81 +140,6 @@ def train_dit(
     if start is not None:
         objective.start(*start)
     return run_training(objective, config, out, resume=resume, dry_run=dry_run)
-
-
-class _VqvaeObjective(Objective):
-    """Reconstruct images through a codebook."""
-
-    kind = "vqvae"
-    latents = None
-
-    def __init__(
-        self, run: VqvaeRun, ranks: Ranks, device: torch.device, keys: Sequence[str], images: np.ndarray
-    ) -> None:
-        self.ranks, self.device, self.train = ranks, device, run.train
-        self.model = VQVAE(run.model, seed=run.train.seed).to(device)
-        self.keys = keys
-        self.images = torch.from_numpy(images)
-        self.data = {"samples": len(keys), "sha256": _sha256(keys, images)}
-        self.outputs: list[VqvaeOutput] = []  # of the parts of this step's batch
-        self.codes = self.errors = torch.empty(0)
-        self.codebook_use = float("nan")  # until a checkpoint is saved
-
-    def draw(self, rows: Tensor, share: slice, generator: torch.Generator) -> tuple[Tensor, ...]:
-        images = self.images[rows[share]]
-        if self.train.flip:
-            mirrored = torch.rand(len(rows), generator=generator)[share] < 0.5
-            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-        return (images,)
-
-    def losses(self, model: nn.Module, images: Tensor) -> Tensor:
-        output = model(images.float() / 127.5 - 1)
-        self.outputs.append(output._replace(reconstruction=None, latents=output.latents.detach()))
-        return output.reconstruction_error + self.model.config.commitment_weight * output.commitment_error
-
-    def after_step(self, generator: torch.Generator) -> None:
-        parts = zip(
-            *((o.latents, o.codes, o.reconstruction_error, o.commitment_error) for o in self.outputs), strict=True
-        )
-        latents, self.codes, *errors = (self.ranks.gathered(torch.cat(part).detach()) for part in parts)
-        self.errors = torch.stack(errors)
-        self.outputs = []
-        self.model.update_codebook(latents, self.codes, generator)
-
-    def metrics(self) -> dict[str, float]:
-        counts = torch.bincount(self.codes.flatten(), minlength=self.model.config.codebook_size).double()
-        share = counts / counts.sum()
-        return {
-            "reconstruction_error": self.errors[0].mean().item(),
-            "commitment_error": self.errors[1].mean().item(),
-            "code_perplexity": torch.special.entr(share).sum().exp().item(),
-        }
-
-    @torch.no_grad()
-    def before_checkpoint(self) -> None:
-        """latent_scale = 1 / std of the latents' elements, and the share of codes in use, over images evenly spread."""
-        count = min(len(self.images), LATENT_SCALE_IMAGES)
-        rows = torch.arange(count) * len(self.images) // count
-        moments = torch.zeros(3, dtype=torch.float64)
-        used = torch.zeros(self.model.config.codebook_size, dtype=torch.bool)
-        for part in rows.split(500):
-            latents = self.model.latents(self.images[part].to(self.device).float() / 127.5 - 1)
-            used[self.model.quantize(latents)[1].unique().cpu()] = True
-            values = latents.double()
-            moments += torch.tensor([values.numel(), values.sum().item(), values.square().sum().item()])
-        number, total, squares = moments.tolist()
-        variance = squares / number - (total / number) ** 2
-        if not variance > 0:
-            raise DiffpruneError(f"the latents of all {count} images are equal (variance {variance}): nothing learned")
-        self.model.latent_scale.fill_(variance**-0.5)
-        self.codebook_use = used.double().mean().item()
-
-    def summary(self) -> dict[str, float]:
-        return {"latent_scale": self.model.latent_scale.item(), "codebook_use": self.codebook_use}
-
-    def forward_of_one(self) -> None:
-        config = self.model.config
-        VQVAE(config)(torch.zeros(1, config.in_channels, config.image_size, config.image_size))
 
 
 class _DitObjective(Objective):

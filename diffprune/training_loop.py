@@ -28,6 +28,7 @@ STOPPED_FILE = "stopped.json"
 # What a resumed run may change: how it runs (which may round otherwise), not what it computes.
 _FREE = {"train.steps", "train.checkpoint_every", "train.log_every", "train.device", "train.explosion_factor"}
 _FREE |= {"train.accumulate", "train.activation_checkpointing", "train.compile"}
+_FREE |= {"loss.lpips_linear", "loss.lpips_vgg16"}  # where files lie; what is in them is part of the data
 
 
 def run_training(objective: Objective, run: Run, out: str | Path, *, resume: bool, dry_run: bool) -> dict[str, Any]:

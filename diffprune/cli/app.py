@@ -9,6 +9,7 @@ import typer
 
 import diffprune
 from diffprune.cli.output import run, show_doctor, show_evaluation
+from diffprune.cli.reconstruct_verb import reconstruct
 
 app = typer.Typer(
     name="diffprune",
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 train = typer.Typer(help="Train the VQ-VAE or the DiT, from a TOML config and overrides.", no_args_is_help=True)
 app.add_typer(train, name="train", rich_help_panel="Models")
+app.command(rich_help_panel="Models")(reconstruct)
 
 MAX_PIXELS = 100_000_000  # diffprune.pixels.MAX_PIXELS; that module imports numpy, which --help need not wait for
 
@@ -153,18 +155,26 @@ def train_vqvae(
     config: Config = None,
     overrides: Set = None,
     kept: Kept = None,
+    frechet_encoder: Annotated[
+        str | None,
+        typer.Option(help="Whose features reconstructions are told by in the end, as embed's --model; else pixels."),
+    ] = None,
+    strict_decode: StrictDecode = True,
+    max_pixels: MaxPixels = MAX_PIXELS,
     resume: Resume = True,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Train a VQ-VAE on the images of shards."""
+    """Train a VQ-VAE, or a KL autoencoder, on the images of shards."""
 
     def call(**options: object) -> dict:
         from diffprune.config import load_config
 
         return diffprune.train_vqvae(load_config(config, "vqvae", overrides or []), shards, out, **options)
 
-    run(call, kept=kept, resume=resume, dry_run=dry_run, as_json=as_json)
+    options = {"kept": kept, "frechet_encoder": frechet_encoder}
+    options |= {"strict_decode": strict_decode, "max_pixels": max_pixels}
+    run(call, **options, resume=resume, dry_run=dry_run, as_json=as_json)
 
 
 @train.command("dit")
@@ -200,11 +210,20 @@ def train_dit(
 @app.command(rich_help_panel="Features")
 def encode(
     shards: Shards,
-    vqvae: Annotated[Path, typer.Option(help="A VQ-VAE checkpoint or run folder.")],
+    vqvae: Annotated[
+        Path,
+        typer.Option(
+            help="A checkpoint or run folder; a folder of diffusers' AutoencoderKL or VQModel; or a state dict of "
+            "taming-transformers, latent diffusion or LlamaGen. PATH@512 for images of 512 pixels."
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The latents folder.")],
     flip_twins: Annotated[
         bool, typer.Option("--flip-twins", help="Also of the images mirrored left to right, for train.flip.")
     ] = False,
+    posterior_seed: Annotated[
+        int | None, typer.Option(min=0, help="Of a KL autoencoder: draw by this seed and the key, not the mean.")
+    ] = None,
     batch_size: BatchSize = 256,
     device: Device = "auto",
     strict_decode: StrictDecode = True,
@@ -214,7 +233,8 @@ def encode(
 ) -> None:
     """Write the latents of every image, one fp16 .npy per shard."""
     options = {"batch_size": batch_size, "device": device, "strict_decode": strict_decode, "max_pixels": max_pixels}
-    run(diffprune.encode, shards, vqvae, out, flip_twins=flip_twins, **options, dry_run=dry_run, as_json=as_json)
+    options |= {"flip_twins": flip_twins, "posterior_seed": posterior_seed}
+    run(diffprune.encode, shards, vqvae, out, **options, dry_run=dry_run, as_json=as_json)
 
 
 @app.command(rich_help_panel="Features")
