@@ -186,6 +186,10 @@ def _renamed(tensors: dict[str, Tensor], rules: list[tuple[str, str]], upwards: 
 
 def _completed(tensors: dict[str, Tensor], scale: float, unit_codes: bool, path: Path) -> dict[str, Tensor]:
     """With the tensors that a model of ours has beside the published ones."""
+    if "quantize.embed.weight" in tensors:
+        raise InputError(
+            f"{path}: a VQGAN with Gumbel-softmax codes, which is not supported; use one with nearest codes"
+        )
     for name, value in tensors.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise InputError(f"{path}: tensor {name!r} has values that are not finite; download the file again")
@@ -241,9 +245,8 @@ def _inferred_config(
 
 def _of(tensors: dict[str, Tensor], name: str, dimensions: int, path: Path) -> Tensor:
     if name not in tensors or tensors[name].dim() != dimensions:
-        gumbel = "; its codes are Gumbel-softmax ones" if "quantize.embed.weight" in tensors else ""
         raise InputError(
             f"{path}: expected a tensor {name!r} of {dimensions} axes, as in a VQGAN, latent diffusion's, LlamaGen's "
-            f"or diffusers' autoencoder{gumbel}; found tensors such as {', '.join(sorted(tensors)[:3])}"
+            f"or diffusers' autoencoder; found tensors such as {', '.join(sorted(tensors)[:3])}"
         )
     return tensors[name]

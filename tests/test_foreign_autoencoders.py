@@ -273,7 +273,7 @@ def test_files_that_are_something_else_are_told(taming, tmp_path):
             "conv_out.bias' has values that are not finite",
         ),
         ("encoder.down.1.block.0.conv1.weight", torch.ones(33, 32, 3, 3), r"found 32 and \[32, 33\]"),
-        ("quant_conv.weight", torch.ones(9, Z, 1, 1), r"tensor 'quant_conv.bias': expected \[9\] float32, found \[4\]"),
+        ("quant_conv.weight", torch.ones(9, Z, 1, 1), r"'codebook': expected \[50, 9\] float32, found \[50, 4\]"),
     ]:
         state = {key: value for key, value in {**taming.state, name: changes}.items() if value is not None}
         with pytest.raises(InputError, match=message):
