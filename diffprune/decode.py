@@ -79,8 +79,9 @@ def read_batches(
     """Decode a shard batch by batch, in file order; ``keys`` restricts it to these.
 
     ``size``, ``channels``, ``strict`` and ``max_pixels`` as in ``Decoding``. With ``size=None`` all images of a batch
-    must have one size (InputError): use ``batch_size=1`` if they don't. ``threads``: how many decode, by default as many as there
-    are cores, at most 16; they are ahead by a batch (or two images per thread, if that is more), which bounds memory.
+    must have one size (InputError): use ``batch_size=1`` if they don't. ``threads``: how many decode, by default as
+    many as there are cores, at most 16; they are ahead by a batch (or two images per thread, if that is more), which
+    bounds memory.
     Raises InputError if the shard is no longer as it was indexed.
     """
     decoding = Decoding(size, channels, strict, max_pixels)
@@ -216,8 +217,8 @@ class _Pending:
         rows = self.images.transpose(0, 3, 1, 2)
         if pixels.shape != rows.shape[1:]:
             raise InputError(
-                f"{self.reader.path}: key {self.samples[place].key!r} is {_size(pixels.shape)} pixels, another image of "
-                f"the same batch {_size(rows.shape[1:])}: give a size, or batch_size=1"
+                f"{self.reader.path}: key {self.samples[place].key!r} is {_size(pixels.shape)} pixels, another of the "
+                f"same batch {_size(rows.shape[1:])}: give a size, or batch_size=1"
             )
         rows[place] = pixels
 

@@ -91,7 +91,7 @@ class Points:
         return result.numpy()
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Which rows, and they prepared: [b, D] float32 or half; a block may be overwritten when the next is asked for."""
+        """Which rows, and they prepared: [b, D] float32 or half; asking for the next block may overwrite this one."""
         for own, block in self.raw_blocks():
             yield own, prepare(block, self.metric)
 

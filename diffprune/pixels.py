@@ -151,7 +151,8 @@ class _DamagedJpeg(DecodeError):
 
 
 def _decode_jpeg(data: bytes, decoding: Decoding, room: np.ndarray | None) -> np.ndarray | None:
-    """uint8 [H, W, C], in ``room`` if it has that shape; or None for a CMYK file, which is whole but which simplejpeg cannot turn into RGB."""
+    """uint8 [H, W, C], in ``room`` if it has that shape; or None for a CMYK file, which is whole but which simplejpeg
+    cannot turn into RGB."""
     import simplejpeg
 
     try:
