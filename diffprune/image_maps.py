@@ -54,7 +54,8 @@ class ImageMap:
         for batch in batches:
             start = len(errors)
             with torch.inference_mode():
-                images = torch.from_numpy(batch.images).to(network.device)
+                # contiguous: a convolution rounds otherwise for another memory layout
+                images = torch.from_numpy(batch.images).to(network.device).contiguous()
                 values = network.values(images, batch.keys).float().cpu().numpy().astype(np.float16)
             for row, error in enumerate(batch.errors):
                 if error is None and not np.isfinite(values[row]).all():
@@ -125,7 +126,7 @@ def spread_images(
         for batch in read_batches(index, keys=keys, **options) if keys else ():
             whole = [row for row, error in enumerate(batch.errors) if error is None]
             if whole:
-                yield batch.images[whole]
+                yield np.ascontiguousarray(batch.images[whole])
 
 
 def describe(indexes: list[ShardIndex]) -> dict[str, list[int]]:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -61,22 +61,25 @@ def training_images(
     room = free_bytes() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     in_memory = all(ranks.gathered_objects(len(found) * channels * size * size <= room))
     options = {"size": size, "channels": channels, "keys": wanted, "strict": strict, "max_pixels": max_pixels}
-    visits: dict[int, dict[str, Any]] = {}
+    pixels = np.empty((len(found) if in_memory else 0, *decoding.shape), dtype=np.uint8)
+    seen: dict[int, tuple[list[str], str]] = {}  # shard number -> its images' keys, and a digest
+    count = 0
     with progress("read images", total=len(found), unit="images") as bar:
         for number, index in enumerate(indexes):
             if in_memory or number % ranks.size == ranks.rank:
-                visits[number] = visit = {"keys": [], "pixels": [], "digest": hashlib.sha256()}
+                keys, digest = [], hashlib.sha256()
                 for batch in read_batches(index, **options):
                     whole = [row for row, error in enumerate(batch.errors) if error is None]
                     images = batch.images if len(whole) == len(batch.errors) else batch.images[whole]
-                    visit["keys"] += [batch.keys[row] for row in whole]
-                    visit["digest"].update(np.ascontiguousarray(images).data)
+                    images = np.ascontiguousarray(images)  # a convolution rounds otherwise for another memory layout
+                    keys += [batch.keys[row] for row in whole]
+                    digest.update(images.data)
                     if in_memory:
-                        visit["pixels"].append(images)
+                        pixels[count : count + len(images)] = images
+                        count += len(images)
                     bar.advance(len(batch.samples))
-                visit["digest"].update("\0".join(visit["keys"]).encode())
-    pixels = [block for visit in visits.values() for block in visit.pop("pixels")]
-    seen = {number: (visit["keys"], visit["digest"].hexdigest()) for number, visit in visits.items()}
+                digest.update("\0".join(keys).encode())
+                seen[number] = keys, digest.hexdigest()
     if not in_memory:
         seen = {number: value for part in ranks.gathered_objects(seen) for number, value in part.items()}
     ordered = [seen[number] for number in range(len(indexes))]
@@ -85,7 +88,7 @@ def training_images(
         raise InputError(f"{shards}: expected images to train on, found {len(found)} samples and none usable")
     shape = (len(keys), *decoding.shape)
     digest = hashlib.sha256(f"{shape} {' '.join(of_shard for _, of_shard in ordered)}".encode()).hexdigest()
-    images = torch.from_numpy(np.concatenate(pixels)) if in_memory else StreamedImages(indexes, keys, decoding)
+    images = torch.from_numpy(pixels[:count]) if in_memory else StreamedImages(indexes, keys, decoding)
     return TrainingImages(images, keys, len(found) - len(keys), digest)
 
 
@@ -103,7 +106,7 @@ class StreamedImages:
 
     def __getitem__(self, rows: Tensor) -> Tensor:
         pixels = self._pool.map(self._decoded, [self.places[row] for row in rows.tolist()])
-        return torch.from_numpy(np.stack(list(pixels)))
+        return torch.from_numpy(np.ascontiguousarray(np.stack(list(pixels))))
 
     def _decoded(self, place: tuple[ShardIndex, Sample]) -> np.ndarray:
         index, sample = place
