@@ -15,8 +15,10 @@ from torch import Tensor
 
 from diffprune.errors import InputError
 
-# Lightning's .ckpt files have its callbacks' classes as keys of a dictionary beside the state dict.
-_LIGHTNING = ("pytorch_lightning.", "lightning.")
+# Lightning's .ckpt files have its callbacks' classes as keys of a dictionary beside the state dict, and in their state
+# numbers of NumPy's.
+_LIGHTNING = ("pytorch_lightning.", "lightning.", "numpy.dtype")
+_LIGHTNING += ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
 
 
 # What torch.load raises for bytes that are no checkpoint, or half of one (EINVAL, for a seek before the file's start).
@@ -26,15 +28,17 @@ _DAMAGED = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError
 class Inert:
     """Stands in for a class named in a checkpoint: it takes anything and does nothing."""
 
-    def __init__(self, *_: object) -> None:
-        pass
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, _: object) -> None: ...
 
 
 def read_weights(path: Path, under: Sequence[str] = ()) -> dict[str, Tensor]:
     """The state dict of a ``.safetensors`` file, or of a ``.pt``, ``.pth`` or ``.ckpt``, on the CPU.
 
-    A ``.pt`` is a pickle: only tensors and plain containers are accepted (``weights_only=True``), never code; names of
-    Lightning's classes are read as names. ``under``: names that the state dict may lie under, the first found is taken.
+    A ``.pt`` is a pickle: only tensors and plain containers are accepted (``weights_only=True``), never code; what
+    Lightning leaves beside them is read as names that mean nothing. ``under``: names that the state dict may lie under,
+    the first found is taken.
 
     Raises: InputError for a file that is missing, damaged, or holds anything else.
     """
@@ -78,7 +82,7 @@ def in_float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _lightning_names(path: Path) -> AbstractContextManager:
-    """While a pickle is read: names of Lightning's classes mean ``Inert``. Nothing of Lightning is imported."""
+    """While a pickle is read: names of what Lightning leaves mean ``Inert``. Nothing is imported for them."""
     if not zipfile.is_zipfile(path):  # older than any of Lightning's
         return nullcontext()
     names = [name for name in torch.serialization.get_unsafe_globals_in_checkpoint(path) if name.startswith(_LIGHTNING)]

@@ -201,7 +201,8 @@ def test_a_vqgan_of_taming_transformers_as_lightning_saved_it(taming, tmp_path, 
             "loss.perceptual_loss.lin0.model.1.weight": torch.ones(1),
         }
         checkpoint = {"epoch": 3, "state_dict": {**taming.state, **extra}, "optimizer_states": [{"lr": 1e-4}]}
-        checkpoint["callbacks"] = {callback: {"best_model_score": torch.tensor(0.5), "best_model_path": "/x"}}
+        score = {"best_model_score": torch.tensor(0.5), "current_score": np.float64(0.5), "best_model_path": "/x"}
+        checkpoint["callbacks"] = {callback: score}
         torch.save(checkpoint, tmp_path / "last.ckpt")
     assert "pytorch_lightning" not in sys.modules
     model, state = load_vqvae(f"{tmp_path / 'last.ckpt'}@16")
