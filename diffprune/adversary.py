@@ -84,11 +84,13 @@ class Adversary:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.train, self.step)
             self.optimizer.step()
-            self.last["discriminator_loss"] = loss.detach()
+            losses = torch.stack([self.last["generator_loss"], loss.detach()])
+            self.ranks.average([losses])
+            self.last["generator_loss"], self.last["discriminator_loss"] = losses
         self.step += 1
 
     def metrics(self) -> dict[str, float]:
-        """Of the last step, zeros before the first; the two losses are this process's."""
+        """Of the last step, zeros before the first."""
         return {name: float(value) for name, value in self.last.items()}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:

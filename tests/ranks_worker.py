@@ -13,13 +13,16 @@ from pathlib import Path
 import torch
 
 import diffprune
+import diffprune.training_images
 from diffprune import training
 from diffprune.config import load_config
 from diffprune.errors import DiffpruneError
 
 torch.set_num_threads(1)
+free_bytes = diffprune.training_images.free_bytes
 for request in json.loads(Path(sys.argv[1]).read_text()):
     config = load_config(None, request["kind"], request["overrides"])
+    diffprune.training_images.free_bytes = (lambda: 0) if "streamed" in request else free_bytes
     if "poisoned_step" in request:  # a NaN that only the last process sees
         real, calls = training.velocity_loss, []
 

@@ -143,7 +143,7 @@ def test_a_pass_of_a_kl_model_reconstructs_a_draw(backbone):
 
 
 def test_a_kl_model_learns_and_its_latents_are_means_or_draws_by_key(small_run, tmp_path):
-    report = train(small_run, tmp_path / "kl", "model.kind=kl", "train.steps=60", "loss.pixel=l1", "train.flip=true")
+    report = train(small_run, tmp_path / "kl", "model.kind=kl", "train.steps=40", "loss.pixel=l1", "train.flip=true")
     errors = logged(tmp_path / "kl", "reconstruction_error")
     assert np.mean(errors[-10:]) < 0.6 * np.mean(errors[:10])
     assert report["divergence"] > 0 and report["psnr"] > 5 and "codebook_use" not in report
@@ -179,7 +179,7 @@ def test_a_kl_model_learns_and_its_latents_are_means_or_draws_by_key(small_run, 
 
 
 def test_the_f8_backbone_learns_digits_and_reports_how_well(small_run, tmp_path):
-    report = train(small_run, tmp_path / "run", "train.steps=60", "train.grad_clip=0")
+    report = train(small_run, tmp_path / "run", "train.steps=40", "train.grad_clip=0")
     errors = logged(tmp_path / "run", "reconstruction_error")
     assert np.mean(errors[-10:]) < 0.5 * np.mean(errors[:10])
     model, _ = load_vqvae(tmp_path / "run")

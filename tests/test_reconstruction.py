@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import diffprune
 from diffprune.checkpoints import load_vqvae
 from diffprune.cli.app import app
-from diffprune.config import VqvaeConfig, load_config
+from diffprune.config import VqvaeConfig
 from diffprune.decode import load_images
 from diffprune.errors import InputError
 from diffprune.models.kl import KLAutoencoder
@@ -109,43 +105,3 @@ def test_the_verb(small_run, tmp_path):
     assert failed.exit_code == 1 and "no checkpoint in this folder" in failed.stderr
     with pytest.raises(InputError, match="limit: expected at least 1, got 0"):
         diffprune.reconstruct(small_run.shards, small_run.vqvae, limit=0)
-
-
-WORKER = """
-import json, sys, torch, diffprune
-from diffprune import training_images
-from diffprune.config import load_config
-torch.set_num_threads(1)
-training_images.free_bytes = lambda: 0
-shards, out, *overrides = sys.argv[1:]
-diffprune.train_vqvae(load_config(None, "vqvae", overrides), shards, out)
-"""
-
-
-def test_two_processes_share_the_images_and_the_adversary(small_run, tmp_path):
-    overrides = ["model.image_size=16", "model.base_channels=4", "model.codebook_size=16", "train.batch_size=8"]
-    overrides += ["train.steps=3", "train.log_every=1", "train.lr=1e-4", "train.device=cpu", "loss.pixel=l1"]
-    overrides += ["loss.adversarial_weight=0.5", "loss.discriminator_channels=4", "loss.discriminator_layers=2"]
-    diffprune.train_vqvae(load_config(None, "vqvae", overrides), small_run.shards, tmp_path / "one")
-    (tmp_path / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(
-        [*command, str(tmp_path / "worker.py"), str(small_run.shards), str(tmp_path / "two"), *overrides],
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    states = [json.loads((tmp_path / run / "step_00000003" / "state.json").read_text()) for run in ("one", "two")]
-    assert states[0]["data"] == states[1]["data"]
-    for name in ("model", "discriminator"):
-        one, two = (load_file(tmp_path / run / "step_00000003" / f"{name}.safetensors") for run in ("one", "two"))
-        for key, value in one.items():
-            torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-4, msg=f"{name} {key}")
-    curves = []
-    for run in ("one", "two"):
-        lines = [json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()]
-        curves.append([(line["loss"], line["adaptive_weight"]) for line in lines])
-    np.testing.assert_allclose(curves[0], curves[1], rtol=1e-3)

@@ -21,6 +21,8 @@ from diffprune.training_order import batch_rows
 DIT = ["model.input_size=4", "model.hidden_size=16", "model.depth=2", "train.batch_size=12", "train.log_every=1"]
 VQVAE = ["model.image_size=16", "model.base_channels=4", "model.codebook_size=16", "train.batch_size=12"]
 VQVAE += ["train.log_every=1", "train.lr=1e-5"]  # its biases without effect follow rounding, by lr a step
+ADVERSARY = ["loss.adversarial_weight=0.5", "loss.discriminator_channels=4", "loss.discriminator_layers=2"]
+ADVERSARY += ["loss.pixel=l1", "train.steps=3"]
 # Sums of the same numbers in another order: float32 rounding, which training carries on.
 RELATIVE, ABSOLUTE = 1e-4, 1e-4
 
@@ -46,9 +48,9 @@ def dit(small_run, out: Path, *overrides: str, **more) -> dict:
     return {"kind": "dit", "overrides": every, "data": str(small_run.latents), "out": str(out), **more}
 
 
-def vqvae(small_run, out: Path, *overrides: str) -> dict:
+def vqvae(small_run, out: Path, *overrides: str, **more) -> dict:
     every = [*VQVAE, "train.device=cpu", *overrides]
-    return {"kind": "vqvae", "overrides": every, "data": str(small_run.shards), "out": str(out)}
+    return {"kind": "vqvae", "overrides": every, "data": str(small_run.shards), "out": str(out), **more}
 
 
 def curve(run: Path) -> list[dict]:
@@ -56,16 +58,16 @@ def curve(run: Path) -> list[dict]:
     return [{name: value for name, value in line.items() if name not in ("images_per_second", "mfu")} for line in lines]
 
 
-def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
-    return load_file(run / f"step_{step:08d}" / "model.safetensors")
+def weights(run: Path, step: int, file: str) -> dict[str, torch.Tensor]:
+    return load_file(run / f"step_{step:08d}" / f"{file}.safetensors")
 
 
-def assert_same(run: Path, other: Path, step: int) -> None:
+def assert_same(run: Path, other: Path, step: int, file: str = "model") -> None:
     assert [line["step"] for line in curve(run)] == [line["step"] for line in curve(other)]
     for one, two in zip(curve(run), curve(other), strict=True):
         assert one == pytest.approx(two, rel=RELATIVE)
-    found = weights(other, step)
-    for name, expected in weights(run, step).items():
+    found = weights(other, step, file)
+    for name, expected in weights(run, step, file).items():
         torch.testing.assert_close(found[name], expected, rtol=RELATIVE, atol=ABSOLUTE, msg=name)
 
 
@@ -75,6 +77,7 @@ def alone(small_run, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("alone")
     diffprune.train_dit(load_config(None, "dit", [*DIT, "train.steps=8"]), small_run.latents, root / "dit")
     diffprune.train_vqvae(load_config(None, "vqvae", [*VQVAE, "train.steps=4"]), small_run.shards, root / "vqvae")
+    diffprune.train_vqvae(load_config(None, "vqvae", [*VQVAE, *ADVERSARY]), small_run.shards, root / "adversary")
     return root
 
 
@@ -85,6 +88,7 @@ def test_two_and_four_processes_draw_the_same_curve_and_go_on_from_each_other(sm
         2,
         dit(small_run, tmp_path / "two", "train.steps=8", "train.accumulate=2"),
         vqvae(small_run, tmp_path / "two-vqvae", "train.steps=4"),
+        vqvae(small_run, tmp_path / "two-adversary", *ADVERSARY, streamed=True),  # each decodes its share of the shards
         half,
     )
     torchrun(
@@ -98,6 +102,8 @@ def test_two_and_four_processes_draw_the_same_curve_and_go_on_from_each_other(sm
     for run in ("two", "four", "mixed"):
         assert_same(alone / "dit", tmp_path / run, 8)
     assert_same(alone / "vqvae", tmp_path / "two-vqvae", 4)
+    assert_same(alone / "adversary", tmp_path / "two-adversary", 3)
+    assert_same(alone / "adversary", tmp_path / "two-adversary", 3, "discriminator")
     for run, processes in (("two", 2), ("four", 4), ("mixed", 4)):
         reports = [json.loads((tmp_path / run / f"report-{rank}.json").read_text()) for rank in range(processes)]
         assert all(report["processes"] == processes for report in reports)
