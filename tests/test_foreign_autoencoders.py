@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import diffprune
+from diffprune import generation
 from diffprune.arrays import ArrayFolder
 from diffprune.checkpoints import load_vqvae
 from diffprune.config import load_config
@@ -420,7 +421,7 @@ def test_a_diffusers_folder_that_is_something_else_is_told(tmp_path):
 # Through the pipeline
 
 
-def test_shards_are_encoded_by_it_trained_on_and_sampled(llamagen, small_run, tmp_path):
+def test_shards_are_encoded_by_it_trained_on_and_sampled(llamagen, small_run, tmp_path, monkeypatch):
     torch.save({"model": llamagen.state}, tmp_path / "vq.pt")
     vqvae, latents = f"{tmp_path / 'vq.pt'}@16", tmp_path / "latents"
     diffprune.encode(small_run.shards, vqvae, latents)
@@ -441,11 +442,11 @@ def test_shards_are_encoded_by_it_trained_on_and_sampled(llamagen, small_run, tm
 
     dit = ["model.input_size=8", f"model.in_channels={D}", "model.hidden_size=16", "model.depth=1", "train.steps=1"]
     diffprune.train_dit(load_config(None, "dit", dit), latents, tmp_path / "dit")
+    loaded, real = [], generation.load_vqvae
+    monkeypatch.setattr(generation, "load_vqvae", lambda *given: loaded.append(real(*given)) or loaded[-1])
     options = {"count": 3, "steps": 2, "grid": tmp_path / "grid.png", "labels": "null"}
-    report = diffprune.sample(tmp_path / "dit", vqvae, tmp_path / "samples", **options)
-    assert report["written"] == 1
-    _, drawn = load_images(tmp_path / "samples", size=16, channels=3)
-    assert drawn.std() > 1  # no NaN became black
+    assert diffprune.sample(tmp_path / "dit", vqvae, tmp_path / "samples", **options)["written"] == 1
+    assert loaded[0][0].latent_scale == pytest.approx(folder.metadata["latent_scale"])  # the DiT remembers it
 
     # The fingerprint covers the weights, and the size.
     changed = {**llamagen.state, "encoder.conv_out.bias": llamagen.state["encoder.conv_out.bias"] + 1e-3}

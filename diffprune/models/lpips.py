@@ -100,10 +100,8 @@ def load_lpips(linear: str | Path, vgg16: str | Path, device: torch.device | str
 
 
 def _unit(features: Tensor) -> Tensor:
-    """[B, C, h, w] of unit length over C. A root's gradient is infinite at 0, where all of a ReLU's outputs may be."""
-    squares = features.square().sum(dim=1, keepdim=True)
-    norm = torch.where(squares > 0, squares, 1).sqrt() * (squares > 0)
-    return features / (norm + _EPSILON)
+    """[B, C, h, w] of unit length over C. Where all are 0 the root has no gradient, and the ReLU lets none through."""
+    return features / (features.square().sum(dim=1, keepdim=True).sqrt() + _EPSILON)
 
 
 def _found(path: str | Path, name: str, source: str) -> Path:
