@@ -9,6 +9,7 @@ import typer
 
 import diffprune
 from diffprune.cli.output import run, show_doctor, show_evaluation
+from diffprune.cli.sweep_verb import sweep
 
 app = typer.Typer(
     name="diffprune",
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 train = typer.Typer(help="Train the VQ-VAE or the DiT, from a TOML config and overrides.", no_args_is_help=True)
 app.add_typer(train, name="train", rich_help_panel="Models")
+app.command(rich_help_panel="Proof")(sweep)
 
 MAX_PIXELS = 100_000_000  # diffprune.pixels.MAX_PIXELS; that module imports numpy, which --help need not wait for
 
@@ -484,6 +486,10 @@ def evaluate(
     kept: Annotated[
         Path | None, typer.Option(help="The selection that the model was trained on, for memorization.")
     ] = None,
+    training: Annotated[
+        Path | None,
+        typer.Option(help="Embeddings of what --kept selects from, where --reference is another split."),
+    ] = None,
     same_seed: Annotated[
         Path | None, typer.Option(help="Embeddings of another model's images of the same seed, to compare with.")
     ] = None,
@@ -500,8 +506,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Fréchet and kernel distance, precision, recall, F-score, Vendi score, memorization, class balance."""
-    options = {"kept": kept, "same_seed": same_seed, "name": name, "split": split, "k": k, "limit": limit}
-    options |= {"seed": seed, "device": device}
+    options = {"kept": kept, "training": training, "same_seed": same_seed, "name": name, "split": split, "k": k}
+    options |= {"limit": limit, "seed": seed, "device": device}
     options |= {"vendi_orders": vendi_order} if vendi_order else {}
     run(
         diffprune.evaluate,
