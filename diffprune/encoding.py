@@ -66,9 +66,9 @@ def embed(
 ) -> dict[str, Any]:
     """Write an embedding of every image: ``<out>/<shard>.npy`` float16 [n, D] beside a table of keys.
 
-    Embeddings are L2-normalised, except those of FID's Inception, see ``models.inception.inception_features``.
-    ``model``: a folder or hub id of CLIP, OpenCLIP, SigLIP, DINOv2 or DINOv3, ``efficientnet-lite0``, ``vqvae:PATH``,
-    ``inception@SIZE:PATH``, or ``package.module:function``; see docs/embedding.md. Images are prepared as the model was
+    Embeddings are L2-normalised, except those of FID's Inception, see ``models.inception.inception_features``, and of
+    a classifier. ``model``: a folder or hub id of CLIP, OpenCLIP, SigLIP, DINOv2 or DINOv3, ``efficientnet-lite0``,
+    ``vqvae:PATH``, ``classifier:PATH``, ``inception@SIZE:PATH``, or ``package.module:function``; see docs/embedding.md. Images are prepared as the model was
     published with. ``clip-retrieval:PATH`` computes nothing: it takes the embeddings that clip-retrieval wrote, by key.
     ``precision``: "float32", "bf16", or "auto": bf16 on a GPU. Failed images as in ``encode``; an embedding that is not
     finite, or all zero, is a failed row too.

@@ -123,30 +123,30 @@ def result(out: Path, cell: str) -> dict:
 def test_the_whole_comparison(done):
     table = pq.read_table(done / "results.parquet")
     assert table["name"].to_pylist() == CELLS
-    assert table["training_images"].to_pylist() == [96, 48, 48, 48] * 2
-    assert set(table["reference_images"].to_pylist()) == {24} and set(table["samples"].to_pylist()) == {24}
+    assert table["training_images"].to_pylist() == [100, 50, 50, 50] * 2
+    assert set(table["reference_images"].to_pylist()) == {20} and set(table["samples"].to_pylist()) == {24}
     assert all(
         value is not None and value == value
         for name in ("frechet_distance", "precision", "vendi_score", "memorization_ratio", "label_agreement")
         for value in table[name].to_pylist()
     )
     told = result(done, "grand-high-50-s1")
-    assert told["setting"]["reference"] == {"split": "held-out", "count": 24}
+    assert told["setting"]["reference"] == {"split": "held-out", "count": 20}
     assert told["setting"]["sampling"] == {"method": "euler", "steps": 3, "guidance": 1.5}
     assert told["setting"]["seeds"]["train"] == 1 and told["setting"]["seeds"]["surrogate"] == 7
     assert len(told["setting"]["encoder"]["model_sha256"]) == 64 and told["setting"]["encoder"]["dimensions"] == 64
-    assert any("fewer reference images (24) than embedding dimensions (64)" in flag for flag in told["flags"])
+    assert any("fewer reference images (20) than embedding dimensions (64)" in flag for flag in told["flags"])
     assert any("fewer reference images" in flag for flag in table["flags"].to_pylist()[0])
 
 
 def test_selections_are_what_their_names_say(done):
     scores = read_folder(done / "shared/scores/last").sort_by([("grand", "descending")])["key"].to_pylist()
-    assert kept_keys(done / "cells/grand-high-50-s0/kept.parquet") == frozenset(scores[:48])
+    assert kept_keys(done / "cells/grand-high-50-s0/kept.parquet") == frozenset(scores[:50])
     random = [kept_keys(done / f"cells/random-50-s{seed}/kept.parquet") for seed in (0, 1)]
     assert random[0] != random[1]
     held_out = kept_keys(done / "shared/held-out.parquet")
     trained_on = kept_keys(done / "shared/train.parquet")
-    assert len(held_out) == 24 and not held_out & trained_on and random[0] | random[1] <= trained_on
+    assert len(held_out) == 20 and not held_out & trained_on and random[0] | random[1] <= trained_on
     labels = [key.split("/")[0] for key in held_out]
     assert min(map(labels.count, set(labels))) == 2 and len(set(labels)) == 10
     assert set(read_folder(done / "shared/latents")["key"].to_pylist()) == set(trained_on)
@@ -167,7 +167,7 @@ def test_means_and_spreads(done):
         assert row["mean"] == pytest.approx(statistics.fmean(values), rel=1e-12) and row["seeds"] == 2
         assert row["spread"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5, rel=1e-9)
     text = (done / "results.md").read_text()
-    assert "### 50% pruned" in text and "| cluster-balanced | 48 |" in text and "±" in text
+    assert "### 50% pruned" in text and "| cluster-balanced | 50 |" in text and "±" in text
     assert "Missing" not in text and "### Classes" not in text
 
 
@@ -219,7 +219,7 @@ def test_a_cell_that_fails_leaves_the_others(tiny, done, tmp_path):
         ("prune = [0.5]", "prune = [0.05]"),
     )
     strict.write_text(strict.read_text() + '\n[methods.strict]\norder = "balanced"\n')
-    with pytest.raises(DiffpruneError, match=r"2 of 4 cells failed .strict-5-s0: .*cluster"):
+    with pytest.raises(DiffpruneError, match=r"2 of 4 cells failed .strict-5-s0: balanced: 95 samples asked for"):
         diffprune.sweep(strict, out)
     assert pq.read_table(out / "results.parquet")["name"].to_pylist() == ["random-5-s0", "random-5-s1"]
     assert "Missing, 2 cells: strict-5-s0, strict-5-s1" in (out / "results.md").read_text()

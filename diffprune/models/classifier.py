@@ -60,11 +60,17 @@ class Classifier(nn.Module):
 
 
 def train_classifier(
-    shards: ShardSpec, out: str | Path, *, image_size: int | None = None, seed: int = 0, device: str = "auto"
+    shards: ShardSpec,
+    out: str | Path,
+    *,
+    image_size: int | None = None,
+    epochs: int = EPOCHS,
+    seed: int = 0,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Train a ``Classifier`` on the labelled images of shards, all in memory, and write it to the folder ``out``.
 
-    12 epochs in batches of 100 by AdamW, the images moved by up to 2 pixels each way. ``image_size``: by default the
+    In batches of 100 by AdamW, the images moved by up to 2 pixels each way. ``image_size``: by default the
     height of the first image; images are cropped to squares of it. One that is there already is left as it is.
     Returns ``out``, images, classes and ``accuracy`` on the images it was trained on.
 
@@ -85,7 +91,7 @@ def train_classifier(
     pixels, target = torch.from_numpy(images[np.array(ok)]), torch.tensor(labels)
     model = _initialised(size, channels, classes, seed).to(chosen)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=1e-4)
-    steps = -(-EPOCHS * len(labels) // BATCH)
+    steps = -(-epochs * len(labels) // BATCH)
     with full_float32(), progress("train classifier", total=steps * BATCH, unit="images") as bar:
         for step in range(steps):
             generator = step_generator(seed, "classifier", step)

@@ -78,10 +78,10 @@ def run_cell(config: SweepConfig, cell: Cell, out: Path, device: str) -> dict[st
     shared, folder = Shared(config, out / "shared"), out / "cells" / cell.name
     seconds: dict[str, float] = {}
 
-    def timed(name: str, function: Callable[..., dict[str, Any]], *args: Any, **options: Any) -> dict[str, Any]:
+    def timed(stage: str, function: Callable[..., dict[str, Any]], /, *args: Any, **options: Any) -> dict[str, Any]:
         begin = time.monotonic()
         result = function(*args, **options)
-        seconds[name] = round(time.monotonic() - begin, 2)
+        seconds[stage] = round(time.monotonic() - begin, 2)
         return result
 
     kept, selected = None, {}
