@@ -57,7 +57,7 @@ class ClusterSums:
             self.mass.clear()
 
     def add(self, points: Tensor, rows: slice | Tensor, assignment: Tensor) -> None:
-        """Add ``points`` [b, D], which are the rows ``rows`` of all."""
+        """Add ``points`` [b, D], which are the rows ``rows`` of all. Labels are trusted to be in range."""
         self._add(points, rows, [(assignment, 1)])
 
     def move(self, points: Tensor, rows: Tensor, old: Tensor, new: Tensor) -> None:
@@ -77,9 +77,9 @@ class ClusterSums:
         self.total.add(points, changes, weights)
         if weights is not None:
             self.mass.add(weights[:, None], changes)
-        for assignment, sign in changes:
-            counted = assignment if weights is None else assignment[weights > 0]
-            self.counts.add_(counted.bincount(minlength=self.k), alpha=sign)
+        ones = self.counts.new_ones(()) if weights is None else (weights > 0).long()
+        for assignment, sign in changes:  # not by bincount: a GPU's makes the host wait
+            self.counts.index_add_(0, assignment, ones.expand(len(assignment)), alpha=sign)
 
 
 class _ExactSums:
@@ -115,7 +115,7 @@ class _ExactSums:
             if len(values) < self.k:  # less work than a table of all clusters; in whatever order, as nothing rounds
                 sums.index_add_(0, assignment.long(), values.double(), alpha=sign)
             else:
-                sums.add_(kmeans_update(values, assignment, self.k)[0], alpha=sign)
+                sums.add_(kmeans_update(values, assignment, self.k, check_values=False)[0], alpha=sign)
 
     def _split(self, values: Tensor, weights: Tensor | None) -> Tensor:
         """[2, b, D]: ``values``, times the ``weights``, as multiples of each grid."""
