@@ -73,6 +73,7 @@ def main() -> int:
     parser.add_argument("files", nargs="*", help=f"of {', '.join(TESTS)}; default: all")
     parser.add_argument("--jobs", type=int, default=1, help="changes tested side by side")
     parser.add_argument("--match", default="", help="only changes whose line holds this")
+    parser.add_argument("--seconds", type=float, help="limit of one test run; default: by how long it takes unchanged")
     parser.add_argument("--list", action="store_true", help="print the changes and end")
     options = parser.parse_args()
     if unknown := set(options.files) - set(TESTS):
@@ -81,7 +82,7 @@ def main() -> int:
     if options.list:
         print(*work, sep="\n")
         return 0
-    return survive(work, EQUIVALENT, options.jobs)
+    return survive(work, EQUIVALENT, options.jobs, options.seconds)
 
 
 if __name__ == "__main__":

@@ -201,7 +201,19 @@ class Copy:
             sys.path[:0] = [str(self.folder)]
             import pytest
 
-            options = ["-x", "-q", "--tb=line", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
+            options = [
+                "-x",
+                "-q",
+                "--tb=line",
+                "--assert=plain",
+                "-o",
+                "addopts=",
+                "-p",
+                "no:cacheprovider",
+                "-p",
+                "no:faulthandler",
+            ]
+            options += ["-k", "not reference and not cpu and not compiled and not gradcheck"]  # other code's
             status = int(pytest.main([*options, *(f"tests/kernels/{name}.py" for name in tests)]))
         finally:
             os._exit(status)
@@ -213,6 +225,7 @@ def main() -> int:
     parser.add_argument("modules", nargs="*", help=f"of {', '.join(TESTS)}; default: all")
     parser.add_argument("--jobs", type=int, default=1, help="changes tested side by side")
     parser.add_argument("--match", default="", help="only changes whose line holds this")
+    parser.add_argument("--seconds", type=float, help="limit of one test run; default: by how long it takes unchanged")
     parser.add_argument("--list", action="store_true", help="print the changes and end")
     options = parser.parse_args()
     if unknown := set(options.modules) - set(TESTS):
@@ -222,22 +235,25 @@ def main() -> int:
     if options.list:
         print(*work, sep="\n")
         return 0
-    return survive(work, EQUIVALENT, options.jobs)
+    return survive(work, EQUIVALENT, options.jobs, options.seconds)
 
 
-def survive(work: list[Mutant], equivalent: dict[tuple[str, str], str], jobs: int) -> int:
-    """Test all changes; prints what became of each. 1 if one survived that ``equivalent`` has no reason for."""
+def survive(work: list[Mutant], equivalent: dict[tuple[str, str], str], jobs: int, seconds: float | None = None) -> int:
+    """Test all changes; prints what became of each. 1 if one survived that ``equivalent`` has no reason for.
+
+    ``seconds``: after so many the tests count as failed; without, each set of them is run unchanged first.
+    """
     os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     sys.dont_write_bytecode = True
-    import pytest  # noqa: F401 (here, so that children have it)
-    import torch  # noqa: F401
+    import pytest  # noqa: F401 (these here, so that children have them)
+    import torch._dynamo  # noqa: F401
     import triton.runtime.interpreter  # noqa: F401
 
     with tempfile.TemporaryDirectory() as folder:
         copies: Queue[Copy] = Queue()
         for number in range(jobs):
             copies.put(Copy(Path(folder, str(number))))
-        limits = {tests: limit(copies, tests) for tests in dict.fromkeys(mutant.tests for mutant in work)}
+        limits = {tests: seconds or limit(copies, tests) for tests in dict.fromkeys(mutant.tests for mutant in work)}
         with ThreadPoolExecutor(jobs) as pool:
             results = list(pool.map(lambda mutant: test(copies, mutant, limits[mutant.tests], equivalent), work))
     print(*(f"{count} {result}" for result, count in Counter(results).items()), sep=", ")
