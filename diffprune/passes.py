@@ -337,6 +337,7 @@ class Passes:
 
     def _first_pass(self, number: int) -> None:
         self._wanted = set(self.source.stems[self.engine.ranks.rank :: self.engine.ranks.size])  # as `make` asks
+        parameters = list(self.surrogate.network(number).model.named_parameters())
         title = f"score, mean gradient {number + 1} of {len(self.surrogate.paths)}"
         with progress(title, total=self.rows, unit="images") as bar:
             for trial in range(self.plan.support.trials):
@@ -347,7 +348,7 @@ class Passes:
                 mean.make(
                     lambda stem, trial=trial: self.shard_sum(number, trial, stem, bar.advance),
                     talk=self.engine.ranks,
-                    like=dict(self.surrogate.network(number).model.named_parameters()),
+                    like={name: p for name, p in parameters if p.requires_grad},
                 )
 
     def _gather(self, mean: MeanGradient, number: int, trial: int, advance: Callable[[int], None]) -> None:

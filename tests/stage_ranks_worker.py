@@ -15,10 +15,11 @@ import torch
 import diffprune
 from diffprune.errors import DiffpruneError
 from diffprune.kmeans import KMeans
+from diffprune.progress import set_enabled
 from diffprune.rank_talk import RankTalk
 
 torch.set_num_threads(1)
-diffprune.progress.set_enabled(False)
+set_enabled(False)
 talk = RankTalk.of_torchrun()
 for request in json.loads(Path(sys.argv[1]).read_text()):
     if request["stage"] == "kmeans":
