@@ -106,7 +106,7 @@ def total(values: Tensor, talk: RankTalk = ALONE, rows: int | None = None) -> fl
         for number, grid in enumerate(grids):
             part = (rest / grid).round_().mul_(grid)
             bins[number] += part.sum()
-            rest -= part
+            rest = rest - part  # not in place: it may be `values` itself
     return float(talk.sum(bins).sum())
 
 
