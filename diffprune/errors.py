@@ -17,3 +17,15 @@ class ResumeError(DiffpruneError):
 
 class DiskFullError(DiffpruneError):
     """A stage ran out of disk; what it had finished is kept."""
+
+
+class BusyError(DiffpruneError):
+    """Another run is at work in the output folder, or on the same shard."""
+
+
+class WorkerError(DiffpruneError):
+    """A worker process died again and again at one shard."""
+
+
+class StoppedError(DiffpruneError):
+    """So many samples in a row failed that something bigger than single images is wrong; finished shards are kept."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from diffprune.errors import InputError, ResumeError
 from diffprune.files import TEMPORARY_PREFIX, fingerprint, read_json, write_json
+from diffprune.locks import is_lock
 
 
 def claim_folder(
@@ -22,7 +23,8 @@ def claim_folder(
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: expected a folder, found a file")
-    found = {path.name.removeprefix(TEMPORARY_PREFIX) for path in out.iterdir()} if out.exists() else set()
+    there = [path for path in out.iterdir() if not is_lock(path)] if out.exists() else []
+    found = {path.name.removeprefix(TEMPORARY_PREFIX) for path in there}
     if (out / manifest).exists():
         theirs = read_json(out / manifest)
         theirs = theirs.get("plan") if isinstance(theirs, dict) else None
