@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,9 @@ from diffprune.kmeans import KMeans
 from diffprune.kmeans_faiss import faiss_centroids
 from diffprune.kmeans_points import Part
 from diffprune.progress import Progress
+from diffprune.quantities import parse_bytes
+from diffprune.storage import AnyPath, as_path
+from diffprune.storage.spool import local_file
 from diffprune.tables import BASE_COLUMNS, read_folder
 
 CENTROIDS_FILE = "centroids.safetensors"
@@ -77,7 +79,7 @@ def cluster(
     if levels and (batch_size or n_init > 1):
         raise InputError("cluster: levels take no batch_size or n_init")
     source = EmbeddingRows(embeddings)
-    out = Path(out)
+    out = as_path(out)
     options = {"max_iter": max_iter, "tol": tol, "metric": metric, "seed": seed}
     config = {
         "method": "cluster",
@@ -91,7 +93,7 @@ def cluster(
     }
     unusual = {"levels": list(levels), "batch_size": batch_size, "engine": engine if engine != "diffprune" else None}
     config |= {name: value for name, value in unusual.items() if value}
-    options["memory"] = parse_bytes(memory)
+    options["memory"] = None if memory is None else parse_bytes(memory)
     fitted: dict[str, np.ndarray] = {}
 
     def fit() -> None:
@@ -150,16 +152,16 @@ class EmbeddingRows:
             twice = next(stem for stem in self.stems if self.stems.count(stem) > 1)
             raise InputError(f"cluster: shard {twice!r} is in two of the folders; names of shards must be unique")
         self.parts: list[Part] = []
-        self.spans: dict[str, tuple[int, np.ndarray]] = {}  # stem -> its first row here, and which rows are ok
+        self.spans: dict[str, tuple[int, np.ndarray, int]] = {}  # its first row here, which rows are ok, of how many
         self.rows, keys = 0, []
         for stem in self.stems:
             folder = self.folders[stem]
             table = folder.keys(stem)
             ok = pc.equal(table["status"], "ok")
             rows = np.flatnonzero(ok.to_numpy())
-            array = folder.array(stem)
+            array = folder.array(stem, by_rows=True)
             self.parts.append(Part(array, None if len(rows) == len(array) else rows))
-            self.spans[stem] = (self.rows, rows)
+            self.spans[stem] = (self.rows, rows, len(array))
             keys.append(table["key"].filter(ok))
             self.rows += len(rows)
         self.keys = pa.chunked_array([chunk for column in keys for chunk in column.chunks], pa.string())
@@ -180,22 +182,10 @@ class EmbeddingRows:
 
     def column(self, stem: str, values: np.ndarray, dtype: pa.DataType) -> pa.Array:
         """The part of ``values`` [rows] that is of one shard, null for failed samples."""
-        first, rows = self.spans[stem]
-        total = len(self.folders[stem].array(stem))
+        first, rows, total = self.spans[stem]
         column, missing = np.zeros(total, values.dtype), np.ones(total, bool)
         column[rows], missing[rows] = values[first : first + len(rows)], False
         return pa.array(column.astype(dtype.to_pandas_dtype()), dtype, mask=missing)
-
-
-def parse_bytes(size: int | str | None) -> int | None:
-    """A number of bytes: 1000, "500MB", "2GiB"."""
-    if size is None or isinstance(size, int):
-        return size
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", size.strip(), re.IGNORECASE)
-    if not found:
-        raise InputError(f"memory: expected bytes such as 500MB or 2GiB, got {size!r}")
-    number, prefix, binary = found.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
 
 
 def _same_model(first: ArrayFolder, other: ArrayFolder) -> None:
@@ -208,11 +198,11 @@ def _same_model(first: ArrayFolder, other: ArrayFolder) -> None:
             )
 
 
-def _fit_summary(centroids: Path) -> dict[str, float]:
-    with safe_open(centroids, framework="numpy") as file:
+def _fit_summary(centroids: AnyPath) -> dict[str, float]:
+    with local_file(centroids) as local, safe_open(local, framework="numpy") as file:
         return json.loads(file.metadata()["fit"])
 
 
-def _sizes(out: Path) -> dict[str, int]:
+def _sizes(out: AnyPath) -> dict[str, int]:
     counts = pc.value_counts(pc.drop_null(read_folder(out, ["cluster"])["cluster"])).field("counts").to_numpy(False)
     return {"smallest_cluster": int(counts.min()), "largest_cluster": int(counts.max())}

@@ -22,6 +22,7 @@ from diffprune.models.embedders import load_embedder
 from diffprune.prefetch import Prefetch
 from diffprune.progress import Progress
 from diffprune.shards import ShardIndex, ShardSpec
+from diffprune.storage import AnyPath, as_path, existing
 
 
 def encode(
@@ -49,7 +50,7 @@ def encode(
     reading = Reading(strict_decode, max_pixels)
     if flip_twins:
         network = replace(network, function=_with_twin(network.function), head={**network.head, "flip_twins": True})
-    return _map_images("encode", network, shards, Path(out), batch_size, reading, dry_run)
+    return _map_images("encode", network, shards, as_path(out), batch_size, reading, dry_run)
 
 
 def embed(
@@ -79,7 +80,7 @@ def embed(
     embedder = load_embedder(model, chosen, precision)
     head = {"kind": "embeddings", **embedder.head}
     network = Network(embedder.embed, embedder.resize, embedder.channels, head, embedder.path, chosen)
-    return _map_images("embed", network, shards, Path(out), batch_size, Reading(strict_decode, max_pixels), dry_run)
+    return _map_images("embed", network, shards, as_path(out), batch_size, Reading(strict_decode, max_pixels), dry_run)
 
 
 def vqvae_network(vqvae: str | Path, device: torch.device) -> Network:
@@ -104,7 +105,7 @@ def _with_twin(latents: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[tor
 
 
 def _map_images(
-    stage: str, network: Network, shards: ShardSpec, out: Path, batch_size: int, reading: Reading, dry_run: bool
+    stage: str, network: Network, shards: ShardSpec, out: AnyPath, batch_size: int, reading: Reading, dry_run: bool
 ) -> dict[str, Any]:
     images = ImageMap(network, shards, batch_size, reading)
     stems = list(images.indexes)
@@ -112,10 +113,9 @@ def _map_images(
     if twins:
         images.config["shape"] = list(images.row_shape[1:])
 
-    def is_done(stem: str) -> bool:
-        return (out / f"{stem}.parquet").is_file()
+    done = existing(out / f"{stem}.parquet" for stem in stems)
 
-    with Prefetch(images.batches, stems, skip=is_done) as batches:
+    with Prefetch(images.batches, stems, skip=lambda stem: out / f"{stem}.parquet" in done) as batches:
 
         def work(stem: str, bar: Progress) -> pa.Table:
             table, array = images.run(stem, batches.parts(stem), bar)

@@ -18,6 +18,7 @@ from diffprune._version import __version__
 from diffprune.errors import DiskFullError, ResumeError
 from diffprune.files import TEMPORARY_PREFIX, fingerprint, write_json
 from diffprune.progress import Progress, progress
+from diffprune.storage import AnyPath, as_path, existing
 from diffprune.tables import STAGE_FILE, read_stage, read_table, write_table
 
 
@@ -44,7 +45,7 @@ def run_stage(
     ``work`` advances the progress itself; ``total`` counts ``unit``s over all shards. Returns counts: shards,
     shards_done_before, samples, failed, first_error, out. A full disk is a DiskFullError.
     """
-    out = Path(out)
+    out = as_path(out)
     stage = {
         "stage": name,
         "version": __version__,
@@ -54,7 +55,8 @@ def run_stage(
         "metadata": metadata or {},
     }
     check_resume(out, stage)
-    todo = [stem for stem in shards if not (out / f"{stem}.parquet").is_file()]
+    there = existing(out / f"{stem}.parquet" for stem in shards)
+    todo = [stem for stem in shards if out / f"{stem}.parquet" not in there]
     plan = {"stage": name, "shards": len(shards), "shards_done_before": len(shards) - len(todo), "out": str(out)}
     if dry_run:
         return {**plan, "dry_run": True, f"{unit}_in_all": total}
@@ -86,7 +88,7 @@ def run_stage(
     return {**plan, **count_rows(out, shards)}
 
 
-def check_resume(out: Path, stage: dict[str, Any]) -> None:
+def check_resume(out: AnyPath, stage: dict[str, Any]) -> None:
     """Raise ResumeError if ``out`` holds the work of another stage, config or data set."""
     if not (out / STAGE_FILE).is_file():
         if out.is_dir() and any(not path.name.startswith(TEMPORARY_PREFIX) for path in out.iterdir()):
@@ -102,7 +104,7 @@ def check_resume(out: Path, stage: dict[str, Any]) -> None:
     )
 
 
-def count_rows(out: Path, shards: Sequence[str]) -> dict[str, Any]:
+def count_rows(out: AnyPath, shards: Sequence[str]) -> dict[str, Any]:
     """How many samples the tables of a stage hold, how many failed, and the first failure."""
     samples, failed, first_error = 0, 0, None
     for stem in shards:
@@ -114,7 +116,7 @@ def count_rows(out: Path, shards: Sequence[str]) -> dict[str, Any]:
     return {"samples": samples, "failed": failed, "first_error": first_error}
 
 
-def _rows(path: Path) -> int:
+def _rows(path: AnyPath) -> int:
     return read_table(path, ["status"]).num_rows
 
 

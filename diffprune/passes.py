@@ -35,6 +35,7 @@ from diffprune.scores.normalise import normalised, strata, strata_count, stratum
 from diffprune.scores.random import random_scores
 from diffprune.scores.support import Support
 from diffprune.scores.visit import visit
+from diffprune.storage import AnyPath, existing
 from diffprune.surrogates import Surrogate
 from diffprune.tables import BASE_COLUMNS
 
@@ -103,8 +104,10 @@ class Passes:
         batch_size: int | str,
         memory: int | None,
         rows: int,
+        tables: AnyPath,
     ) -> None:
         self.source, self.surrogate, self.plan, self.folder, self.rows = source, surrogate, plan, folder, rows
+        self._tables = tables  # the folder of those that are done
         self.failed = 0  # samples whose scores are not finite
         self._batch_size, self._memory = batch_size, memory
         self.size = BatchSize(batch_size if isinstance(batch_size, int) else BatchSize.MINIMUM)
@@ -146,8 +149,8 @@ class Passes:
                     self._mean_gradient(number, trial).remove()
         if self.plan.normalise_t:
             self._sums = self._stratum_sums()
-        tables = self.folder.parent
-        self._wanted = {stem for stem in self.source.stems if not (tables / f"{stem}.parquet").is_file()}
+        done = existing(self._tables / f"{stem}.parquet" for stem in self.source.stems)
+        self._wanted = {stem for stem in self.source.stems if self._tables / f"{stem}.parquet" not in done}
 
     def scores(self, stem: str, samples: Samples, advance: Callable[[int], None]) -> dict[str, Tensor]:
         """Score name -> [n] float64 on the CPU, for the methods asked for and maybe others."""

@@ -16,6 +16,7 @@ from diffprune.device import full_float32, pick_device
 from diffprune.draws import MASK
 from diffprune.engines import run_stage
 from diffprune.errors import InputError
+from diffprune.files import fingerprint
 from diffprune.passes import BY_DRAW, Latents, Passes, Plan, unread_table
 from diffprune.progress import Progress
 from diffprune.scores.batches import Draws
@@ -25,6 +26,8 @@ from diffprune.scores.monotonicity import MONOTONICITY, monotonicity
 from diffprune.scores.moso import MODES, moso_field
 from diffprune.scores.random import RANDOM
 from diffprune.scores.support import Support
+from diffprune.storage import as_path
+from diffprune.storage.folders import partials_folder
 from diffprune.surrogates import PRECISIONS, Surrogate
 
 METHODS = ("random", "loss", "el2n", "grand", "moso", "monotonicity")
@@ -131,10 +134,11 @@ def score(
         source,
         surrogate,
         plan,
-        Path(out) / "_partials",
+        partials_folder(as_path(out), fingerprint(config)),
         batch_size,
         None if memory is None else int(memory * 2**30),
         rows - failed_before,
+        as_path(out),
     )
     fields = _fields(plan)
     with full_float32(), passes:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from diffprune.decode import MAX_PIXELS, read_batches
 from diffprune.progress import progress
-from diffprune.shards import ShardIndex, ShardSpec, find_duplicate_key, index_shard, list_shards
+from diffprune.shards import ShardIndex, ShardSpec, find_duplicate_key, index_each, list_shards
+from diffprune.storage import AnyPath
 
 MAX_LISTED = 1000
 
@@ -31,9 +31,8 @@ def verify(
     what this function is for. Raises InputError if a shard is missing or there is none.
     """
     paths = list_shards(shards)
-    total_bytes = sum(path.stat().st_size for path in paths)
     if dry_run:
-        return {"dry_run": True, "shards": len(paths), "bytes": total_bytes}
+        return {"dry_run": True, "shards": len(paths), "bytes": sum(path.stat().st_size for path in paths)}
     extensions: Counter[str] = Counter()
     classes: Counter[int] = Counter()
     counts: Counter[str] = Counter()
@@ -41,8 +40,7 @@ def verify(
     indexes: list[ShardIndex] = []
     ignored: list[str] = []
     with progress("verify", total=len(paths), unit="shards") as bar:
-        for path in paths:
-            index = index_shard(path)
+        for path, index in zip(paths, index_each(paths), strict=True):
             indexes.append(index)
             damage += [_entry(path, d.offset, d.key, d.message) for d in index.damage]
             ignored += index.ignored
@@ -65,7 +63,7 @@ def verify(
     return {
         "shards": len(paths),
         "samples": sum(len(index.samples) for index in indexes),
-        "bytes": total_bytes,
+        "bytes": sum(index.size for index in indexes),
         "extensions": dict(sorted(extensions.items())),
         "classes": {str(label): count for label, count in sorted(classes.items())} if decode else None,
         "samples_without_image": counts["samples_without_image"],
@@ -92,5 +90,5 @@ def _decode(
     return damage
 
 
-def _entry(path: Path, offset: int, key: str | None, error: str) -> dict[str, Any]:
+def _entry(path: AnyPath, offset: int, key: str | None, error: str) -> dict[str, Any]:
     return {"shard": str(path), "offset": offset, "key": key, "error": error}
