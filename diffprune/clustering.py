@@ -93,7 +93,7 @@ def cluster(
     }
     unusual = {"levels": list(levels), "batch_size": batch_size, "engine": engine if engine != "diffprune" else None}
     config |= {name: value for name, value in unusual.items() if value}
-    options["memory"] = None if memory is None else parse_bytes(memory)
+    options["memory"] = parse_bytes(memory)
     fitted: dict[str, np.ndarray] = {}
 
     def fit() -> None:

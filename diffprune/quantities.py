@@ -7,9 +7,9 @@ import re
 from diffprune.errors import InputError
 
 
-def parse_bytes(size: int | str, name: str = "memory") -> int:
+def parse_bytes(size: int | str | None, name: str = "memory") -> int | None:
     """A number of bytes: 1000, "500MB", "2GiB"; for anything else InputError, which says the ``name`` of what it is."""
-    if isinstance(size, int):
+    if size is None or isinstance(size, int):
         return size
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", size.strip(), re.IGNORECASE)
     if not found:

@@ -58,7 +58,7 @@ class Faults:
     pause: float = 2.0  # seconds, of "slow"
     seed: int = 0
     most: int | None = None  # faults in all
-    only: str = ""  # requests with this in their path or query
+    only: str = ""  # requests with this in "GET /bucket/key?query"
     seen: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -94,6 +94,7 @@ class S3Server(ThreadingHTTPServer):
         self.objects: dict[str, Object] = {}
         self.uploads: dict[str, tuple[str, dict[int, bytes]]] = {}
         self.faults = Faults()
+        self.smallest_part = 5 << 20  # bytes, but of the last
         self.anonymous = False  # also serve who does not sign, as a plain web server
         self.requests: list[tuple[str, str, str]] = []  # method, path with query, range
         self.sent = 0  # bytes of bodies
@@ -149,7 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
         server, faults = self.server, self.server.faults
         with server.lock:
             server.requests.append((self.command, self.path, self.headers.get("Range", "")))
-        self.fault = faults.draw(self.path)
+        self.fault = faults.draw(f"{self.command} {self.path}")
         if faults.expired:
             self._error(400, "ExpiredToken", "The provided token has expired.")
         elif faults.denied:
@@ -239,7 +240,7 @@ class _Handler(BaseHTTPRequestHandler):
         parts = [found[1].get(number, b"") for number, _ in asked]
         if [hashlib.md5(part).hexdigest() for part in parts] != [tag for _, tag in asked] or asked != sorted(asked):
             return self._told(400, "InvalidPart", "One or more of the specified parts could not be found.")
-        if any(len(part) < 5 << 20 for part in parts[:-1]):
+        if any(len(part) < self.server.smallest_part for part in parts[:-1]):
             return self._told(400, "EntityTooSmall", "Your proposed upload is smaller than the minimum allowed size")
         tag = hashlib.md5(b"".join(hashlib.md5(part).digest() for part in parts)).hexdigest() + f"-{len(parts)}"
         self.server.objects[found[0]] = Object(b"".join(parts), len(parts), tag)

@@ -385,6 +385,23 @@ def test_an_answer_that_does_not_come_is_asked_for_again(s3, tmp_path, monkeypat
     assert s3.faults.seen["slow"] == 1 and s3.count("GET") == 2
 
 
+def test_a_body_of_another_length_is_never_taken(s3, monkeypatch):
+    """Whatever the packages below let through."""
+    s3.objects["bucket/x"] = Object(b"0123456789")
+    with reading.RemoteFile(as_path("s3://bucket/x")) as file:
+        bodies = [b"12", b"", b"123"]
+        monkeypatch.setattr(file._client, "_range", lambda *_: bodies.pop(0))
+        assert file.read_at(1, 3) == b"123" and not bodies
+        bodies = [b"1234"]
+        with pytest.raises(RemoteError, match="gives no ranges"):
+            file.read_at(1, 3)
+        monkeypatch.setattr(file._client, "_range", lambda *_: b"")
+        with pytest.raises(
+            RemoteError, match=r"tried 12 times, the last time: Truncated.'3 bytes asked for, 0 received'"
+        ):
+            file.read_at(1, 3)
+
+
 def test_when_tries_run_out_the_error_says_what_was_tried_and_finished_shards_stay(s3, small_run):
     shards = upload(s3, small_run.shards, "shards")
     index_shards(shards)
@@ -393,7 +410,7 @@ def test_when_tries_run_out_the_error_says_what_was_tried_and_finished_shards_st
         diffprune.encode(shards, small_run.vqvae, "s3://bucket/latents")
     assert "s3://bucket/shards/images-000001.tar" in str(error.value) and "tried 12 times" in str(error.value)
     assert "the last time: 500" in str(error.value) and error.value.kind == "failed"
-    s3.faults.only = "shards/images-000002.tar"
+    s3.faults.only = "GET /bucket/shards/images-000002.tar"
     with pytest.raises(RemoteError, match=r"images-000002.tar, bytes \d+ to [\d,]+: tried 12 times"):
         diffprune.encode(shards, small_run.vqvae, "s3://bucket/latents")
     done = contents(s3, "latents")
@@ -498,58 +515,81 @@ def test_a_shard_that_changes_while_prune_copies_it_is_noticed(s3, small_run, tm
 
 # --- writing ---------------------------------------------------------------------------------------------------
 
+PART = 64 << 10
+
 
 @pytest.fixture
-def small_parts(monkeypatch):
-    monkeypatch.setattr(writing, "PART", 5 << 20)  # the smallest that S3 takes
+def small_parts(monkeypatch, s3):
+    monkeypatch.setattr(writing, "PART", PART)
+    s3.smallest_part = PART
 
 
 def test_a_large_object_goes_up_in_parts_and_appears_at_the_end(s3, small_parts):
-    data = np.random.default_rng(5).bytes(12_345_678)
+    data = np.random.default_rng(5).bytes(5 * PART + 1)
     url = as_path("s3://bucket/large.bin")
     with atomic_file(url) as file:
-        for at in range(0, len(data), 999_999):
-            file.write(data[at : at + 999_999])
+        for at in range(0, len(data), 9_999):
+            file.write(data[at : at + 9_999])
         assert not url.exists() and len(s3.uploads) == 1
-    assert s3.objects["bucket/large.bin"].data == data and s3.objects["bucket/large.bin"].parts == 3
+    assert s3.objects["bucket/large.bin"].data == data and s3.objects["bucket/large.bin"].parts == 6
     assert not s3.uploads and url.read_bytes() == data
+
+
+def test_parts_grow_so_that_ten_thousand_are_enough(s3, small_parts, monkeypatch):
+    monkeypatch.setattr(writing, "_LARGER_AFTER", 2)
+    with atomic_file(as_path("s3://bucket/large.bin")) as file:
+        file.write(bytes(10 * PART))
+    assert s3.objects["bucket/large.bin"].parts == 4  # of 1, 1, 2, 2 and, the rest, 4 times the size
+    assert len(s3.objects["bucket/large.bin"].data) == 10 * PART
 
 
 def test_an_upload_that_fails_leaves_nothing(s3, small_parts):
     url = as_path("s3://bucket/large.bin")
     for error in (RuntimeError, KeyboardInterrupt):
         with pytest.raises(error), atomic_file(url) as file:
-            file.write(bytes(11 << 20))
+            file.write(bytes(3 * PART))
             raise error
         assert not s3.objects and not s3.uploads
     s3.faults.only, s3.faults.rates = "partNumber=2", {"error": 1.0}
-    with (
-        pytest.raises(RemoteError, match=r"s3://bucket/large.bin, part 2 \(5,242,880 bytes\): tried 12 times"),
-        atomic_file(url) as file,
-    ):
-        file.write(bytes(16 << 20))
+    told = r"s3://bucket/large.bin, part 2 \(65,536 bytes\): tried 12 times"
+    with pytest.raises(RemoteError, match=told), atomic_file(url) as file:
+        file.write(bytes(9 * PART))
     assert not s3.objects and not s3.uploads
+
+
+def test_where_not_even_the_parts_can_be_removed_the_error_says_so(s3, small_parts):
+    s3.faults.only, s3.faults.rates = "uploadId", {"error": 1.0}
+    with (
+        pytest.raises(RemoteError, match=r"part 1 .*could not be removed .*: the next run removes them"),
+        atomic_file(as_path("s3://bucket/large.bin")) as file,
+    ):
+        file.write(bytes(3 * PART))
+    assert not s3.objects and len(s3.uploads) == 1
+    s3.faults.rates = {}
+    with atomic_file(as_path("s3://bucket/large.bin")) as file:
+        file.write(bytes(3 * PART))
+    assert len(s3.objects) == 1 and not s3.uploads
 
 
 def test_the_upload_of_a_killed_run_is_removed_by_the_next(s3, small_parts):
     s3.uploads["old"] = ("bucket/large.bin", {1: b"x"})
     s3.uploads["others"] = ("bucket/large.bin.2", {1: b"x"})
     with atomic_file(as_path("s3://bucket/large.bin")) as file:
-        file.write(bytes(6 << 20))
-    assert list(s3.uploads) == ["others"] and len(s3.objects["bucket/large.bin"].data) == 6 << 20
+        file.write(bytes(3 * PART))
+    assert list(s3.uploads) == ["others"] and len(s3.objects["bucket/large.bin"].data) == 3 * PART
 
 
 @pytest.mark.parametrize("fault", ["lost", "cut"])
 def test_an_upload_whose_last_answer_is_lost_is_no_failure(s3, small_parts, fault):
-    s3.faults.only, s3.faults.rates, s3.faults.most = "large.bin?uploadId", {fault: 1.0}, 1
+    s3.faults.only, s3.faults.rates, s3.faults.most = "POST /bucket/large.bin?uploadId", {fault: 1.0}, 1
     with atomic_file(as_path("s3://bucket/large.bin")) as file:
-        file.write(bytes(11 << 20))
-    assert s3.faults.seen[fault] == 1 and len(s3.objects["bucket/large.bin"].data) == 11 << 20 and not s3.uploads
+        file.write(bytes(3 * PART))
+    assert s3.faults.seen[fault] == 1 and len(s3.objects["bucket/large.bin"].data) == 3 * PART and not s3.uploads
 
 
 def test_parts_survive_faults(s3, small_parts):
     s3.faults = Faults({"error": 0.1, "cut": 0.1, "dropped": 0.1, "lost": 0.1, "busy": 0.1})
-    data = np.random.default_rng(6).bytes(21_000_000)
+    data = np.random.default_rng(6).bytes(40 * PART)
     with atomic_file(as_path("s3://bucket/large.bin")) as file:
         file.write(data)
     assert s3.objects["bucket/large.bin"].data == data

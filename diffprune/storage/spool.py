@@ -92,8 +92,8 @@ def _remove_abandoned(parent: Path) -> None:
 
 
 def _room(folder: Path) -> int:
-    given = os.environ.get("DIFFPRUNE_SPOOL_BYTES")
-    return shutil.disk_usage(folder).free // 2 if given is None else parse_bytes(given, "DIFFPRUNE_SPOOL_BYTES")
+    given = parse_bytes(os.environ.get("DIFFPRUNE_SPOOL_BYTES"), "DIFFPRUNE_SPOOL_BYTES")
+    return shutil.disk_usage(folder).free // 2 if given is None else given
 
 
 def _download(remote: RemoteFile, local: Path) -> None:
