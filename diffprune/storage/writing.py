@@ -79,8 +79,7 @@ class _Upload:
     def write(self, data: bytes) -> int:
         self._buffer += data
         self._size += len(data)
-        part = PART << self._number // _LARGER_AFTER
-        while len(self._buffer) >= part:
+        while len(self._buffer) >= (part := PART << (self._number // _LARGER_AFTER)):
             self._send(bytes(self._buffer[:part]))
             del self._buffer[:part]
         return len(data)
