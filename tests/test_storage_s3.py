@@ -539,7 +539,7 @@ def test_parts_grow_so_that_ten_thousand_are_enough(s3, small_parts, monkeypatch
     monkeypatch.setattr(writing, "_LARGER_AFTER", 2)
     with atomic_file(as_path("s3://bucket/large.bin")) as file:
         file.write(bytes(10 * PART))
-    assert s3.objects["bucket/large.bin"].parts == 4  # of 1, 1, 2, 2 and, the rest, 4 times the size
+    assert s3.objects["bucket/large.bin"].parts == 5  # of 1, 1, 2, 2 and 4 times the size
     assert len(s3.objects["bucket/large.bin"].data) == 10 * PART
 
 
