@@ -43,6 +43,9 @@ _PUBLIC = {
     "DiffpruneError": "diffprune.errors",
     "InputError": "diffprune.errors",
     "ResumeError": "diffprune.errors",
+    "BusyError": "diffprune.errors",
+    "StoppedError": "diffprune.errors",
+    "WorkerError": "diffprune.errors",
 }
 
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604

@@ -32,3 +32,15 @@ class RemoteError(DiffpruneError):
 
     def __reduce__(self) -> tuple[type[RemoteError], tuple[str, str]]:
         return RemoteError, (str(self), self.kind)
+
+
+class BusyError(DiffpruneError):
+    """Another run is at work in the output folder, or on the same shard."""
+
+
+class WorkerError(DiffpruneError):
+    """A worker process died again and again at one shard."""
+
+
+class StoppedError(DiffpruneError):
+    """So many samples in a row failed that something bigger than single images is wrong; finished shards are kept."""

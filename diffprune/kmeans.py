@@ -13,11 +13,12 @@ from torch import Tensor
 from diffprune.errors import InputError
 from diffprune.kernels import kmeans_assign
 from diffprune.kmeans_init import parallel, plus_plus, random_rows
-from diffprune.kmeans_lloyd import Fit, Lloyd, too_few, total
+from diffprune.kmeans_lloyd import Fit, Lloyd, too_few
 from diffprune.kmeans_minibatch import minibatch
 from diffprune.kmeans_points import Points, open_points, refuse_rows
 from diffprune.kmeans_split import split_start
-from diffprune.kmeans_sums import ClusterSums
+from diffprune.kmeans_sums import ClusterSums, total
+from diffprune.rank_talk import ALONE, RankTalk
 
 METRICS = ("euclidean", "cosine")
 INITS = ("k-means++", "k-means||", "random", "split")
@@ -105,6 +106,7 @@ class KMeans:
         weights: Tensor | np.ndarray | Sequence[float] | None = None,
         *,
         keys: Sequence[str] | None = None,
+        talk: RankTalk = ALONE,
     ) -> KMeans:
         """Cluster ``points``; returns self.
 
@@ -114,15 +116,23 @@ class KMeans:
                 stays as it is, float64 is rounded to float32; "cosine" holds a scaled float32 copy of points in memory.
             weights: [N], instead of those of the constructor.
             keys: [N] names of the points, for errors: strings, or a column of pyarrow.
+            talk: the processes that share the points, each having its own, in the order of ranks. All get the same
+                centroids, and the labels of their points: the bytes that one process gets for all points.
 
         Raises InputError for fewer distinct points than k; for NaN, infinity and, with "cosine", zero vectors, naming
         the points; for weights that are negative, not finite, all 0 or of another length.
         """
         data = open_points(points, metric=self.metric, memory=self.memory)
-        masses = _weights(self.weights if weights is None else weights, data)
+        weights = self.weights if weights is None else weights
+        split = isinstance(self.init, str) and self.init == "split"
+        if talk.size > 1 and (weights is not None or self.batch_size or split):
+            raise InputError("k-means: points of several processes take no weights, batch_size or init split")
+        data.share(talk)
+        masses = _weights(weights, data)
         largest = data.check(keys=keys)
-        if data.rows < self.k:
-            raise too_few(self.k, len(torch.unique(data.take(torch.arange(data.rows)), dim=0)), data.rows)
+        if data.total_rows < self.k:
+            distinct = len(torch.unique(data.take(torch.arange(data.total_rows)), dim=0))
+            raise too_few(self.k, distinct, data.total_rows)
         tolerance = self.tol * _variance(data, largest, masses) if self.tol > 0 or _may_overflow(data, largest) else 0.0
         generator = torch.Generator().manual_seed(self.seed)
         lloyd = Lloyd(data, self.k, largest, masses, self.algorithm)
@@ -224,8 +234,9 @@ def _variance(points: Points, largest: float, weights: Tensor | None) -> float:
     sqdistance = torch.empty(points.rows, device=points.device)
     for own, block in points.blocks():
         sqdistance[own] = kmeans_assign(block, mean)[1]
-    if not math.isfinite(total(sqdistance)):
+    summed = total(sqdistance, points.talk, points.total_rows)
+    if not math.isfinite(summed):
         raise InputError("k-means: the points' squared distances overflow float32; scale the points down")
     if weights is None:
-        return total(sqdistance) / (points.rows * points.dimensions)
+        return summed / (points.total_rows * points.dimensions)
     return total(sqdistance.double() * weights) / (total(weights) * points.dimensions)

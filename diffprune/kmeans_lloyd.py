@@ -12,7 +12,7 @@ from diffprune.errors import InputError
 from diffprune.kernels import kmeans_assign
 from diffprune.kmeans_bounds import GroupBounds
 from diffprune.kmeans_points import Points
-from diffprune.kmeans_sums import ClusterSums
+from diffprune.kmeans_sums import ClusterSums, total
 
 GPU_CHECK_EVERY = 8
 """Rounds between two looks of the host at a GPU's results."""
@@ -61,8 +61,9 @@ class Lloyd:
             look = rounds % self.check_every == 0 or rounds == max_iter
             if look:
                 centroids = self._without_empty(centroids)
-            moves.append(self.moved)
-            if rounds == max_iter or (look and (self.moved == 0 or bool(still))):
+            moved = self._all_moved()
+            moves.append(moved)
+            if rounds == max_iter or (look and (moved == 0 or bool(still))):
                 break
             updated = torch.where(still, centroids, self._means(centroids))
             if self.bounds:
@@ -101,6 +102,12 @@ class Lloyd:
             self.assignment[own], self.sqdistance[own] = kmeans_assign(block, centroids)
             self.sums.add(block, own, self.assignment[own])
 
+    def _all_moved(self) -> int:
+        """Points of all processes that changed their cluster."""
+        if self.points.talk.size == 1:
+            return self.moved
+        return int(self.points.talk.sum(torch.tensor(self.moved)))
+
     def _settle(self, own: slice, block: Tensor, old: Tensor, new: Tensor) -> None:
         rows = (old != new).nonzero().flatten()
         self.moved += len(rows)
@@ -126,7 +133,7 @@ class Lloyd:
         Farthest first: each restarts at the point that is then the farthest from its centroid, of equals the first.
         Ends, because such a centroid sits on a point on which no other sits, so it is never empty again.
         """
-        while len(empty := (self.sums.counts == 0).nonzero().flatten()):
+        while len(empty := (self.sums.counts() == 0).nonzero().flatten()):
             restarts = self._farthest(len(empty))
             centroids = centroids.clone()
             empty = empty[: len(restarts)]
@@ -151,17 +158,18 @@ class Lloyd:
         Only the farthest few of all points are looked at, as long as the farthest of them is farther than all others
         were; so there may be fewer than ``count``.
         """
-        sqdistance = self.sqdistance
+        sqdistance, talk = self.sqdistance, self.points.talk
         if self.weights is not None:  # of no weight: no use as a cluster
             sqdistance = torch.where(self.weights > 0, sqdistance, -1.0)
-        pool = min(self.points.rows, 4 * count + 64)
-        floor = sqdistance.topk(pool).values[-1]
-        rows = (sqdistance > floor).nonzero().flatten()
+        pool = min(self.points.total_rows, 4 * count + 64)
+        floor = talk.gather(sqdistance.topk(min(pool, len(sqdistance))).values).topk(pool).values[-1]
+        rows = talk.gather((sqdistance > floor).nonzero().flatten() + self.points.first_row)
+        distance = talk.gather(sqdistance[sqdistance > floor])
         outside = float(floor)
         if len(rows) == 0:  # all that are farthest are equally far: take the first of them
-            rows, outside = (sqdistance == floor).nonzero().flatten()[:1], math.inf
+            rows = talk.gather((sqdistance == floor).nonzero().flatten()[:1] + self.points.first_row)[:1]
+            distance, outside = floor[None], math.inf
         candidates = self.points.take(rows)
-        distance = sqdistance[rows]
         chosen: list[int] = []
         while len(chosen) < count:
             best = int((distance == distance.max()).nonzero()[0])
@@ -175,15 +183,16 @@ class Lloyd:
 
     def _too_few(self) -> InputError:
         """Every point sits on its centroid: there are as many distinct points as clusters that have any."""
-        distinct = int((self.sums.counts > 0).sum())
+        distinct, vanished = int((self.sums.counts() > 0).sum()), False
         for own, block in self.points.blocks():
-            nearest = self.points.take(self._one_of_each(self.assignment))[self.assignment[own].long()]
+            nearest = self.points.take_own(self._one_of_each(self.assignment))[self.assignment[own].long()]
             differs = (block.float() != nearest).any(dim=1)
             if self.weights is not None:
                 differs &= self.weights[own] > 0
-            if bool(differs.any()):
-                return InputError("k-means: points differ, but squared distances vanish in float32; scale them up")
-        return too_few(self.k, distinct, self.points.rows, weighted=self.weights is not None)
+            vanished |= bool(differs.any())
+        if self.points.talk.max(vanished):
+            return InputError("k-means: points differ, but squared distances vanish in float32; scale them up")
+        return too_few(self.k, distinct, self.points.total_rows, weighted=self.weights is not None)
 
     def _one_of_each(self, assignment: Tensor) -> Tensor:
         """[k] int64: the number of one point of each cluster, 0 for a cluster without."""
@@ -194,15 +203,11 @@ class Lloyd:
         return rows.index_copy_(0, assignment[used].long().flip(0), used.flip(0))
 
     def _inertia(self) -> float:
-        return total(self.sqdistance if self.weights is None else self.sqdistance.double() * self.weights.double())
+        values = self.sqdistance if self.weights is None else self.sqdistance.double() * self.weights.double()
+        return total(values, self.points.talk, self.points.total_rows)
 
 
 def too_few(k: int, distinct: int, rows: int, weighted: bool = False) -> InputError:
     """The error for fewer distinct points than clusters."""
     what = "distinct points of a weight above 0" if weighted else "distinct points"
     return InputError(f"k-means: expected at least k={k} {what}, got {distinct} ({rows} rows); lower k")
-
-
-def total(values: Tensor) -> float:
-    """Sum in float64 in an order that does not depend on the number of threads."""
-    return float(values.cpu().double().numpy().sum())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ class LiveLatents:
         strict_decode: bool = True,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
+        options = {"device": device, "strict_decode": strict_decode, "max_pixels": max_pixels}
+        self._arguments = (shards, vqvae), {"batch_size": batch_size, **options}
         network = vqvae_network(vqvae, pick_device(device))
         self._images = ImageMap(network, shards, batch_size, Reading(strict_decode, max_pixels))
         self.folder = shards if isinstance(shards, (str, Path)) else ", ".join(map(str, shards))  # for messages
@@ -51,6 +54,10 @@ class LiveLatents:
         self.stems: list[str] = list(self._images.indexes)
         self._kept: OrderedDict[str, tuple[pa.Table, np.ndarray]] = OrderedDict()
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:  # for a worker, which indexes the shards and loads the VQ-VAE itself
+        arguments, options = self._arguments
+        return partial(LiveLatents, **options), arguments
 
     def table(self, stem: str) -> pa.Table:
         """The base columns of one shard's samples; encodes it, as only then it is known which images fail."""

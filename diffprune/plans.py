@@ -8,6 +8,7 @@ from typing import Any
 
 from diffprune.errors import InputError, ResumeError
 from diffprune.files import TEMPORARY_PREFIX, fingerprint, read_json, write_json
+from diffprune.locks import is_lock
 from diffprune.storage import AnyPath, as_path, existing
 
 
@@ -30,7 +31,8 @@ def claim_folder(
     is_folder = out.is_dir()
     if not is_folder and out.exists():
         raise InputError(f"{out}: expected a folder, found a file")
-    found = {path.name.removeprefix(TEMPORARY_PREFIX) for path in out.iterdir()} if is_folder else set()
+    there = [path for path in out.iterdir() if not is_lock(path)] if is_folder else []
+    found = {path.name.removeprefix(TEMPORARY_PREFIX) for path in there}
     if (out / manifest).exists():
         theirs = read_json(out / manifest)
         theirs = theirs.get("plan") if isinstance(theirs, dict) else None

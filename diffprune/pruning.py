@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -19,6 +19,7 @@ import pyarrow as pa
 from diffprune.copying import copy_ranges, write_all
 from diffprune.errors import InputError
 from diffprune.files import atomic_file, atomic_path, fingerprint, write_json
+from diffprune.locks import folder_lock
 from diffprune.packing import BLOCK, brace_pattern, check_prefix
 from diffprune.plans import claim_folder
 from diffprune.progress import progress
@@ -51,7 +52,7 @@ def prune(
         shards: the shards that it was made from: a brace pattern, glob, folder, list file or several of them.
         shard_size: samples per new shard; by default that of the largest input shard.
         prefix: new shards are named ``<prefix>-<number>.tar``; by default like the input, with as many digits.
-        workers: shards written at a time, by threads; by default one per CPU core, at most 8.
+        workers: shards written at a time, by threads, which mostly wait for the disk; by default 4.
         dry_run: check the selection against the shards, say how much would be copied and write nothing.
 
     ``prune.json`` is written beside the new shards: the plan, and at the end counts and, per new shard, its samples,
@@ -94,43 +95,46 @@ def prune(
         "out": str(out),
     }
     classes = _classes(sources)
-    missing = claim_folder(out, MANIFEST, plan, paths, extra=BESIDE, dry_run=dry_run)
-    wanted = {path: range(len(selection.keys))[i * shard_size :][:shard_size] for i, path in enumerate(paths)}
-    shards_about = [selection.about(path, rows) for path, rows in wanted.items()]
-    for path, about in zip(paths, shards_about, strict=True):
-        if path not in missing and (found := path.stat().st_size) != about["bytes"]:
-            raise InputError(
-                f"{path}: expected {about['bytes']} bytes, found {found}: it was changed; "
-                "delete it and run the same command again"
-            )
-    report |= {"written": len(missing), "present": len(paths) - len(missing), "dry_run": dry_run}
-    if dry_run:
+    with nullcontext() if dry_run else folder_lock(out):
+        missing = claim_folder(out, MANIFEST, plan, paths, extra=BESIDE, dry_run=dry_run)
+        wanted = {path: range(len(selection.keys))[i * shard_size :][:shard_size] for i, path in enumerate(paths)}
+        shards_about = [selection.about(path, rows) for path, rows in wanted.items()]
+        for path, about in zip(paths, shards_about, strict=True):
+            if path not in missing and (found := path.stat().st_size) != about["bytes"]:
+                raise InputError(
+                    f"{path}: expected {about['bytes']} bytes, found {found}: it was changed; "
+                    "delete it and run the same command again"
+                )
+        report |= {"written": len(missing), "present": len(paths) - len(missing), "dry_run": dry_run}
+        if dry_run:
+            return report
+        if classes is not None:
+            with atomic_path(out / "classes.json") as temporary:
+                temporary.write_bytes(classes)
+
+        def write(path: AnyPath) -> AnyPath:
+            # the manifest, written last, syncs the folder
+            with atomic_file(path, buffering=0, sync_folder=False) as file:
+                target = file.fileno() if isinstance(path, Path) else file
+                for source, spans in groupby(selection.spans(wanted[path]), key=lambda span: span[0]):
+                    copy_ranges(sources[source], [span[1:] for span in spans], target)
+                    if _state(sources[source]) != listing[source]:
+                        raise InputError(
+                            f"{sources[source]}: changed while it was copied; select again, then prune again"
+                        )
+                write_all(target, bytes(2 * BLOCK))
+            return path
+
+        with progress("prune", total=sum(len(wanted[path]) for path in missing), unit="samples") as bar:
+            pool = ThreadPoolExecutor(workers or 4)
+            try:
+                for done in as_completed([pool.submit(write, path) for path in paths if path in missing]):
+                    bar.advance(len(wanted[done.result()]), note=done.result().name)
+            finally:
+                pool.shutdown(cancel_futures=True)
+        counts = {name: report[name] for name in ("count", "bytes", "samples_in", "shards_in")}
+        write_json(out / MANIFEST, {"fingerprint": fingerprint(plan), "plan": plan, **counts, "shards": shards_about})
         return report
-    if classes is not None:
-        with atomic_path(out / "classes.json") as temporary:
-            temporary.write_bytes(classes)
-
-    def write(path: AnyPath) -> AnyPath:
-        # the manifest, written last, syncs the folder
-        with atomic_file(path, buffering=0, sync_folder=False) as file:
-            target = file.fileno() if isinstance(path, Path) else file
-            for source, spans in groupby(selection.spans(wanted[path]), key=lambda span: span[0]):
-                copy_ranges(sources[source], [span[1:] for span in spans], target)
-                if _state(sources[source]) != listing[source]:
-                    raise InputError(f"{sources[source]}: changed while it was copied; select again, then prune again")
-            write_all(target, bytes(2 * BLOCK))
-        return path
-
-    with progress("prune", total=sum(len(wanted[path]) for path in missing), unit="samples") as bar:
-        pool = ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1))
-        try:
-            for done in as_completed([pool.submit(write, path) for path in paths if path in missing]):
-                bar.advance(len(wanted[done.result()]), note=done.result().name)
-        finally:
-            pool.shutdown(cancel_futures=True)
-    counts = {name: report[name] for name in ("count", "bytes", "samples_in", "shards_in")}
-    write_json(out / MANIFEST, {"fingerprint": fingerprint(plan), "plan": plan, **counts, "shards": shards_about})
-    return report
 
 
 @dataclass

@@ -21,7 +21,9 @@ app = typer.Typer(
 train = typer.Typer(help="Train the VQ-VAE or the DiT, from a TOML config and overrides.", no_args_is_help=True)
 app.add_typer(train, name="train", rich_help_panel="Models")
 
-MAX_PIXELS = 100_000_000  # diffprune.pixels.MAX_PIXELS; that module imports numpy, which --help need not wait for
+# diffprune.pixels.MAX_PIXELS and diffprune.failures.MAX_FAILURES: those modules import what --help need not wait for
+MAX_PIXELS = 100_000_000
+MAX_FAILURES = 100
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say how much it would do, and do nothing.")]
@@ -39,6 +41,12 @@ Shards = Annotated[
 Kept = Annotated[Path | None, typer.Option(help="A kept.parquet: use only the samples that it keeps.")]
 Config = Annotated[Path | None, typer.Option("--config", "-c", help="A TOML config; see configs/.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a config key: train.steps=1000. Repeatable.")]
+Workers = Annotated[int, typer.Option(min=1, help="Processes that take the shards. Does not change the result.")]
+Part = Annotated[
+    str | None,
+    typer.Option(help="Only the I-th of N parts of the shards, as 3/64, for a job array."),
+]
+MaxFailures = Annotated[int, typer.Option(min=0, help="Stop after so many failures in a row; 0: never.")]
 Resume = Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")]
 
 
@@ -76,6 +84,7 @@ def pack(
     seed: Seed = 0,
     strict_decode: StrictDecode = True,
     max_pixels: MaxPixels = MAX_PIXELS,
+    workers: Workers = 1,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -85,7 +94,7 @@ def pack(
     elif named_source is not None or out is None:
         raise typer.BadParameter("expected SOURCE OUT, or --source SOURCE OUT")
     options = {"prefix": prefix, "shard_size": shard_size, "resize": resize, "shuffle_seed": seed if shuffle else None}
-    options |= {"strict_decode": strict_decode, "max_pixels": max_pixels}
+    options |= {"strict_decode": strict_decode, "max_pixels": max_pixels, "workers": workers}
     run(diffprune.pack, source, out, **options, dry_run=dry_run, as_json=as_json)
 
 
@@ -95,6 +104,7 @@ def verify(
     decode: Annotated[bool, typer.Option(help="Also decode every image.")] = False,
     strict_decode: StrictDecode = True,
     max_pixels: MaxPixels = MAX_PIXELS,
+    workers: Workers = 1,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -105,6 +115,7 @@ def verify(
         decode=decode,
         strict_decode=strict_decode,
         max_pixels=max_pixels,
+        workers=workers,
         dry_run=dry_run,
         as_json=as_json,
     )
@@ -209,11 +220,15 @@ def encode(
     device: Device = "auto",
     strict_decode: StrictDecode = True,
     max_pixels: MaxPixels = MAX_PIXELS,
+    workers: Workers = 1,
+    part: Part = None,
+    max_failures: MaxFailures = MAX_FAILURES,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Write the latents of every image, one fp16 .npy per shard."""
     options = {"batch_size": batch_size, "device": device, "strict_decode": strict_decode, "max_pixels": max_pixels}
+    options |= {"workers": workers, "part": part, "max_failures": max_failures}
     run(diffprune.encode, shards, vqvae, out, flip_twins=flip_twins, **options, dry_run=dry_run, as_json=as_json)
 
 
@@ -233,12 +248,16 @@ def embed(
     precision: Annotated[str, typer.Option(help="float32, bf16, or auto: bf16 on a GPU.")] = "auto",
     strict_decode: StrictDecode = True,
     max_pixels: MaxPixels = MAX_PIXELS,
+    workers: Workers = 1,
+    part: Part = None,
+    max_failures: MaxFailures = MAX_FAILURES,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Write an L2-normalised embedding of every image, one fp16 .npy per shard."""
     options = {"model": model, "batch_size": batch_size, "device": device, "precision": precision}
     options |= {"strict_decode": strict_decode, "max_pixels": max_pixels}
+    options |= {"workers": workers, "part": part, "max_failures": max_failures}
     run(diffprune.embed, shards, out, **options, dry_run=dry_run, as_json=as_json)
 
 
@@ -311,6 +330,20 @@ def score(
         typer.Option(help="For auto on the CPU: GiB that it may hold.", rich_help_panel="How it runs"),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel="How it runs")] = "auto",
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Processes that take the shards. Does not change the result.", rich_help_panel="How it runs"
+        ),
+    ] = 1,
+    part: Annotated[
+        str | None,
+        typer.Option(help="Only the I-th of N parts of the shards, as 3/64.", rich_help_panel="How it runs"),
+    ] = None,
+    max_failures: Annotated[
+        int,
+        typer.Option(min=0, help="Stop after so many failures in a row; 0: never.", rich_help_panel="How it runs"),
+    ] = MAX_FAILURES,
     vqvae: Annotated[
         Path | None,
         typer.Option(help="Score shards: encode their images by this VQ-VAE on the fly.", rich_help_panel="Images"),
@@ -339,6 +372,7 @@ def score(
     options |= {"group_size": group_size, "learning_rates": rates, "weights": weights, "precision": precision}
     options |= {"compile": compile_, "batch_size": batch_size if batch_size == "auto" else int(batch_size)}
     options |= {"memory": memory, "device": device}
+    options |= {"workers": workers, "part": part, "max_failures": max_failures}
 
     def call(**options: object) -> dict:
         decoding = {"device": device, "strict_decode": strict_decode, "max_pixels": max_pixels}
