@@ -2,8 +2,8 @@
 
 Every stage that walks over shards goes through ``run_stage``: it writes one table per shard, skips the shards that
 are done, refuses to go on with the work of another run, and leaves nothing half-written behind. The map runs in this
-process, in processes of this machine (``local_workers``), in several processes that torchrun started (``ranks``), or
-in several runs of a part each; the files are the same.
+process, in processes of this machine (``local_workers``), on a Ray cluster (``ray_workers``), in several processes that
+torchrun started (``rank_talk``), or in several runs of a part each; the files are the same.
 """
 
 from __future__ import annotations
@@ -100,6 +100,8 @@ class TableWriter:
             found = work()
             table, counts = found if isinstance(found, tuple) else (found, None)
             tally = Tally.of(table, counts)
+            if path.is_file():  # a copy of this shard came first
+                return tally
             (streaks or Streaks([stem], self.max_failures)).add(stem, tally)
             write_table(path, table, self.about)
             return tally
@@ -242,7 +244,12 @@ def parse_part(part: str | None) -> tuple[int, int] | None:
 
 @contextmanager
 def open_workers(
-    recipe: Callable[[], Any], workers: int, *, part: str | None = None, max_failures: int = MAX_FAILURES
+    recipe: Callable[[], Any],
+    workers: int,
+    *,
+    part: str | None = None,
+    ray: str | None = None,
+    max_failures: int = MAX_FAILURES,
 ) -> Iterator[Engine]:
     """The engine that these options of a verb mean; ``recipe`` makes what each worker process holds."""
     if max_failures < 0:
@@ -250,8 +257,16 @@ def open_workers(
     if workers < 1:
         raise InputError(f"workers: expected 1 or more, got {workers}")
     ranks, parts = RankTalk.of_torchrun(), parse_part(part)
-    if ranks.size > 1 and (workers > 1 or parts):
-        raise InputError("torchrun's processes are the workers: give no --workers and no --part with it")
+    if ranks.size > 1 and (workers > 1 or parts or ray):
+        raise InputError("torchrun's processes are the workers: give no --workers, --part or --ray with it")
+    if ray and parts:
+        raise InputError("ray: a cluster does all parts; give no --part with it")
+    if ray:
+        from diffprune.ray_workers import RayWorkers
+
+        with RayWorkers(recipe, ray, workers if workers > 1 else None) as actors:
+            yield Engine(actors, parts, ranks, max_failures)
+        return
     if workers == 1:
         yield Engine(None, parts, ranks, max_failures)
         return

@@ -14,6 +14,13 @@ from typing import Any
 from diffprune.errors import InputError
 
 TEMPORARY_PREFIX = ".tmp-"
+_writer = ""
+
+
+def set_writer(name: str) -> None:
+    """Put ``name`` into this process's temporary names: another one may be writing the same file, the same bytes."""
+    global _writer
+    _writer = name
 
 
 @contextmanager
@@ -26,7 +33,7 @@ def atomic_path(path: str | Path, *, sync_folder: bool = True) -> Iterator[Path]
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(TEMPORARY_PREFIX + path.name)
+    temporary = path.with_name(TEMPORARY_PREFIX + _writer + path.name)
     try:
         yield temporary
         _fsync(temporary)
