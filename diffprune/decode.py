@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -47,8 +48,9 @@ MAX_THREADS = 16
 class Batch:
     """Consecutive samples of one shard. Failed samples have zero pixels and an error.
 
-    ``images`` is uint8 [B, C, H, W]; ``labels`` are the integers of ``cls``, None where there is none. ``notes`` say
-    what was wrong with an image that decoded all the same, which happens without ``strict`` only.
+    ``images`` is uint8 [B, C, H, W], a view of rows that lie in memory as decoders write them, [B, H, W, C] (what torch
+    calls channels_last); ``labels`` are the integers of ``cls``, None where there is none. ``notes`` say what was wrong
+    with an image that decoded all the same, which happens without ``strict`` only.
     """
 
     samples: list[Sample]
@@ -77,8 +79,9 @@ def read_batches(
     """Decode a shard batch by batch, in file order; ``keys`` restricts it to these.
 
     ``size``, ``channels``, ``strict`` and ``max_pixels`` as in ``Decoding``. With ``size=None`` all images of a batch
-    must have one size: use ``batch_size=1`` if they don't. ``threads``: how many decode, by default as many as there
-    are cores, at most 16; they are ahead by a batch (or two images per thread, if that is more), which bounds memory.
+    must have one size (InputError): use ``batch_size=1`` if they don't. ``threads``: how many decode, by default as
+    many as there are cores, at most 16; they are ahead by a batch (or two images per thread, if that is more), which
+    bounds memory.
     Raises InputError if the shard is no longer as it was indexed.
     """
     decoding = Decoding(size, channels, strict, max_pixels)
@@ -145,13 +148,14 @@ def load_images(
         raise InputError(
             f"{kept or 'keys'}: key {missing!r} is in none of the shards; is this a selection of another data set?"
         )
-    return table, np.concatenate(images) if images else np.zeros((0, channels, size or 0, size or 0), np.uint8)
+    if not images:
+        return table, np.zeros((0, channels, size or 0, size or 0), np.uint8)
+    return table, np.ascontiguousarray(np.concatenate(images))
 
 
 class _Row(NamedTuple):
-    """What a sample gives; ``pixels`` is None if it failed, or if they went into the batch's array."""
+    """What a sample gives beside its pixels."""
 
-    pixels: np.ndarray | None
     label: int | None
     uid: str | None
     error: str | None
@@ -163,9 +167,9 @@ class _Pending:
 
     def __init__(self, reader: ShardReader, samples: list[Sample], decoding: Decoding, pool: Executor | None) -> None:
         self.reader, self.samples, self.decoding = reader, samples, decoding
-        shape = decoding.shape
-        self.images = None if shape is None else np.zeros((len(samples), *shape), dtype=np.uint8)
-        step = 1 if shape is None else 16  # small images must not cost more to hand out than to decode
+        self.lock = Lock()
+        self.images = None if decoding.shape is None else self._room(decoding.shape)
+        step = 1 if decoding.shape is None else 16  # small images must not cost more to hand out than to decode
         starts = range(0, len(samples), step)
         self.rows: list[Future[list[_Row]]] | Iterator[list[_Row]]
         if pool is None:
@@ -176,13 +180,14 @@ class _Pending:
     def batch(self) -> Batch:
         """Wait for the samples, and put them together."""
         rows = [row for part in self.rows for row in (part.result() if isinstance(part, Future) else part)]
-        images = self.images
-        if images is None:
-            pixels = [row.pixels for row in rows]
-            blank = np.zeros(next((p.shape for p in pixels if p is not None), (self.decoding.channels, 1, 1)), np.uint8)
-            images = np.stack([blank if p is None else p for p in pixels])
-        _, labels, uids, errors, notes = map(list, zip(*rows, strict=True))
-        return Batch(self.samples, images, labels, uids, errors, notes)
+        images = self._room((self.decoding.channels, 1, 1)) if self.images is None else self.images
+        labels, uids, errors, notes = map(list, zip(*rows, strict=True))
+        return Batch(self.samples, images.transpose(0, 3, 1, 2), labels, uids, errors, notes)
+
+    def _room(self, shape: tuple[int, int, int]) -> np.ndarray:
+        """Zeros, uint8 [B, H, W, C], for images [C, H, W]."""
+        channels, height, width = shape
+        return np.zeros((len(self.samples), height, width, channels), np.uint8)
 
     def _decode(self, start: int, stop: int) -> list[_Row]:
         rows = []
@@ -190,15 +195,36 @@ class _Pending:
             label, uid, error = read_annotations(self.reader, sample)
             pixels, note = None, None
             if error is None:
+                room = None if self.images is None else self.images[place]
                 try:
-                    pixels, note = self.decoding.decode(_read_image(self.reader, sample))
+                    pixels, note = self.decoding.decode(_read_image(self.reader, sample), room)
                 except DecodeError as failure:
                     error = str(failure)
-            if pixels is not None and self.images is not None:
-                self.images[place] = pixels
-                pixels = None
-            rows.append(_Row(pixels, label, uid, error, note))
+                    if room is not None:
+                        room[:] = 0
+            if pixels is not None:
+                self._keep(place, pixels, room)
+            rows.append(_Row(label, uid, error, note))
         return rows
+
+    def _keep(self, place: int, pixels: np.ndarray, room: np.ndarray | None) -> None:
+        """Put an image into the batch, whose size is that of the first one that is whole."""
+        if room is not None and np.shares_memory(pixels, room):
+            return
+        with self.lock:
+            if self.images is None:
+                self.images = self._room(pixels.shape)
+        rows = self.images.transpose(0, 3, 1, 2)
+        if pixels.shape != rows.shape[1:]:
+            raise InputError(
+                f"{self.reader.path}: key {self.samples[place].key!r} is {_size(pixels.shape)} pixels, another of the "
+                f"same batch {_size(rows.shape[1:])}: give a size, or batch_size=1"
+            )
+        rows[place] = pixels
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[2]}×{shape[1]}"
 
 
 def _cores() -> int:

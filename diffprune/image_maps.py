@@ -86,7 +86,8 @@ class ImageMap:
         for batch in batches:
             start = len(errors)
             with torch.inference_mode():
-                images = torch.from_numpy(batch.images).to(network.device)
+                # contiguous: a convolution rounds otherwise for another memory layout
+                images = torch.from_numpy(batch.images).to(network.device).contiguous()
                 values = network.function(images).float().cpu().numpy().astype(np.float16)
             for row, error in enumerate(batch.errors):
                 if error is None and not np.isfinite(values[row]).all():

@@ -53,10 +53,12 @@ class Part:
         """Copy the rows from ``start`` on; a file is read past its mapping, so that no page of it stays in memory."""
         stop = start + len(target)
         if self.rows is None:
-            target[:] = _read(self.array, start, stop)
+            _read(self.array, start, target)
         else:
             rows = self.rows[start:stop]
-            target[:] = _read(self.array, rows[0], rows[-1] + 1)[rows - rows[0]]
+            block = np.empty((rows[-1] + 1 - rows[0], self.array.shape[1]), self.array.dtype)
+            _read(self.array, rows[0], block)
+            target[:] = block[rows - rows[0]]
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Single rows, by their number among these."""
@@ -108,7 +110,7 @@ class Points:
         return result.numpy()
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Which rows, and they prepared: [b, D] float32 or half."""
+        """Which rows, and they prepared: [b, D] float32 or half; asking for the next block may overwrite this one."""
         for own, block in self.raw_blocks():
             yield own, prepare(block, self.metric)
 
@@ -196,17 +198,20 @@ class StreamedPoints(Points):
 
     def held(self) -> HeldPoints:
         """The same rows in memory."""
-        return HeldPoints(torch.from_numpy(self._read(0, self.rows)), self.metric, self.parts)
+        room = np.empty((self.rows, self.dimensions), self.numpy_dtype)
+        return HeldPoints(torch.from_numpy(self._read(0, self.rows, room)), self.metric, self.parts)
 
     def raw_blocks(self) -> Iterator[tuple[slice, Tensor]]:
         size = max(1, self.memory // (2 * self.dimensions * self.numpy_dtype.itemsize))
         bounds = [(start, min(start + size, self.rows)) for start in range(0, self.rows, size)]
+        # Two blocks, read into by turns: fresh memory for each would cost as much as reading it.
+        room = [np.empty((min(size, self.rows), self.dimensions), self.numpy_dtype) for _ in bounds[:2]]
         with ThreadPoolExecutor(1) as reader:
-            ahead = reader.submit(self._read, *bounds[0]) if bounds else None
+            ahead = reader.submit(self._read, *bounds[0], room[0]) if bounds else None
             for i, (start, stop) in enumerate(bounds):
                 block = ahead.result()
                 if i + 1 < len(bounds):
-                    ahead = reader.submit(self._read, *bounds[i + 1])
+                    ahead = reader.submit(self._read, *bounds[i + 1], room[(i + 1) % 2])
                 yield slice(start, stop), torch.from_numpy(block)
 
     def raw_take(self, rows: Tensor) -> Tensor:
@@ -218,8 +223,9 @@ class StreamedPoints(Points):
             result[own] = self.parts[i].take(wanted[own] - self.starts[i])
         return torch.from_numpy(result)
 
-    def _read(self, start: int, stop: int) -> np.ndarray:
-        block = np.empty((stop - start, self.dimensions), self.numpy_dtype)
+    def _read(self, start: int, stop: int, room: np.ndarray) -> np.ndarray:
+        """The rows, in the first ones of ``room``."""
+        block = room[: stop - start]
         for part, first in zip(self.parts, self.starts, strict=False):
             low, high = max(start, first), min(stop, first + len(part))
             if low < high:
@@ -265,22 +271,26 @@ def _open_part(name: str, part: Any) -> Part:
     return Part(part)
 
 
-def _read(array: np.ndarray, start: int, stop: int) -> np.ndarray:
-    """Rows of an array; those of a file that is mapped whole come by reading it, which leaves no mapped page behind."""
+def _read(array: np.ndarray, start: int, target: np.ndarray) -> None:
+    """Rows of an array into ``target`` [n, D]; those of a file that is mapped whole come by reading it, which leaves no
+    mapped page behind."""
     whole = isinstance(array, np.memmap) and array.flags["C_CONTIGUOUS"] and not isinstance(array.base, np.memmap)
+    stop = start + len(target)
     if not whole or array.filename is None:
-        return array[start:stop]
-    row_bytes = array.shape[1] * array.dtype.itemsize
+        target[:] = array[start:stop]
+        return
+    alike = target.dtype == array.dtype and target.flags["C_CONTIGUOUS"]
+    block = target if alike else np.empty(target.shape, array.dtype)
     with open(array.filename, "rb", buffering=0) as file:
-        file.seek(array.offset + start * row_bytes)
-        block = np.empty((stop - start, array.shape[1]), array.dtype)
+        file.seek(array.offset + start * array.shape[1] * array.dtype.itemsize)
         view, done = memoryview(block).cast("B"), 0
         while done < len(view):
             count = file.readinto(view[done:])
             if not count:
                 raise InputError(f"{array.filename}: ends before row {stop}; was it changed while being read?")
             done += count
-    return block
+    if not alike:
+        target[:] = block
 
 
 def _checked(name: str, data: Tensor, shape: Sequence[int] | None = None) -> Tensor:

@@ -17,7 +17,8 @@ import math
 import torch
 from torch import Tensor
 
-from diffprune.kernels import kmeans_update
+from diffprune.kernels import cpp, kmeans_update
+from diffprune.kernels.cpp.kmeans_update import add_exactly
 from diffprune.kmeans_points import Points
 from diffprune.rank_talk import ALONE, RankTalk
 
@@ -128,6 +129,10 @@ class _ExactSums:
         return bins[0] if len(bins) == 1 else bins[0] + bins[1]
 
     def add(self, values: Tensor, changes: list[Change], weights: Tensor | None = None) -> None:
+        if _in_cpp(values):
+            for assignment, sign in changes:
+                add_exactly(values, assignment, weights, sign, self.grids, self.bins)
+            return
         if not self.grids:
             self._add(self.bins[0], values, changes)
             return
@@ -162,3 +167,7 @@ class _ExactSums:
             torch.mul(rest, 1 / self.grids[0], out=high).round_().mul_(self.grids[0])  # exact but for the rounding
             torch.sub(rest, high, out=low).mul_(1 / self.grids[1]).round_().mul_(self.grids[1])
         return parts
+
+
+def _in_cpp(values: Tensor) -> bool:
+    return values.device.type == "cpu" and cpp.unavailable() is None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -52,7 +51,7 @@ def prune(
         shards: the shards that it was made from: a brace pattern, glob, folder, list file or several of them.
         shard_size: samples per new shard; by default that of the largest input shard.
         prefix: new shards are named ``<prefix>-<number>.tar``; by default like the input, with as many digits.
-        workers: shards written at a time, by threads; by default one per CPU core, at most 8.
+        workers: shards written at a time, by threads, which mostly wait for the disk; by default 4.
         dry_run: check the selection against the shards, say how much would be copied and write nothing.
 
     ``prune.json`` is written beside the new shards: the plan, and at the end counts and, per new shard, its samples,
@@ -126,7 +125,7 @@ def prune(
             return path
 
         with progress("prune", total=sum(len(wanted[path]) for path in missing), unit="samples") as bar:
-            pool = ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1))
+            pool = ThreadPoolExecutor(workers or 4)
             try:
                 for done in as_completed([pool.submit(write, path) for path in paths if path in missing]):
                     bar.advance(len(wanted[done.result()]), note=done.result().name)

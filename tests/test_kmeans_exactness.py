@@ -13,11 +13,13 @@ from torch import Tensor
 
 import diffprune.kmeans_bounds
 import diffprune.kmeans_lloyd
+from diffprune import kmeans_sums
 from diffprune.errors import InputError
 from diffprune.kernels import kmeans_assign
 from diffprune.kmeans import KMeans
 from diffprune.kmeans_points import Part, open_points
 from diffprune.kmeans_sums import ClusterSums
+from tests.kernels.cpp_case import needs_cpp
 
 
 def cloud(n: int = 1500, d: int = 7, seed: int = 0) -> Tensor:
@@ -163,6 +165,28 @@ def test_sums_do_not_depend_on_order_and_are_right(scale: float, weighted: bool)
             assert math.isclose(
                 float(found[0][c, d]), math.fsum(terms) / math.fsum(masses), rel_tol=0, abs_tol=tolerance
             )
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("rows", [3, 0, 2000])
+def test_cpp_and_torch_sum_the_same_bits(dtype: torch.dtype, weighted: bool, rows: int, monkeypatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    points = (torch.randn(2000, 19, generator=generator) * torch.logspace(-6, 3, 19)).to(dtype)
+    points[5, ::2] = 0.5 * points[6, ::2]
+    weights = torch.rand(2000, generator=generator, dtype=torch.float64) if weighted else None
+    old, new = (torch.randint(0, 7, (2000,), generator=generator, dtype=torch.int32) for _ in range(2))
+    moved = torch.randperm(2000, generator=generator)[:rows]
+    found = []
+    for in_cpp in (True, False):
+        monkeypatch.setattr(kmeans_sums, "_in_cpp", lambda values, in_cpp=in_cpp: in_cpp)
+        sums = ClusterSums(7, open_points(points, metric="euclidean"), float(points.float().abs().max()), weights)
+        sums.add(points, slice(0, 2000), old)
+        sums.move(points[moved], moved, old[moved], new[moved])
+        found.append(sums.total.bins)
+    assert found[0].abs().sum() > 0
+    assert torch.equal(*found)
 
 
 def test_half_sums_are_exact_without_a_split() -> None:
