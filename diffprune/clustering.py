@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,10 @@ from diffprune.kmeans_faiss import faiss_centroids
 from diffprune.kmeans_points import Part
 from diffprune.progress import Progress
 from diffprune.rank_talk import ALONE, RankTalk
-from diffprune.tables import BASE_COLUMNS, read_folder
+from diffprune.tables import BASE_COLUMNS, STAGE_FILE, read_folder
 
 CENTROIDS_FILE = "centroids.safetensors"
+PARTIALS = "_partials"
 ENGINES = ("diffprune", "faiss")
 
 CLUSTER_FIELD = pa.field("cluster", pa.int32(), metadata={"meaning": "k-means label over the embeddings"})
@@ -101,7 +103,7 @@ def cluster(
     options["memory"] = parse_bytes(memory)
     fitted: dict[str, np.ndarray] = {}
 
-    saved = out / CENTROIDS_FILE
+    saved, latest = out / CENTROIDS_FILE, out / PARTIALS / "rounds.safetensors"
     about: dict[str, Any] = {}
 
     def fit() -> None:
@@ -123,12 +125,18 @@ def cluster(
                 start = faiss_centroids(source.parts, k, keys=source.keys, **options), {**options, "max_iter": 0}
                 rounds = max_iter
             given = {"n_init": n_init, "batch_size": batch_size, **start[1]}
-            kmeans = KMeans(k, init=start[0], **given).fit(source.parts, keys=source.keys, talk=talk)
+            kmeans = KMeans(k, init=start[0], **given).fit(source.parts, keys=source.keys, talk=talk, rounds=rounds)
             fitted.update(cluster=kmeans.assignment_, distance=kmeans.distance_)
             about.update(inertia=kmeans.inertia_, iterations=kmeans.n_iter_ if rounds is None else rounds)
             fitted["centroids"] = kmeans.centroids_
 
-    def keep() -> None:
+    def begin() -> None:
+        try:
+            fit()
+        except InputError:
+            if not talk.rank and not saved.is_file() and not rounds.is_file():  # there is nothing to go on with
+                (out / STAGE_FILE).unlink(missing_ok=True)
+            raise
         if talk.rank or "centroids" not in fitted:
             return
         with atomic_path(saved) as temporary:
@@ -152,13 +160,14 @@ def cluster(
         source.stems,
         work,
         total=source.rows * talk.size,
-        prepare=fit,
-        begin=keep,
+        begin=begin,
         dry_run=dry_run,
         engine=Engine(ranks=talk),
     )
     if dry_run:
         return {**summary, "k": k, "dimensions": source.dimensions}
+    if not talk.rank:
+        shutil.rmtree(out / PARTIALS, ignore_errors=True)
     return {**summary, "k": k, **_sizes(out), **_fit_summary(saved)}
 
 

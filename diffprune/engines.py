@@ -117,7 +117,6 @@ def run_stage(
     total: int,
     unit: str = "images",
     metadata: dict[str, Any] | None = None,
-    prepare: Callable[[], None] | None = None,
     begin: Callable[[], None] | None = None,
     dry_run: bool = False,
     engine: Engine | None = None,
@@ -128,8 +127,8 @@ def run_stage(
 
     ``config`` is everything that the result depends on (inputs included, JSON-able): its fingerprint goes into the
     folder and into each table, and a folder with another one is refused with a ResumeError that names what differs.
-    ``metadata`` is told to readers but not compared. ``prepare`` runs once, if any shard is to be done, before anything
-    is written; ``begin`` runs after it, when ``out`` is there and this stage's, and may keep files of its own in it.
+    ``metadata`` is told to readers but not compared. ``begin`` runs once, if any shard is to be done, when ``out`` is
+    there and this stage's; it may keep files of its own in it.
     ``work`` advances the progress itself; ``total`` counts ``unit``s to do here. With the engine's ``workers``
     they do ``task(stem, writer)`` instead, which has to end in ``writer.run``. ``told`` hears how each shard fared.
     Returns counts: shards, shards_done_before, samples, failed, first_error, out; of a part, where there is one.
@@ -161,8 +160,6 @@ def run_stage(
         plan = {"stage": name, "shards": len(whole), "shards_done_before": len(whole) - len(todo), "out": str(out)}
         if engine.workers and lock is not None:
             engine.workers.hold(lock)
-        if todo and prepare:
-            prepare()
         if not engine.ranks.rank:
             with shard_claim(out, STAGE_FILE) if engine.part else nullcontext():
                 if not (out / STAGE_FILE).is_file():
