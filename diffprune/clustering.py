@@ -125,7 +125,7 @@ def cluster(
                 start = faiss_centroids(source.parts, k, keys=source.keys, **options), {**options, "max_iter": 0}
                 rounds = max_iter
             given = {"n_init": n_init, "batch_size": batch_size, **start[1]}
-            kmeans = KMeans(k, init=start[0], **given).fit(source.parts, keys=source.keys, talk=talk, rounds=rounds)
+            kmeans = KMeans(k, init=start[0], **given).fit(source.parts, keys=source.keys, talk=talk, rounds=latest)
             fitted.update(cluster=kmeans.assignment_, distance=kmeans.distance_)
             about.update(inertia=kmeans.inertia_, iterations=kmeans.n_iter_ if rounds is None else rounds)
             fitted["centroids"] = kmeans.centroids_
@@ -134,7 +134,7 @@ def cluster(
         try:
             fit()
         except InputError:
-            if not talk.rank and not saved.is_file() and not rounds.is_file():  # there is nothing to go on with
+            if not talk.rank and not saved.is_file() and not latest.is_file():  # there is nothing to go on with
                 (out / STAGE_FILE).unlink(missing_ok=True)
             raise
         if talk.rank or "centroids" not in fitted:
