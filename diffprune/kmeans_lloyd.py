@@ -109,10 +109,13 @@ class Lloyd:
         return self.shifts is not None and GroupBounds.pay(self.points, centroids, self.shifts, self.moved)
 
     def _sweep_whole(self, centroids: Tensor) -> None:
-        """The same on a GPU, where finding out which points moved would make the host wait."""
+        """The same on a GPU, where finding out which points moved would make the host wait.
+
+        So would a check of the centroids, which are finite: ``_means``.
+        """
         self.sums.clear()
         for own, block in self.points.blocks():
-            self.assignment[own], self.sqdistance[own] = kmeans_assign(block, centroids)
+            self.assignment[own], self.sqdistance[own] = kmeans_assign(block, centroids, check_values=False)
             self.sums.add(block, own, self.assignment[own])
 
     def _all_moved(self) -> int:

@@ -63,7 +63,7 @@ class ClusterSums:
             self.mass.clear()
 
     def add(self, points: Tensor, rows: slice | Tensor, assignment: Tensor) -> None:
-        """Add ``points`` [b, D], which are the rows ``rows`` of all."""
+        """Add ``points`` [b, D], which are the rows ``rows`` of all. Labels are trusted to be in range."""
         self._add(points, rows, [(assignment, 1)])
 
     def move(self, points: Tensor, rows: Tensor, old: Tensor, new: Tensor) -> None:
@@ -87,9 +87,9 @@ class ClusterSums:
         self.total.add(points, changes, weights)
         if weights is not None:
             self.mass.add(weights[:, None], changes)
-        for assignment, sign in changes:
-            counted = assignment if weights is None else assignment[weights > 0]
-            self.own_counts.add_(counted.bincount(minlength=self.k), alpha=sign)
+        ones = self.own_counts.new_ones(()) if weights is None else (weights > 0).long()
+        for assignment, sign in changes:  # not by bincount: a GPU's makes the host wait
+            self.own_counts.index_add_(0, assignment, ones.expand(len(assignment)), alpha=sign)
 
 
 def total(values: Tensor, talk: RankTalk = ALONE, rows: int | None = None) -> float:
@@ -106,7 +106,7 @@ def total(values: Tensor, talk: RankTalk = ALONE, rows: int | None = None) -> fl
         for number, grid in enumerate(grids):
             part = (rest / grid).round_().mul_(grid)
             bins[number] += part.sum()
-            rest -= part
+            rest = rest - part  # not in place: it may be `values` itself
     return float(talk.sum(bins).sum())
 
 
@@ -148,7 +148,7 @@ class _ExactSums:
             if len(values) < self.k:  # less work than a table of all clusters; in whatever order, as nothing rounds
                 sums.index_add_(0, assignment.long(), values.double(), alpha=sign)
             else:
-                sums.add_(kmeans_update(values, assignment, self.k)[0], alpha=sign)
+                sums.add_(kmeans_update(values, assignment, self.k, check_values=False)[0], alpha=sign)
 
     def _split(self, values: Tensor, weights: Tensor | None) -> Tensor:
         """[2, b, D]: ``values``, times the ``weights``, as multiples of each grid."""
