@@ -26,6 +26,7 @@ from diffprune.models.embedders import load_embedder
 from diffprune.prefetch import Prefetch
 from diffprune.progress import Progress
 from diffprune.shards import ShardIndex, ShardSpec
+from diffprune.storage import AnyPath, as_path, existing
 
 
 def encode(
@@ -60,7 +61,7 @@ def encode(
     images = _Images(
         "encode",
         partial(_latents_network, vqvae, flip_twins, device),
-        Path(out),
+        as_path(out),
         batch_size,
         Reading(strict_decode, max_pixels),
     )
@@ -100,7 +101,7 @@ def embed(
     images = _Images(
         "embed",
         partial(_embedding_network, model, device, precision),
-        Path(out),
+        as_path(out),
         batch_size,
         Reading(strict_decode, max_pixels),
     )
@@ -148,7 +149,7 @@ class _Images:
 
     stage: str
     network: Callable[[], Network]
-    out: Path
+    out: AnyPath
     batch_size: int
     reading: Reading
 
@@ -159,7 +160,7 @@ class _Images:
 class _Worker:
     """A network in memory, and what it makes of shards."""
 
-    def __init__(self, images: ImageMap, out: Path) -> None:
+    def __init__(self, images: ImageMap, out: AnyPath) -> None:
         self.images, self.out = images, out
         self.twins = images.network.head.get("flip_twins", False)  # each row is an image's and its mirror image's
 
@@ -191,12 +192,11 @@ def _map_images(recipe: _Images, shards: ShardSpec, dry_run: bool, **how: Any) -
         stems = list(images.indexes)
         if worker.twins:
             images.config["shape"] = list(images.row_shape[1:])
-        mine = set(engine.mine(stems))
+        mine = engine.mine(stems)
+        done = existing(out / f"{stem}.parquet" for stem in mine)
+        asked_for = {stem for stem in mine if out / f"{stem}.parquet" not in done}
 
-        def is_not_asked_for(stem: str) -> bool:
-            return stem not in mine or (out / f"{stem}.parquet").is_file()
-
-        with Prefetch(images.batches, stems, skip=is_not_asked_for) as batches:
+        with Prefetch(images.batches, stems, skip=lambda stem: stem not in asked_for) as batches:
             return run_stage(
                 recipe.stage,
                 out,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from diffprune.decode import MAX_PIXELS, read_annotations
+from diffprune.decode import MAX_PIXELS, annotation_ranges, read_annotations
 from diffprune.device import pick_device
 from diffprune.encoding import vqvae_network
 from diffprune.files import fingerprint
@@ -70,7 +70,8 @@ class LiveLatents:
     def unread_table(self, stem: str) -> pa.Table:
         """As ``table``, but without a look at the images: labels are read, and a sample fails for its label only."""
         index = self._images.indexes[stem]
-        with ShardReader(index.path, index.size) as reader:
+        with ShardReader(index.path, index.size, index.version) as reader:
+            reader.will_read(annotation_ranges(index.samples))
             rows = [read_annotations(reader, sample) for sample in index.samples]
         labels, uids, errors = ([row[column] for row in rows] for column in range(3))
         return base_table(index.path.name, index.samples, labels, uids, errors)

@@ -22,6 +22,7 @@ from diffprune.draws import MASK
 from diffprune.engines import Engine, TableWriter, open_workers, run_stage
 from diffprune.errors import InputError
 from diffprune.failures import MAX_FAILURES, Tally
+from diffprune.files import fingerprint
 from diffprune.local_workers import Advance, Relay, Task
 from diffprune.passes import BY_DRAW, Latents, Passes, Plan, unread_table
 from diffprune.progress import Progress
@@ -32,6 +33,8 @@ from diffprune.scores.monotonicity import MONOTONICITY, monotonicity
 from diffprune.scores.moso import MODES, moso_field
 from diffprune.scores.random import RANDOM
 from diffprune.scores.support import Support
+from diffprune.storage import AnyPath, as_path
+from diffprune.storage.folders import partials_folder
 from diffprune.surrogates import PRECISIONS, Surrogate
 
 METHODS = ("random", "loss", "el2n", "grand", "moso", "monotonicity")
@@ -156,10 +159,11 @@ def score(
         source,
         load_surrogate,
         plan,
-        Path(out) / "_partials",
+        partials_folder(as_path(out), fingerprint(config)),
         batch_size,
         None if memory is None else int(memory * 2**30),
         rows - failed_before,
+        as_path(out),
     )
     fields, failed = _fields(plan), Counter()
     with (
@@ -200,9 +204,10 @@ class _Passes:
     batch_size: int | str
     memory: int | None
     rows: int
+    tables: AnyPath
 
     def open(self, surrogate: Surrogate | None, engine: Engine | None = None) -> Passes:
-        about = (self.plan, self.folder, self.batch_size, self.memory, self.rows, engine)
+        about = (self.plan, self.folder, self.batch_size, self.memory, self.rows, self.tables, engine)
         return Passes(self.source, surrogate, *about)
 
     def __call__(self) -> _Worker:
