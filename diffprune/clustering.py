@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from safetensors.numpy import save_file
 from diffprune.arrays import ArrayFolder
 from diffprune.engines import Engine, run_stage
 from diffprune.errors import InputError
-from diffprune.files import atomic_path
+from diffprune.files import atomic_path, fingerprint
 from diffprune.hierarchical_kmeans import HierarchicalKMeans
 from diffprune.kmeans import KMeans
 from diffprune.kmeans_faiss import faiss_centroids
@@ -27,8 +28,9 @@ from diffprune.progress import Progress
 from diffprune.quantities import parse_bytes
 from diffprune.rank_talk import ALONE, RankTalk
 from diffprune.storage import AnyPath, as_path
+from diffprune.storage.folders import partials_folder
 from diffprune.storage.spool import local_file
-from diffprune.tables import BASE_COLUMNS, read_folder
+from diffprune.tables import BASE_COLUMNS, STAGE_FILE, read_folder
 
 CENTROIDS_FILE = "centroids.safetensors"
 ENGINES = ("diffprune", "faiss")
@@ -103,7 +105,8 @@ def cluster(
     options["memory"] = parse_bytes(memory)
     fitted: dict[str, np.ndarray] = {}
 
-    saved = out / CENTROIDS_FILE
+    partials = partials_folder(out, fingerprint(config))
+    saved, latest = out / CENTROIDS_FILE, partials / "rounds.safetensors"
     about: dict[str, Any] = {}
 
     def fit() -> None:
@@ -125,12 +128,18 @@ def cluster(
                 start = faiss_centroids(source.parts, k, keys=source.keys, **options), {**options, "max_iter": 0}
                 rounds = max_iter
             given = {"n_init": n_init, "batch_size": batch_size, **start[1]}
-            kmeans = KMeans(k, init=start[0], **given).fit(source.parts, keys=source.keys, talk=talk)
+            kmeans = KMeans(k, init=start[0], **given).fit(source.parts, keys=source.keys, talk=talk, rounds=latest)
             fitted.update(cluster=kmeans.assignment_, distance=kmeans.distance_)
             about.update(inertia=kmeans.inertia_, iterations=kmeans.n_iter_ if rounds is None else rounds)
             fitted["centroids"] = kmeans.centroids_
 
-    def keep() -> None:
+    def begin() -> None:
+        try:
+            fit()
+        except InputError:
+            if not talk.rank and not saved.is_file() and not latest.is_file():  # there is nothing to go on with
+                (out / STAGE_FILE).unlink(missing_ok=True)
+            raise
         if talk.rank or "centroids" not in fitted:
             return
         with atomic_path(saved) as temporary:
@@ -154,13 +163,14 @@ def cluster(
         source.stems,
         work,
         total=source.rows * talk.size,
-        prepare=fit,
-        begin=keep,
+        begin=begin,
         dry_run=dry_run,
         engine=Engine(ranks=talk),
     )
     if dry_run:
         return {**summary, "k": k, "dimensions": source.dimensions}
+    if not talk.rank:
+        shutil.rmtree(partials, ignore_errors=True)
     return {**summary, "k": k, **_sizes(out), **_fit_summary(saved)}
 
 

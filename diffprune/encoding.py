@@ -41,6 +41,7 @@ def encode(
     max_pixels: int = MAX_PIXELS,
     workers: int = 1,
     part: str | None = None,
+    ray: str | None = None,
     max_failures: int = MAX_FAILURES,
     dry_run: bool = False,
 ) -> dict[str, Any]:
@@ -53,8 +54,9 @@ def encode(
     ``strict_decode`` and ``max_pixels``: see ``diffprune.decode.Decoding``. The next shard is read while this
     one is encoded. Returns counts (samples, failed, ...); shards that are done are skipped.
     ``workers``: so many processes take the shards, each with the model in its memory. ``part``: "3/64", only the third
-    of 64 parts of the shards; parts may run at once, on several machines. ``max_failures``: stop after so many images
-    in a row that fail; 0: never. See docs/scale.md.
+    of 64 parts of the shards; parts may run at once, on several machines. ``ray``: the address of a Ray cluster, or
+    "auto": its actors take the shards, as many as ``workers`` if given. ``max_failures``: stop after so many images in
+    a row that fail; 0: never. See docs/scale.md.
     """
     images = _Images(
         "encode",
@@ -63,7 +65,7 @@ def encode(
         batch_size,
         Reading(strict_decode, max_pixels),
     )
-    return _map_images(images, shards, workers, part, max_failures, dry_run)
+    return _map_images(images, shards, dry_run, workers=workers, part=part, ray=ray, max_failures=max_failures)
 
 
 def embed(
@@ -78,6 +80,7 @@ def embed(
     max_pixels: int = MAX_PIXELS,
     workers: int = 1,
     part: str | None = None,
+    ray: str | None = None,
     max_failures: int = MAX_FAILURES,
     dry_run: bool = False,
 ) -> dict[str, Any]:
@@ -85,14 +88,16 @@ def embed(
 
     Embeddings are L2-normalised, except those of FID's Inception, see ``models.inception.inception_features``, and of
     a classifier. ``model``: a folder or hub id of CLIP, OpenCLIP, SigLIP, DINOv2 or DINOv3, ``efficientnet-lite0``,
-    ``vqvae:PATH``, ``classifier:PATH``, ``inception@SIZE:PATH``, or ``package.module:function``; see docs/embedding.md. Images are prepared as the model was
-    published with. ``clip-retrieval:PATH`` computes nothing: it takes the embeddings that clip-retrieval wrote, by key.
+    ``vqvae:PATH``, ``classifier:PATH``, ``inception@SIZE:PATH``, or ``package.module:function``; see
+    docs/embedding.md. Images are prepared as the model was published with. ``clip-retrieval:PATH`` computes nothing:
+    it takes the embeddings that clip-retrieval wrote, by key.
     ``precision``: "float32", "bf16", or "auto": bf16 on a GPU. Failed images as in ``encode``; an embedding that is not
-    finite, or all zero, is a failed row too. ``workers``, ``part`` and ``max_failures`` as in ``encode``.
+    finite, or all zero, is a failed row too. ``workers``, ``part``, ``ray`` and ``max_failures`` as in
+    ``encode``.
     """
     if model.startswith("clip-retrieval:"):
-        if workers > 1 or part:
-            raise InputError("clip-retrieval: its embeddings are only copied; give no workers and no part")
+        if workers > 1 or part or ray:
+            raise InputError("clip-retrieval: its embeddings are only copied; give no workers, part or ray")
         return bind_embeddings(model.removeprefix("clip-retrieval:"), shards, out, dry_run)
     images = _Images(
         "embed",
@@ -101,7 +106,7 @@ def embed(
         batch_size,
         Reading(strict_decode, max_pixels),
     )
-    return _map_images(images, shards, workers, part, max_failures, dry_run)
+    return _map_images(images, shards, dry_run, workers=workers, part=part, ray=ray, max_failures=max_failures)
 
 
 def vqvae_network(vqvae: str | Path, device: torch.device) -> Network:
@@ -180,10 +185,9 @@ class _Worker:
         return table
 
 
-def _map_images(
-    recipe: _Images, shards: ShardSpec, workers: int, part: str | None, max_failures: int, dry_run: bool
-) -> dict[str, Any]:
-    with open_workers(recipe, workers, part=part, max_failures=max_failures) as engine:
+def _map_images(recipe: _Images, shards: ShardSpec, dry_run: bool, **how: Any) -> dict[str, Any]:
+    """``how``: as ``open_workers``."""
+    with open_workers(recipe, **how) as engine:
         worker = recipe(shards)
         images, out = worker.images, recipe.out
         stems = list(images.indexes)

@@ -2,8 +2,8 @@
 
 Every stage that walks over shards goes through ``run_stage``: it writes one table per shard, skips the shards that
 are done, refuses to go on with the work of another run, and leaves nothing half-written behind. The map runs in this
-process, in processes of this machine (``local_workers``), in several processes that torchrun started (``ranks``), or
-in several runs of a part each; the files are the same.
+process, in processes of this machine (``local_workers``), on a Ray cluster (``ray_workers``), in several processes that
+torchrun started (``rank_talk``), or in several runs of a part each; the files are the same.
 """
 
 from __future__ import annotations
@@ -101,6 +101,8 @@ class TableWriter:
             found = work()
             table, counts = found if isinstance(found, tuple) else (found, None)
             tally = Tally.of(table, counts)
+            if path.is_file():  # a copy of this shard came first
+                return tally
             (streaks or Streaks([stem], self.max_failures)).add(stem, tally)
             write_table(path, table, self.about)
             return tally
@@ -116,7 +118,6 @@ def run_stage(
     total: int,
     unit: str = "images",
     metadata: dict[str, Any] | None = None,
-    prepare: Callable[[], None] | None = None,
     begin: Callable[[], None] | None = None,
     dry_run: bool = False,
     engine: Engine | None = None,
@@ -127,8 +128,8 @@ def run_stage(
 
     ``config`` is everything that the result depends on (inputs included, JSON-able): its fingerprint goes into the
     folder and into each table, and a folder with another one is refused with a ResumeError that names what differs.
-    ``metadata`` is told to readers but not compared. ``prepare`` runs once, if any shard is to be done, before anything
-    is written; ``begin`` runs after it, when ``out`` is there and this stage's, and may keep files of its own in it.
+    ``metadata`` is told to readers but not compared. ``begin`` runs once, if any shard is to be done, when ``out`` is
+    there and this stage's; it may keep files of its own in it.
     ``work`` advances the progress itself; ``total`` counts ``unit``s to do here. With the engine's ``workers``
     they do ``task(stem, writer)`` instead, which has to end in ``writer.run``. ``told`` hears how each shard fared.
     Returns counts: shards, shards_done_before, samples, failed, first_error, out; of a part, where there is one.
@@ -160,8 +161,6 @@ def run_stage(
         plan = {"stage": name, "shards": len(whole), "shards_done_before": len(whole) - len(todo), "out": str(out)}
         if engine.workers and lock is not None:
             engine.workers.hold(lock)
-        if todo and prepare:
-            prepare()
         if not engine.ranks.rank:
             with shard_claim(out, STAGE_FILE) if engine.part else nullcontext():
                 if not (out / STAGE_FILE).is_file():
@@ -243,7 +242,12 @@ def parse_part(part: str | None) -> tuple[int, int] | None:
 
 @contextmanager
 def open_workers(
-    recipe: Callable[[], Any], workers: int, *, part: str | None = None, max_failures: int = MAX_FAILURES
+    recipe: Callable[[], Any],
+    workers: int,
+    *,
+    part: str | None = None,
+    ray: str | None = None,
+    max_failures: int = MAX_FAILURES,
 ) -> Iterator[Engine]:
     """The engine that these options of a verb mean; ``recipe`` makes what each worker process holds."""
     if max_failures < 0:
@@ -251,8 +255,16 @@ def open_workers(
     if workers < 1:
         raise InputError(f"workers: expected 1 or more, got {workers}")
     ranks, parts = RankTalk.of_torchrun(), parse_part(part)
-    if ranks.size > 1 and (workers > 1 or parts):
-        raise InputError("torchrun's processes are the workers: give no --workers and no --part with it")
+    if ranks.size > 1 and (workers > 1 or parts or ray):
+        raise InputError("torchrun's processes are the workers: give no --workers, --part or --ray with it")
+    if ray and parts:
+        raise InputError("ray: a cluster does all parts; give no --part with it")
+    if ray:
+        from diffprune.ray_workers import RayWorkers
+
+        with RayWorkers(recipe, ray, workers if workers > 1 else None) as actors:
+            yield Engine(actors, parts, ranks, max_failures)
+        return
     if workers == 1:
         yield Engine(None, parts, ranks, max_failures)
         return

@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from diffprune.storage.writing import Writer
 
 TEMPORARY_PREFIX = ".tmp-"
+_writer = ""
+
+
+def set_writer(name: str) -> None:
+    """Put ``name`` into this process's temporary names: another one may be writing the same file, the same bytes."""
+    global _writer
+    _writer = name
 
 
 @contextmanager
@@ -36,7 +43,7 @@ def atomic_path(path: str | Path, *, sync_folder: bool = True) -> Iterator[Path]
             yield temporary
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(TEMPORARY_PREFIX + path.name)
+    temporary = path.with_name(TEMPORARY_PREFIX + _writer + path.name)
     try:
         yield temporary
         _fsync(temporary)

@@ -71,7 +71,7 @@ class ImageMap:
             raise _gone(path) from error
         if found != self._stamps[stem]:
             raise InputError(
-                f"{path}: changed since it was indexed (another size or time); what is finished is kept. If this is "
+                f"{path}: changed after it was indexed (another size or time); what is finished is kept. If this is "
                 "another data set now, write into another folder; if not, run the command again"
             )
 

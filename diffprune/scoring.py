@@ -64,6 +64,7 @@ def score(
     device: str = "auto",
     workers: int = 1,
     part: str | None = None,
+    ray: str | None = None,
     max_failures: int = MAX_FAILURES,
     dry_run: bool = False,
 ) -> dict[str, Any]:
@@ -94,6 +95,7 @@ def score(
             torchrun its processes do, and talk where they must.
         part: "3/64": only the third of 64 parts of the shards. Parts may run at once; not for what needs all samples:
             moso, but for one_pass, and normalise_t.
+        ray: the address of a Ray cluster, or "auto": its actors take the shards, as many as ``workers`` if given.
         max_failures: stop after so many samples in a row whose scores are not finite; 0: never.
         dry_run: write nothing, and return how much there is to do.
 
@@ -166,7 +168,7 @@ def score(
     fields, failed = _fields(plan), Counter()
     with (
         full_float32(),
-        open_workers(recipe, workers, part=part, max_failures=max_failures) as engine,
+        open_workers(recipe, workers, part=part, ray=ray, max_failures=max_failures) as engine,
         recipe.open(surrogate, engine) as passes,
     ):
         counts = run_stage(

@@ -48,6 +48,9 @@ Part = Annotated[
     str | None,
     typer.Option(help="Only the I-th of N parts of the shards, as 3/64, for a job array."),
 ]
+Ray = Annotated[
+    str | None, typer.Option(help="A Ray cluster's address, or auto: its actors take the shards, --workers of them.")
+]
 MaxFailures = Annotated[int, typer.Option(min=0, help="Stop after so many failures in a row; 0: never.")]
 Resume = Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")]
 
@@ -224,13 +227,14 @@ def encode(
     max_pixels: MaxPixels = MAX_PIXELS,
     workers: Workers = 1,
     part: Part = None,
+    ray: Ray = None,
     max_failures: MaxFailures = MAX_FAILURES,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Write the latents of every image, one fp16 .npy per shard."""
     options = {"batch_size": batch_size, "device": device, "strict_decode": strict_decode, "max_pixels": max_pixels}
-    options |= {"workers": workers, "part": part, "max_failures": max_failures}
+    options |= {"workers": workers, "part": part, "ray": ray, "max_failures": max_failures}
     run(diffprune.encode, shards, vqvae, out, flip_twins=flip_twins, **options, dry_run=dry_run, as_json=as_json)
 
 
@@ -252,6 +256,7 @@ def embed(
     max_pixels: MaxPixels = MAX_PIXELS,
     workers: Workers = 1,
     part: Part = None,
+    ray: Ray = None,
     max_failures: MaxFailures = MAX_FAILURES,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -259,7 +264,7 @@ def embed(
     """Write an L2-normalised embedding of every image, one fp16 .npy per shard."""
     options = {"model": model, "batch_size": batch_size, "device": device, "precision": precision}
     options |= {"strict_decode": strict_decode, "max_pixels": max_pixels}
-    options |= {"workers": workers, "part": part, "max_failures": max_failures}
+    options |= {"workers": workers, "part": part, "ray": ray, "max_failures": max_failures}
     run(diffprune.embed, shards, out, **options, dry_run=dry_run, as_json=as_json)
 
 
@@ -342,6 +347,12 @@ def score(
         str | None,
         typer.Option(help="Only the I-th of N parts of the shards, as 3/64.", rich_help_panel="How it runs"),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="A Ray cluster's address, or auto: its actors take the shards.", rich_help_panel="How it runs"
+        ),
+    ] = None,
     max_failures: Annotated[
         int,
         typer.Option(min=0, help="Stop after so many failures in a row; 0: never.", rich_help_panel="How it runs"),
@@ -374,7 +385,7 @@ def score(
     options |= {"group_size": group_size, "learning_rates": rates, "weights": weights, "precision": precision}
     options |= {"compile": compile_, "batch_size": batch_size if batch_size == "auto" else int(batch_size)}
     options |= {"memory": memory, "device": device}
-    options |= {"workers": workers, "part": part, "max_failures": max_failures}
+    options |= {"workers": workers, "part": part, "ray": ray, "max_failures": max_failures}
 
     def call(**options: object) -> dict:
         decoding = {"device": device, "strict_decode": strict_decode, "max_pixels": max_pixels}
