@@ -29,7 +29,7 @@ from diffprune.learner import Draw, Learner
 from diffprune.models.dit import DiT
 from diffprune.ranks import Ranks
 from diffprune.throughput import matmul_rate, step_operations
-from diffprune.training import _DitObjective
+from diffprune.training import DitObjective
 
 BATCH, CHECK_STEPS, TIMED_STEPS = 4, 3, 7
 MODEL = DitConfig(
@@ -74,7 +74,7 @@ def learner(device: torch.device, *, bfloat16: bool = False, compile: bool = Fal
     values = generator.standard_normal((256, 4, 32, 32)).astype(np.float16)
     labels = torch.from_numpy(generator.integers(0, 10, 256))
     keys = [str(number) for number in range(len(values))]
-    objective = _DitObjective(DitRun(MODEL, train), Ranks(), device, keys, values, None, labels, {})
+    objective = DitObjective(DitRun(MODEL, train), Ranks(), device, keys, values, None, labels, {})
     return Learner(objective, train, bfloat16)
 
 

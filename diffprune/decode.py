@@ -43,6 +43,7 @@ __all__ = [
 
 MAX_IMAGE_BYTES = 256 << 20
 MAX_JSON_BYTES = 16 << 20
+_MAX_CLS_BYTES = 64
 MAX_THREADS = 16
 
 
@@ -90,7 +91,8 @@ def read_batches(
     samples = [sample for sample in index.samples if keys is None or sample.key in keys]
     rows = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
     threads = threads or decoding_threads()
-    with ShardReader(index.path, index.size) as reader:
+    with ShardReader(index.path, index.size, index.version) as reader:
+        reader.will_read(_ranges(samples))
         if threads == 1:
             for batch in rows:
                 yield _Pending(reader, batch, decoding, None).batch()
@@ -229,6 +231,22 @@ def _size(shape: tuple[int, ...]) -> str:
     return f"{shape[2]}×{shape[1]}"
 
 
+def annotation_ranges(samples: Iterable[Sample]) -> Iterator[tuple[int, int]]:
+    """What ``read_annotations`` reads of these samples, as ``ShardReader.will_read`` wants it."""
+    for sample in samples:
+        for name, limit in (("cls", _MAX_CLS_BYTES), ("json", MAX_JSON_BYTES)):
+            if (member := sample.member(name)) is not None and (name == "cls" or member.size <= limit):
+                yield member.data_offset, member.data_offset + min(member.size, limit)
+
+
+def _ranges(samples: Iterable[Sample]) -> Iterator[tuple[int, int]]:
+    """What a batch reads of these samples."""
+    for sample in samples:
+        yield from annotation_ranges([sample])
+        if len(images := sample.images()) == 1 and images[0].size <= MAX_IMAGE_BYTES:
+            yield images[0].data_offset, images[0].data_offset + images[0].size
+
+
 def decoding_threads() -> int:
     """As many as there are cores, at most 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -250,7 +268,7 @@ def _read_label(reader: ShardReader, sample: Sample) -> int | None:
     member = sample.member("cls")
     if member is None:
         return None
-    text = reader.read(member, limit=64)
+    text = reader.read(member, limit=_MAX_CLS_BYTES)
     try:
         label = int(text)
     except ValueError:
@@ -264,8 +282,9 @@ def _read_uid(reader: ShardReader, sample: Sample) -> str | None:
     member = sample.member("json")
     if member is None or member.size > MAX_JSON_BYTES:
         return None
+    text = reader.read(member)
     try:
-        fields = json.loads(reader.read(member))
+        fields = json.loads(text)
     except (ValueError, RecursionError):
         return None
     uid = fields.get("uid") if isinstance(fields, dict) else None

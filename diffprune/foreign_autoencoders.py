@@ -24,6 +24,7 @@ from diffprune.errors import InputError
 from diffprune.files import read_json, sha256_file
 from diffprune.models.kl import KLAutoencoder, build_autoencoder
 from diffprune.models.vqvae import VQVAE
+from diffprune.storage import local_path
 from diffprune.weight_files import in_float32, read_weights
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -90,7 +91,7 @@ def load_foreign_autoencoder(
 
     Raises: InputError for a file that is missing, damaged, hostile or of another network; it names the tensor or field.
     """
-    path, size = _split(path)
+    path, size = _split(local_path(path, "a checkpoint"))
     if path.is_dir():
         folder = _diffusers_folder(path) or path
         fields, file = _diffusers_config(folder / "config.json"), folder / DIFFUSERS_WEIGHTS

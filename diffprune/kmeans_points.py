@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffprune.errors import InputError
+from diffprune.rank_talk import ALONE, RankTalk
 
 DEFAULT_MEMORY = 2**30
 """Bytes of rows held at a time when nothing else is said: two blocks of half of it."""
@@ -72,6 +73,24 @@ class Points:
     dtype: torch.dtype
     device: torch.device
     metric: str
+    talk: RankTalk = ALONE
+    bounds: tuple[int, ...] | None = None  # of each process's rows, among those of all
+
+    def share(self, talk: RankTalk) -> None:
+        """These are one process's rows; those of the others come before and after them, in the order of ranks."""
+        if talk.size > 1:
+            counts = talk.gather(torch.tensor([self.rows]))
+            self.talk, self.bounds = talk, (0, *counts.cumsum(dim=0).tolist())
+
+    @property
+    def first_row(self) -> int:
+        """The number of the first row here, among those of all processes."""
+        return self.bounds[self.talk.rank] if self.bounds else 0
+
+    @property
+    def total_rows(self) -> int:
+        """Of all processes."""
+        return self.bounds[-1] if self.bounds else self.rows
 
     @property
     def prepared_dtype(self) -> torch.dtype:
@@ -96,7 +115,17 @@ class Points:
             yield own, prepare(block, self.metric)
 
     def take(self, rows: Tensor) -> Tensor:
-        """[M, D] float32, prepared."""
+        """[M, D] float32, prepared: rows by their number among those of all processes, which all ask for the same."""
+        if self.bounds is None:
+            return self.take_own(rows)
+        first, owner = self.first_row, torch.bucketize(rows, rows.new_tensor(self.bounds[1:]), right=True)
+        own = self.take_own(rows[owner == self.talk.rank] - first)
+        result = torch.empty(len(rows), self.dimensions, device=self.device)
+        result[owner.argsort(stable=True)] = self.talk.gather(own)
+        return result
+
+    def take_own(self, rows: Tensor) -> Tensor:
+        """The same of rows here, by their number among these."""
         return prepare(self.raw_take(rows), self.metric).float()
 
     def check(self, name: str = "points", keys: Sequence[str] | None = None) -> float:
@@ -119,7 +148,7 @@ class Points:
                 largest = max(largest, reach)
         for bad, why in ((infinite, "NaN or infinity"), (zero, "length 0, so no direction")):
             refuse_rows(name, torch.cat(bad).tolist() if bad else [], self.rows, why, keys)
-        return largest
+        return self.talk.max(largest)
 
 
 class HeldPoints(Points):

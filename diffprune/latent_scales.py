@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
+from diffprune.checkpoints import load_vqvae
 from diffprune.device import full_float32
 from diffprune.errors import InputError
+from diffprune.foreign_autoencoders import is_foreign_autoencoder
 from diffprune.image_maps import Reading, spread_images
 from diffprune.models.autoencoder import Autoencoder
 from diffprune.shards import ShardSpec, index_shards
@@ -44,6 +48,14 @@ class LatentMoments:
         if not 0 < variance < float("inf"):
             raise InputError(f"expected latents that differ, found a variance of {variance} over {self.number} numbers")
         return variance**-0.5
+
+
+def missing_latent_scale(vqvae: str | Path, shards: ShardSpec, device: torch.device, reading: Reading) -> float | None:
+    """The scale of an autoencoder whose file has none, measured on these shards; None where it has one."""
+    if not is_foreign_autoencoder(vqvae):
+        return None
+    model, _ = load_vqvae(vqvae, device)
+    return None if model.latent_scale.isfinite() else measured_latent_scale(model, shards, device, reading)
 
 
 def measured_latent_scale(model: Autoencoder, shards: ShardSpec, device: torch.device, reading: Reading) -> float:

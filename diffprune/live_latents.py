@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from diffprune.decode import MAX_PIXELS, read_annotations
+from diffprune.decode import MAX_PIXELS, annotation_ranges, read_annotations
 from diffprune.device import pick_device
 from diffprune.encoding import vqvae_network
 from diffprune.files import fingerprint
 from diffprune.image_maps import ImageMap, Reading
+from diffprune.latent_scales import missing_latent_scale
 from diffprune.shards import ShardReader, ShardSpec
 from diffprune.tables import base_table
 
@@ -43,8 +45,10 @@ class LiveLatents:
         strict_decode: bool = True,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        reading = Reading(strict_decode, max_pixels)
-        network = vqvae_network(vqvae, pick_device(device), shards, reading)
+        options = {"device": device, "strict_decode": strict_decode, "max_pixels": max_pixels}
+        self._arguments = (shards, vqvae), {"batch_size": batch_size, **options}
+        reading, chosen = Reading(strict_decode, max_pixels), pick_device(device)
+        network = vqvae_network(vqvae, chosen, missing_latent_scale(vqvae, shards, chosen, reading))
         self._images = ImageMap(network, shards, batch_size, reading)
         self.folder = shards if isinstance(shards, (str, Path)) else ", ".join(map(str, shards))  # for messages
         self.metadata: dict[str, Any] = {**self._images.config, "model_path": network.path}
@@ -52,6 +56,10 @@ class LiveLatents:
         self.stems: list[str] = list(self._images.indexes)
         self._kept: OrderedDict[str, tuple[pa.Table, np.ndarray]] = OrderedDict()
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:  # for a worker, which indexes the shards and loads the VQ-VAE itself
+        arguments, options = self._arguments
+        return partial(LiveLatents, **options), arguments
 
     def table(self, stem: str) -> pa.Table:
         """The base columns of one shard's samples; encodes it, as only then it is known which images fail."""
@@ -64,7 +72,8 @@ class LiveLatents:
     def unread_table(self, stem: str) -> pa.Table:
         """As ``table``, but without a look at the images: labels are read, and a sample fails for its label only."""
         index = self._images.indexes[stem]
-        with ShardReader(index.path, index.size) as reader:
+        with ShardReader(index.path, index.size, index.version) as reader:
+            reader.will_read(annotation_ranges(index.samples))
             rows = [read_annotations(reader, sample) for sample in index.samples]
         labels, uids, errors = ([row[column] for row in rows] for column in range(3))
         return base_table(index.path.name, index.samples, labels, uids, errors)

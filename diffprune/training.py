@@ -134,7 +134,7 @@ def train_dit(
     source = {name: folder.metadata[name] for name in ("model_sha256", "latent_scale")}
     start = None if start_from is None else load_start(start_from, config.model, source)
     ranks, device = training_ranks(config.train.device, config.train.batch_size)
-    objective = _DitObjective(config, ranks, device, keys, values, twins, labels, source)
+    objective = DitObjective(config, ranks, device, keys, values, twins, labels, source)
     if groups is not None:
         objective.balance(groups, str(oversample_balanced))
     if start is not None:
@@ -142,7 +142,7 @@ def train_dit(
     return run_training(objective, config, out, resume=resume, dry_run=dry_run)
 
 
-class _DitObjective(Objective):
+class DitObjective(Objective):
     """Predict the velocity of latents on the linear path."""
 
     kind = "dit"

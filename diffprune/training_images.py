@@ -111,7 +111,7 @@ class StreamedImages:
     def _decoded(self, place: tuple[ShardIndex, Sample]) -> np.ndarray:
         index, sample = place
         try:
-            with ShardReader(index.path, index.size) as reader:
+            with ShardReader(index.path, index.size, index.version) as reader:
                 return self.decoding.decode(read_image(reader, sample))[0]
         except DecodeError as error:
             raise InputError(

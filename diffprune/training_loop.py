@@ -21,6 +21,7 @@ from diffprune.files import atomic_path, write_json
 from diffprune.learner import Draw, Learner, Objective, Stopped, learning_rate
 from diffprune.prefetch import Prefetch
 from diffprune.progress import Progress, progress
+from diffprune.storage import local_path
 from diffprune.throughput import duration, matmul_rate, step_operations
 
 LOG_FILE = "log.jsonl"
@@ -33,7 +34,7 @@ _FREE |= {"loss.lpips_linear", "loss.lpips_vgg16"}  # where files lie; what is i
 
 def run_training(objective: Objective, run: Run, out: str | Path, *, resume: bool, dry_run: bool) -> dict[str, Any]:
     """Train to ``run.train.steps`` steps, from the last checkpoint in ``out`` if there is one. See ``train_vqvae``."""
-    out, train, ranks = Path(out), run.train, objective.ranks
+    out, train, ranks = local_path(out, "a run folder"), run.train, objective.ranks
     checkpoint, state = _last_checkpoint(objective, run, out, resume)
     ranks.wait()  # nobody writes before everyone has looked
     first_step = state["step"] if state else 0
