@@ -43,7 +43,7 @@ def test_a_run_survives_json():
             from_dict(kind, saved, "x")
 
 
-@pytest.mark.parametrize("path, kind", [(p, "vqvae" if "vqvae" in p.name else "dit") for p in CONFIGS.glob("*.toml")])
+@pytest.mark.parametrize("path, kind", [(p, k) for k in ("vqvae", "dit") for p in CONFIGS.glob(f"*{k}*.toml")])
 def test_the_files_in_configs_load(path, kind):
     load_config(path, kind)
 
