@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,7 @@ def encode(
     network = vqvae_network(vqvae, pick_device(device))
     reading = Reading(strict_decode, max_pixels)
     if flip_twins:
-        network = replace(network, function=_with_twin(network.function), head={**network.head, "flip_twins": True})
+        network = with_twins(network)
     return _map_images("encode", network, shards, Path(out), batch_size, reading, dry_run)
 
 
@@ -99,8 +98,14 @@ def vqvae_network(vqvae: str | Path, device: torch.device) -> Network:
     return Network(latents, model.image_size, model.in_channels, head, str(vqvae), device)
 
 
-def _with_twin(latents: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda images: torch.stack([latents(images), latents(images.flip(-1))], dim=1)
+def with_twins(network: Network) -> Network:
+    """The same for each image and for its mirror image: [B, 2, ...]."""
+    latents = network.function
+
+    def both(images: torch.Tensor) -> torch.Tensor:
+        return torch.stack([latents(images), latents(images.flip(-1))], dim=1)
+
+    return replace(network, function=both, head={**network.head, "flip_twins": True})
 
 
 def _map_images(
