@@ -22,16 +22,17 @@ LOSS_PLOT = "loss.png"
 SAMPLES = "samples"
 ROWS = 4
 """Of a grid with a column per class; else it has 6 rows and columns."""
-CURVE_POINTS = 200
+CURVE_POINTS = 80
 
 
 def write_loss_plot(log: Path, out: Path) -> None:
     """Loss and gradient norm over the steps of a log.jsonl, as a PNG; equal logs give equal bytes."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullLocator
 
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
+    figure = Figure(figsize=(8, 5), dpi=100)
+    figure.subplots_adjust(left=0.09, right=0.98, top=0.97, bottom=0.11, hspace=0.08)
     for axes, name in zip(figure.subplots(2, 1, sharex=True, height_ratios=(3, 1)), ("loss", "grad_norm"), strict=True):
         points = [(line["step"], line[name]) for line in lines if name in line]
         steps, values = (torch.tensor(column, dtype=torch.float64) for column in zip(*points, strict=True))
@@ -41,6 +42,9 @@ def write_loss_plot(log: Path, out: Path) -> None:
             axes.plot(*([part.mean() for part in column] for column in parts), color="#08519c", linewidth=1.6)
         if values.min() > 0 and values.max() > 8 * values.min():
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_locator(NullLocator())
         axes.set_ylabel(name.replace("grad_norm", "gradient norm"))
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)

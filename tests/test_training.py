@@ -369,7 +369,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_samples(small_run, tmp_pa
         DiffpruneError, match=f"stopped at step 3: .* for 1 of 8 samples, keys {key}; checkpoints before"
     ):
         diffprune.train_dit(config, small_run.latents, tmp_path / "run")
-    assert steps_in(tmp_path / "run") == ["log.jsonl", "loss.png", "step_00000002", "stopped.json"]
+    assert steps_in(tmp_path / "run") == ["log.jsonl", "step_00000002", "stopped.json"]
     load_dit(tmp_path / "run")
 
 
