@@ -124,11 +124,13 @@ class Learner:
         train, objective = self.train, self.objective
         losses = self._backward(draw)
         loss = losses.mean()
-        limit = train.grad_clip or float("inf")
-        grad_norm = full_norm(nn.utils.clip_grad_norm_(self.trainable.values(), limit))
+        gradients = [p.grad for p in self.trainable.values() if p.grad is not None]
+        grad_norm = nn.utils.get_total_norm(gradients)
         # One wait for the device per step: a step that is not finite must not reach the weights.
-        loss_value, norm_value = torch.stack([loss, grad_norm]).tolist()
+        loss_value, norm_value = torch.stack([loss, full_norm(grad_norm)]).tolist()
         self._check(draw, losses, loss_value, norm_value)
+        if train.grad_clip and norm_value + 1e-6 > train.grad_clip:  # else clipping is a product with 1
+            nn.utils.clip_grads_with_norm_(self.trainable.values(), train.grad_clip, grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(train, draw.step)
         self.optimizer.step()

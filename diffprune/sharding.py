@@ -70,7 +70,7 @@ def fill(target: Tensor, values: Tensor) -> None:
 
 
 def full_norm(norm: Tensor) -> Tensor:
-    """The norm of all parts, from what ``clip_grad_norm_`` returns."""
+    """The norm of all parts, from what ``get_total_norm`` returns."""
     return norm.full_tensor() if is_sharded(norm) else norm
 
 
