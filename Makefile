@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench soak clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py --out runs/demo
@@ -16,6 +16,10 @@ test: $(VENV)/.with-tests
 bench: $(VENV)/.with-tests
 	$(PIP) --no-build-isolation -e ".[bench]"
 	$(BIN)/python -m pytest benchmarks --benchmark-enable
+
+# Kills, mutated tars, a faulty S3: under 30 minutes on 2 cores; the table is for docs/reliability.md.
+soak: $(VENV)/.with-tests
+	$(BIN)/python -m tests.soak.run --out runs/soak
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/cpu/*)
 	$(PYTHON) -m venv $(VENV)

@@ -5,7 +5,8 @@ no network. Leaves ``benchmarks/results/<device>.json``, written as it goes. Exi
 or a result was wrong; 2 if there is nothing to measure on.
 
 Without a GPU: ``--device cpu --quick`` runs every benchmark once at a tiny size, to show that it runs; ``--table``
-prints the tables of benchmarks/README.md from the results that are there.
+prints the tables of benchmarks/README.md from the results that are there. ``--sanitize`` measures nothing: it builds
+csrc and runs the tests of odd sizes under compute-sanitizer, where that is installed.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import torch
 from benchmarks import gpu_results as results
 from benchmarks.gpu_case import Scale
 from benchmarks.gpu_cases_training import TRAINING
-from benchmarks.gpu_steps import ROOT, build, kernel_tests, run_worker
+from benchmarks.gpu_steps import ROOT, build, kernel_tests, run_worker, sanitized_tests, sanitizer
 from benchmarks.gpu_worker import CASES, key, plan, run_op
 from diffprune.files import sha256_file, write_json
 
@@ -68,7 +69,7 @@ class Run:
         self.deadline = clock() + options.seconds
         self.scale = Scale(torch.device(options.device), options.quick)
         device = _device_name(options.device)
-        partial = options.quick or options.only  # not what the tables are made of: written only where asked for
+        partial = options.quick or options.only or options.sanitize  # not what the tables are made of: no file unasked
         self.out = options.out or (None if partial else results.RESULTS / results.file_name(device))
         self.result: dict[str, Any] = {
             "device": device,
@@ -84,14 +85,16 @@ class Run:
         """Everything; returns the exit status."""
         begin = self.clock()
         if self.options.device == "cuda":
-            self._say("building csrc")
-            self._note("build", build(min(BUILD, self._left()), _architectures()))
-            if not self.options.skip_tests:
-                self._say("running tests/kernels")
-                self._note("tests", kernel_tests(min(TESTS, self._left())))
-        for op in ["ceilings", *(self.options.only or [name for name in CASES if name != "ceilings"])]:
-            self._say(f"measuring {op}")
-            self.measure(op)
+            self._step("build", "building csrc", lambda: build(min(BUILD, self._left()), _architectures()))
+            if self.options.sanitize:
+                self._step("tests", "running tests/kernels under compute-sanitizer",
+                           lambda: sanitized_tests(self._left(), sanitizer()))  # fmt: skip
+            elif not self.options.skip_tests:
+                self._step("tests", "running tests/kernels", lambda: kernel_tests(min(TESTS, self._left())))
+        if not self.options.sanitize:
+            for op in ["ceilings", *(self.options.only or [name for name in CASES if name != "ceilings"])]:
+                self._say(f"measuring {op}")
+                self.measure(op)
         self._note("finished", True)
         self._note("seconds", round(self.clock() - begin, 1))
         self._report()
@@ -134,6 +137,14 @@ class Run:
         results.judge(records, self.result["ceilings"])
         self._write()
 
+    def _step(self, name: str, what: str, step: Callable[[], dict[str, Any]]) -> None:
+        """Note what a step found. One that cannot even be tried does not keep the others from it."""
+        self._say(what)
+        try:
+            self._note(name, step())
+        except Exception as error:
+            self._note(name, {"status": "error", "reason": f"{type(error).__name__}: {error}"})
+
     def _note(self, name: str, value: Any) -> None:
         self.result[name] = value
         self._write()
@@ -155,6 +166,8 @@ class Run:
                 print(f"{name}: {step['status']} {step.get('reason', '')}", *step.get("last_lines", []), sep="\n  ")
         if tests := self.result.get("tests"):
             print("tests:", *(f"{tests[k]} {k}" for k in ("passed", "failed", "skipped") if k in tests))
+            if "errors" in tests:
+                print(f"compute-sanitizer: {'no summary' if tests['errors'] is None else tests['errors']} errors")
             print(*(f"  {name}" for name in tests.get("failed_tests", [])[:40]), sep="\n")
         for op, error in self.result.get("errors", {}).items():
             print(f"{op}: {error}")
@@ -175,6 +188,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=ops, metavar="OP",
                         help=f"measure these alone; no file without --out. One of: {', '.join(ops)}")  # fmt: skip
     parser.add_argument("--skip-tests", action="store_true", help="do not run tests/kernels")
+    parser.add_argument("--sanitize", action="store_true", help="run tests/kernels under compute-sanitizer, and end")
     parser.add_argument("--quick", action="store_true", help="tiny sizes; no file without --out")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--seconds", type=float, default=TOTAL, help="time for everything (default %(default)s)")

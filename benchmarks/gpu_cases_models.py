@@ -14,6 +14,7 @@ from benchmarks.gpu_case import Case, Goal, Scale, Way, compiled, normal, ours, 
 from diffprune.kernels import (
     adaln_modulate,
     attention,
+    flow_interpolate,
     flow_matching_loss,
     flow_matching_loss_grad,
     gated_residual,
@@ -82,6 +83,36 @@ def flow_matching_loss_cases(scale: Scale) -> Iterator[Case]:
             name = str(dtype).removeprefix("torch.")
             label = f"{name}{', with gradient' * with_gradient}"
             yield Case("flow_matching_loss", label, {"B": b, "n": n}, name, make, ways, moved, 0, STREAMED)
+
+
+def flow_interpolate_cases(scale: Scale) -> Iterator[Case]:
+    """As flow_matching_loss: torch.compile reads noise that was stored."""
+    b, n = scale.size(32768, 3), scale.size(4 * 32 * 32, 20)
+    for dtype in (torch.float32, torch.bfloat16):
+
+        def make(generator: torch.Generator, dtype: torch.dtype = dtype) -> tuple:
+            hashes = torch.randint(2**62, (b,), generator=generator, device=generator.device)
+            x1, t = normal(generator, b, n, dtype=dtype), torch.rand(b, generator=generator, device=generator.device)
+            return x1, t, hashes, normal_noise(hashes, SEED, DRAW, n).to(dtype)
+
+        def check(inputs: tuple, xt: Tensor) -> float:
+            x1, t, hashes, _ = inputs
+            rows = sample_rows(b, 16, x1.device)
+            some = x1[rows].double(), t[rows].double(), hashes[rows]
+            return relative_error(xt[rows], flow_interpolate(*some, SEED, DRAW, impl="reference"))
+
+        def ways(check: Callable = check, dtype: torch.dtype = dtype) -> list[Way]:
+            run = lambda impl, *x: flow_interpolate(*x[:3], SEED, DRAW, impl=impl)  # noqa: E731
+            plain = compiled(scale, lambda x1, t, x0: ((1 - t[:, None]) * x0 + t[:, None] * x1).to(x1.dtype))
+            call = lambda x1, t, _, x0: plain(x1, t, x0)  # noqa: E731
+            tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+            return [
+                *ours(scale, "flow_interpolate", run, check, tolerance),
+                Way("torch.compile, stored noise", call, False, check, 2e-2),
+            ]
+
+        name, moved = str(dtype).removeprefix("torch."), 2 * b * n * dtype.itemsize + 12 * b
+        yield Case("flow_interpolate", name, {"B": b, "n": n}, name, make, ways, moved, 0)
 
 
 def attention_cases(scale: Scale) -> Iterator[Case]:

@@ -13,10 +13,12 @@ from benchmarks.gpu_case import Case, Goal, Scale, Way, normal, ours, relative_e
 from diffprune.kernels import (
     kmeans_assign,
     kmeans_update,
+    kmeans_update_delta,
     linear_grad_dot,
     linear_grad_sqnorm,
     linear_grad_sqnorm_dot,
     pairwise_topk,
+    report,
 )
 
 LAYERS = (("DiT-XL/2 MLP", 1152, 4608), ("DiT-XL/2 projection", 1152, 1152), ("DiT-S/2 MLP", 384, 1536))
@@ -113,21 +115,26 @@ def linear_grad_sqnorm_dot_cases(scale: Scale) -> Iterator[Case]:
 
 
 def kmeans_assign_cases(scale: Scale) -> Iterator[Case]:
-    """Unit vectors in clusters around a common direction, as embeddings of images are; centroids are float32."""
-    n, k, d = scale.size(1_280_000, 300), scale.size(1000, 7), scale.size(768, 24)
-    for dtype in (torch.float16, torch.float32):
+    """Unit vectors in clusters around a common direction, as embeddings of images are; centroids are float32.
+
+    As in a round of k-means: the host does not wait to look at the centroids.
+    """
+    n, d = scale.size(1_280_000, 300), scale.size(768, 24)
+    for dtype, many in ((torch.float16, 1000), (torch.float32, 1000), (torch.float16, 10_000)):
+        k = scale.size(many, 7 if many == 1000 else 40)
         points_bytes = n * d * dtype.itemsize
 
-        def make(generator: torch.Generator, dtype: torch.dtype = dtype) -> tuple:
+        def make(generator: torch.Generator, dtype: torch.dtype = dtype, k: int = k) -> tuple:
             return embeddings(generator, n, k, d, dtype)
 
         def ways() -> list[Way]:
-            run = lambda impl, *x: kmeans_assign(*x, impl=impl)  # noqa: E731
+            run = lambda impl, *x: kmeans_assign(*x, impl=impl, check_values=False)  # noqa: E731
             exact = list(ours(scale, "kmeans_assign", run, _check_assignment, 1e-5))
             # labels of a comparison may differ: its error says by how much, and its speed is still reported
             flash = None if find_spec("flash_kmeans") else "needs the package flash-kmeans"
             return [
                 *exact,
+                *_by_int8(scale),
                 Way("flash-kmeans", _flash_kmeans(), False, _check_labels, missing=flash),
                 Way("matmul and argmin", _matmul_argmin, False, _check_labels),
                 Way("cdist and min", _cdist_min, False, _check_labels),
@@ -138,7 +145,7 @@ def kmeans_assign_cases(scale: Scale) -> Iterator[Case]:
             Goal("75% of the fp16 matmul rate", "matmul", 0.75),
             Goal("2 times flash-kmeans", "faster", 2.0, ("flash-kmeans",)),
         )
-        label = f"{_name(dtype)} points"
+        label = f"{_name(dtype)} points{f', K={many}' * (many > 1000)}"
         shape = {"N": n, "D": d, "K": k}
         moved = points_bytes + 4 * k * d + 8 * n
         yield Case("kmeans_assign", label, shape, _name(dtype), make, ways, moved, 2 * n * k * d, goals)
@@ -163,7 +170,7 @@ def kmeans_update_cases(scale: Scale) -> Iterator[Case]:
             return torch.inf if wrong else relative_error(sums[:, columns], expected)
 
         def ways(check: Callable = check) -> list[Way]:
-            run = lambda impl, *x: kmeans_update(*x, k, impl=impl)  # noqa: E731
+            run = lambda impl, *x: kmeans_update(*x, k, impl=impl, check_values=False)  # noqa: E731
             plain = Way("index_add_ in float32", lambda x, a: _index_add(x, a, k), False, check)
             return [*ours(scale, "kmeans_update", run, check, 1e-10), plain]
 
@@ -171,6 +178,38 @@ def kmeans_update_cases(scale: Scale) -> Iterator[Case]:
         moved = n * d * dtype.itemsize + 4 * n + 8 * k * (d + 1)
         shape = {"N": n, "D": d, "K": k}
         yield Case("kmeans_update", f"{_name(dtype)} points", shape, _name(dtype), make, ways, moved, 0, (goal,))
+
+
+def kmeans_update_delta_cases(scale: Scale) -> Iterator[Case]:
+    """A tenth of the points of kmeans_update change their label; against the sums of all."""
+    n, k, d = scale.size(1_280_000, 300), scale.size(1000, 7), scale.size(768, 24)
+
+    def make(generator: torch.Generator) -> tuple:
+        points = normal(generator, n, d, dtype=torch.float16)
+        old = torch.randint(k, (n,), generator=generator, device=generator.device, dtype=torch.int32)
+        new = torch.where(torch.arange(n, device=generator.device) % 10 == 0, (old + 1) % k, old)
+        sums = torch.cat([_column_sums(points, old, k, part) for part in range(0, d, 64)], dim=1)
+        return points, old, new, sums, old.bincount(minlength=k)
+
+    def check(inputs: tuple, output: Any) -> float:
+        points, _, new, _, _ = inputs
+        sums, counts = output
+        expected = _column_sums(points, new, k, 0)
+        wrong = not torch.equal(counts, new.bincount(minlength=k))
+        return torch.inf if wrong else relative_error(sums[:, :64], expected)
+
+    def ways() -> list[Way]:
+        run = lambda impl, *x: kmeans_update_delta(*x, impl=impl)  # noqa: E731
+        whole = lambda impl: lambda x, old, new, *_: kmeans_update(x, new, k, impl=impl, check_values=False)  # noqa: E731
+        own = list(ours(scale, "kmeans_update_delta", run, check, 1e-10))
+        return [
+            *own,
+            *(Way(f"kmeans_update of all, {w.name}", whole(w.name), False, check, missing=w.missing) for w in own),
+        ]
+
+    moved = n // 10 * d * 2 + 8 * n + 2 * 8 * k * (d + 1)
+    yield Case("kmeans_update_delta", "float16 points, a tenth moved", {"N": n, "D": d, "K": k}, "float16", make, ways,
+               moved, 0)  # fmt: skip
 
 
 def pairwise_topk_cases(scale: Scale) -> Iterator[Case]:
@@ -228,6 +267,24 @@ def _check_assignment(inputs: tuple, output: Any) -> float:
     if bool((other & (chosen > expected * (1 + 1e-12))).any()):
         return torch.inf
     return relative_error(sqdistance[rows], expected)
+
+
+def _by_int8(scale: Scale) -> Iterator[Way]:
+    """Triton's, its products in int8: twice the rate of float16's, more rows to search again in float64."""
+    if "triton" in scale.implementations:
+
+        def run(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+            from diffprune.kernels.triton import kmeans_assign as implementation
+
+            return implementation.run(points, centroids, torch.int8)
+
+        yield Way("triton by int8", run, True, _check_assignment, 1e-5, report()["kmeans_assign"]["triton"])
+
+
+def _column_sums(points: Tensor, labels: Tensor, k: int, first: int) -> Tensor:
+    """[k, at most 64] float64: sums of the points of each label, of 64 columns."""
+    columns = points[:, first : first + 64].double()
+    return torch.zeros(k, columns.shape[1], dtype=torch.float64, device=points.device).index_add_(0, labels, columns)
 
 
 def _check_labels(inputs: tuple, labels: Tensor) -> float:

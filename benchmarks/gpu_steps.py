@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 OUTCOMES = {"PASSED": "passed", "XFAIL": "passed", "FAILED": "failed", "ERROR": "failed", "XPASS": "failed",
             "SKIPPED": "skipped"}  # fmt: skip
+SANITIZED = "odd_sizes or tails or tiles or forms or strided"
+"""The tests, by parts of their names, in which kernels meet the ends of their arguments."""
 _PLAIN = re.compile(r"^(tests/.*?::.*?) (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)\b")
 _PARALLEL = re.compile(r"^\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS) (tests/.*)$")
 _COLLECTION = re.compile(r"^ERROR (tests/\S+)")
@@ -34,7 +37,40 @@ def build(seconds: float, architectures: str) -> dict[str, Any]:
     return {"status": "ok" if status == 0 else "failed", "seconds": wall, **_end(status, output, seconds)}
 
 
-def kernel_tests(seconds: float, command: list[str] | None = None) -> dict[str, Any]:
+def sanitizer() -> str | None:
+    """NVIDIA's compute-sanitizer, or None: it is a package of its own beside nvcc's."""
+    script = ROOT / "csrc"
+    sys.path.insert(0, str(script))
+    import cuda_build
+
+    nvcc = cuda_build.find_nvcc()
+    folders = [Path(nvcc).resolve().parent] if nvcc else []
+    places = [folder / "compute-sanitizer" for folder in (*folders, Path("/usr/local/cuda/bin"))]
+    return shutil.which("compute-sanitizer") or next((str(path) for path in places if path.exists()), None)
+
+
+def sanitized_tests(seconds: float, tool: str | None) -> dict[str, Any]:
+    """tests/kernels at odd sizes under ``compute-sanitizer --tool memcheck``: as ``kernel_tests``, and "errors".
+
+    PyTorch's memory pool is switched off: within it, one tensor's end is another's beginning.
+    """
+    if tool is None:
+        return {"status": "unavailable", "reason": "needs compute-sanitizer, on the PATH or beside nvcc"}
+    command = [tool, "--tool", "memcheck", "--target-processes", "all", "--error-exitcode", "86", "--print-limit", "20"]
+    command += [sys.executable, "-m", "pytest", "tests/kernels", "-v", "-k", SANITIZED, "--tb=short"]
+    command += ["-o", "addopts=", "-p", "no:cacheprovider"]
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    result = kernel_tests(seconds, command, environment)
+    found = re.findall(r"ERROR SUMMARY: (\d+) error", "\n".join(result["last_lines"]))
+    result["errors"] = sum(map(int, found)) if found else None
+    if result["errors"] or result.get("exit_status") == 86:
+        result["status"] = "failed"
+    return result
+
+
+def kernel_tests(
+    seconds: float, command: list[str] | None = None, environment: dict[str, str] | None = None
+) -> dict[str, Any]:
     """Run tests/kernels: how many passed, failed and were skipped, by file too; names of failed ones.
 
     Status "ok", "failed", "error" (did not finish, or could not run), or "unavailable" where there is no pytest.
@@ -44,7 +80,7 @@ def kernel_tests(seconds: float, command: list[str] | None = None) -> dict[str, 
     parallel = ["-n", str(min(8, max(1, (os.cpu_count() or 1) // 2)))] if find_spec("xdist") else []
     options = ["-v", "--tb=short", "-rs", "-o", "addopts=", "-p", "no:cacheprovider", *parallel]
     command = command or [sys.executable, "-m", "pytest", "tests/kernels", *options]
-    status, output, wall = run_limited(command, seconds, dict(os.environ))
+    status, output, wall = run_limited(command, seconds, dict(os.environ) | (environment or {}))
     outcomes = parse_tests(output)
     counts = Counter(outcomes.values())
     files: dict[str, Counter] = {}

@@ -35,6 +35,7 @@ _PUBLIC = {
     "sample": "diffprune.sampling",
     "evaluate": "diffprune.evaluation",
     "report": "diffprune.reporting",
+    "sweep": "diffprune.sweeping",
     "doctor": "diffprune.diagnosis",
     "LiveLatents": "diffprune.live_latents",
     "KMeans": "diffprune.kmeans",
@@ -43,6 +44,9 @@ _PUBLIC = {
     "DiffpruneError": "diffprune.errors",
     "InputError": "diffprune.errors",
     "ResumeError": "diffprune.errors",
+    "BusyError": "diffprune.errors",
+    "StoppedError": "diffprune.errors",
+    "WorkerError": "diffprune.errors",
 }
 
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604

@@ -29,6 +29,7 @@ from diffprune.errors import DiskFullError, InputError
 from diffprune.files import atomic_dir, read_json, sha256_file, write_json
 from diffprune.models.dit import DiT
 from diffprune.models.vqvae import VQVAE
+from diffprune.storage import local_path
 
 FORMAT_VERSION = 1
 STATE_FILE = "state.json"
@@ -72,7 +73,7 @@ def load_start(path: str | Path, config: DitConfig, latents: Mapping[str, Any]) 
     Raises:
         InputError: nothing readable there, tensors that do not fit ``config``, or latents of another VQ-VAE or scale.
     """
-    path = Path(path)
+    path = local_path(path, "a checkpoint")
     if not path.is_dir():
         return load_foreign_dit(path, config).state_dict(), sha256_file(path)
     folder = list_checkpoints(path)[-1]
@@ -101,7 +102,7 @@ def load_foreign_dit(path: str | Path, config: DitConfig, device: torch.device |
     Raises:
         InputError: no such file, one that holds anything else, or tensors that do not fit ``config``.
     """
-    path = Path(path)
+    path = local_path(path, "a checkpoint")
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     tensors = _foreign_tensors(path)
@@ -130,7 +131,7 @@ def _foreign_tensors(path: Path) -> dict[str, Tensor]:
 
 def list_checkpoints(path: str | Path) -> list[Path]:
     """The checkpoints of a run folder by step, or the one that ``path`` is; InputError if there is none."""
-    path = Path(path)
+    path = local_path(path, "a checkpoint")
     if (path / STATE_FILE).is_file():
         return [path]
     found = find_checkpoints(path)
@@ -142,7 +143,7 @@ def list_checkpoints(path: str | Path) -> list[Path]:
 
 def find_checkpoints(run_folder: str | Path) -> list[Path]:
     """The checkpoints of a run folder by step; none if there are none."""
-    folder = Path(run_folder)
+    folder = local_path(run_folder, "a run folder")
     names = [entry.name for entry in folder.iterdir() if entry.is_dir()] if folder.is_dir() else []
     steps = sorted((int(match[1]), name) for name in names if (match := _STEP.fullmatch(name)))
     return [folder / name for _, name in steps]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,25 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from safetensors import safe_open
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from diffprune.arrays import ArrayFolder
-from diffprune.engines import run_stage
+from diffprune.engines import Engine, run_stage
 from diffprune.errors import InputError
-from diffprune.files import atomic_path
+from diffprune.files import atomic_path, fingerprint
 from diffprune.hierarchical_kmeans import HierarchicalKMeans
 from diffprune.kmeans import KMeans
 from diffprune.kmeans_faiss import faiss_centroids
 from diffprune.kmeans_points import Part
 from diffprune.progress import Progress
-from diffprune.tables import BASE_COLUMNS, read_folder
+from diffprune.quantities import parse_bytes
+from diffprune.rank_talk import ALONE, RankTalk
+from diffprune.storage import AnyPath, as_path
+from diffprune.storage.folders import partials_folder
+from diffprune.storage.spool import local_file
+from diffprune.tables import BASE_COLUMNS, STAGE_FILE, read_folder
 
 CENTROIDS_FILE = "centroids.safetensors"
 ENGINES = ("diffprune", "faiss")
@@ -56,7 +63,8 @@ def cluster(
     """k-means over embeddings: tables with ``cluster`` (int32) and ``distance`` per sample, and centroids.
 
     Assignments are exact and deterministic for a seed. ``<out>/centroids.safetensors`` holds the centroids float32
-    [k, D]. Failed samples have no cluster.
+    [k, D]. Failed samples have no cluster. Under torchrun each process reads its share of the shards, for a data set
+    that no machine holds; the files are the same to the byte.
 
     Args:
         embeddings: a folder that ``embed`` wrote, or several by the same model.
@@ -76,8 +84,11 @@ def cluster(
         raise InputError("cluster: engine 'faiss' takes no levels, batch_size or n_init; use 'diffprune'")
     if levels and (batch_size or n_init > 1):
         raise InputError("cluster: levels take no batch_size or n_init")
-    source = EmbeddingRows(embeddings)
-    out = Path(out)
+    talk = RankTalk.of_torchrun()
+    if talk.size > 1 and (engine == "faiss" or batch_size or init == "split"):
+        raise InputError("cluster: under torchrun it takes no engine faiss, batch_size or init split")
+    source = EmbeddingRows(embeddings, talk)
+    out = as_path(out)
     options = {"max_iter": max_iter, "tol": tol, "metric": metric, "seed": seed}
     config = {
         "method": "cluster",
@@ -94,28 +105,46 @@ def cluster(
     options["memory"] = parse_bytes(memory)
     fitted: dict[str, np.ndarray] = {}
 
+    partials = partials_folder(out, fingerprint(config))
+    saved, latest = out / CENTROIDS_FILE, partials / "rounds.safetensors"
+    about: dict[str, Any] = {}
+
     def fit() -> None:
-        about: dict[str, Any] = {}
+        if saved.is_file() and not levels and metric == "euclidean":  # of a run that was stopped among its tables
+            given = {**options, "init": load_centroids(saved), "max_iter": 0}
+            kmeans = KMeans(k, **given).fit(source.parts, keys=source.keys, talk=talk)
+            fitted.update(cluster=kmeans.assignment_, distance=kmeans.distance_)
+            return
         if levels:
-            tree = HierarchicalKMeans([k, *levels], init=init, **options).fit(source.parts, keys=source.keys)
+            tree = HierarchicalKMeans([k, *levels], init=init, **options).fit(source.parts, keys=source.keys, talk=talk)
             kmeans = tree.levels_[0]
             fitted.update({f"cluster_{i}": a for i, a in enumerate(tree.assignments_[1:], start=2)})
             fitted.update(cluster=kmeans.assignment, distance=kmeans.distance)
-            about = {"inertia": kmeans.inertia}
-            centroids = kmeans.centroids
+            about.update(inertia=kmeans.inertia)
+            fitted["centroids"] = kmeans.centroids
         else:
             start, rounds = (init, options), None
             if engine == "faiss":
                 start = faiss_centroids(source.parts, k, keys=source.keys, **options), {**options, "max_iter": 0}
                 rounds = max_iter
             given = {"n_init": n_init, "batch_size": batch_size, **start[1]}
-            kmeans = KMeans(k, init=start[0], **given).fit(source.parts, keys=source.keys)
+            kmeans = KMeans(k, init=start[0], **given).fit(source.parts, keys=source.keys, talk=talk, rounds=latest)
             fitted.update(cluster=kmeans.assignment_, distance=kmeans.distance_)
-            about = {"inertia": kmeans.inertia_, "iterations": kmeans.n_iter_ if rounds is None else rounds}
-            centroids = kmeans.centroids_
-        with atomic_path(out / CENTROIDS_FILE) as temporary:
+            about.update(inertia=kmeans.inertia_, iterations=kmeans.n_iter_ if rounds is None else rounds)
+            fitted["centroids"] = kmeans.centroids_
+
+    def begin() -> None:
+        try:
+            fit()
+        except InputError:
+            if not talk.rank and not saved.is_file() and not latest.is_file():  # there is nothing to go on with
+                (out / STAGE_FILE).unlink(missing_ok=True)
+            raise
+        if talk.rank or "centroids" not in fitted:
+            return
+        with atomic_path(saved) as temporary:
             # one entry: safetensors writes several in no fixed order
-            arrays = {"centroids": np.ascontiguousarray(centroids, np.float32)}
+            arrays = {"centroids": np.ascontiguousarray(fitted["centroids"], np.float32)}
             save_file(arrays, temporary, metadata={"fit": json.dumps(about)})
 
     def work(stem: str, bar: Progress) -> pa.Table:
@@ -127,16 +156,31 @@ def cluster(
             base = base.append_column(field, source.column(stem, fitted[f"cluster_{i}"], pa.int32()))
         return base.append_column(DISTANCE_FIELD, source.column(stem, fitted["distance"], pa.float64()))
 
-    summary = run_stage("cluster", out, config, source.stems, work, total=source.rows, prepare=fit, dry_run=dry_run)
+    summary = run_stage(
+        "cluster",
+        out,
+        config,
+        source.stems,
+        work,
+        total=source.rows * talk.size,
+        begin=begin,
+        dry_run=dry_run,
+        engine=Engine(ranks=talk),
+    )
     if dry_run:
         return {**summary, "k": k, "dimensions": source.dimensions}
-    return {**summary, "k": k, **_sizes(out), **_fit_summary(out / CENTROIDS_FILE)}
+    if not talk.rank:
+        shutil.rmtree(partials, ignore_errors=True)
+    return {**summary, "k": k, **_sizes(out), **_fit_summary(saved)}
 
 
 class EmbeddingRows:
-    """The embeddings of one or several folders of the same model: the rows that are ok, in shard order, on disk."""
+    """The embeddings of one or several folders of the same model: the rows that are ok, in shard order, on disk.
 
-    def __init__(self, folders: str | Path | Sequence[str | Path]) -> None:
+    With several processes, ``talk``, each has the rows of its share of the shards: ``parts``, ``keys``, ``rows``.
+    """
+
+    def __init__(self, folders: str | Path | Sequence[str | Path], talk: RankTalk = ALONE) -> None:
         paths = [folders] if isinstance(folders, (str, Path)) else list(folders)
         if not paths:
             raise InputError("cluster: expected at least one folder of embeddings, got none")
@@ -150,29 +194,29 @@ class EmbeddingRows:
             twice = next(stem for stem in self.stems if self.stems.count(stem) > 1)
             raise InputError(f"cluster: shard {twice!r} is in two of the folders; names of shards must be unique")
         self.parts: list[Part] = []
-        self.spans: dict[str, tuple[int, np.ndarray]] = {}  # stem -> its first row here, and which rows are ok
+        self.spans: dict[str, tuple[int, np.ndarray, int]] = {}  # its first row here, which rows are ok, of how many
         self.rows, keys = 0, []
-        for stem in self.stems:
+        for stem in Engine(ranks=talk).mine(self.stems):
             folder = self.folders[stem]
             table = folder.keys(stem)
             ok = pc.equal(table["status"], "ok")
             rows = np.flatnonzero(ok.to_numpy())
-            array = folder.array(stem)
+            array = folder.array(stem, by_rows=True)
             self.parts.append(Part(array, None if len(rows) == len(array) else rows))
-            self.spans[stem] = (self.rows, rows)
+            self.spans[stem] = (self.rows, rows, len(array))
             keys.append(table["key"].filter(ok))
             self.rows += len(rows)
         self.keys = pa.chunked_array([chunk for column in keys for chunk in column.chunks], pa.string())
+        if not self.parts and self.stems:  # more processes than shards: this one has none of their rows
+            array = self.folders[self.stems[0]].array(self.stems[0], by_rows=True)
+            self.parts.append(Part(array, np.zeros(0, dtype=np.int64)))
         self.dimensions = self.parts[0].array.shape[1] if self.parts else 0
         self.fingerprint = opened[0].fingerprint if len(opened) == 1 else [folder.fingerprint for folder in opened]
         where = ", ".join(map(str, paths))
-        if self.rows == 0:
+        if talk.max(self.rows) == 0:
             raise InputError(f"{where}: no sample has an embedding")
-        counts = pc.value_counts(self.keys)
-        twice = counts.filter(pc.greater(counts.field("counts"), 1))
-        if len(twice):
-            key, times = twice[0]["values"].as_py(), twice[0]["counts"].as_py()
-            raise InputError(f"{where}: key {key!r} stands in it {times} times; keys must be unique")
+        if twice := _twice(self.keys, talk):
+            raise InputError(f"{where}: {twice}; keys must be unique")
 
     def table(self, stem: str) -> pa.Table:
         """The base columns of one shard's samples, failed ones too."""
@@ -180,22 +224,32 @@ class EmbeddingRows:
 
     def column(self, stem: str, values: np.ndarray, dtype: pa.DataType) -> pa.Array:
         """The part of ``values`` [rows] that is of one shard, null for failed samples."""
-        first, rows = self.spans[stem]
-        total = len(self.folders[stem].array(stem))
+        first, rows, total = self.spans[stem]
         column, missing = np.zeros(total, values.dtype), np.ones(total, bool)
         column[rows], missing[rows] = values[first : first + len(rows)], False
         return pa.array(column.astype(dtype.to_pandas_dtype()), dtype, mask=missing)
 
 
-def parse_bytes(size: int | str | None) -> int | None:
-    """A number of bytes: 1000, "500MB", "2GiB"."""
-    if size is None or isinstance(size, int):
-        return size
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", size.strip(), re.IGNORECASE)
-    if not found:
-        raise InputError(f"memory: expected bytes such as 500MB or 2GiB, got {size!r}")
-    number, prefix, binary = found.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
+def _twice(keys: pa.ChunkedArray, talk: RankTalk) -> str | None:
+    """What is to be said of a key that stands twice among those of all processes, if there is one."""
+    if talk.size == 1:
+        counts = pc.value_counts(keys)
+        twice = counts.filter(pc.greater(counts.field("counts"), 1))
+        said = twice[0].as_py() if len(twice) else None
+        return said and f"key {said['values']!r} stands in it {said['counts']} times"
+    digests = [hashlib.blake2b(key.as_py().encode(), digest_size=16).digest() for key in keys]
+    own = np.frombuffer(b"".join(digests), dtype=np.int64).reshape(-1, 2)
+    here = []  # each process looks at the digests that fall to it, of all
+    for rank in range(talk.size):
+        told = talk.tell(torch.from_numpy(own.copy()), rank).numpy()
+        here.append(told[told[:, 0] % talk.size == talk.rank])
+    found, counts = np.unique(np.concatenate(here), axis=0, return_counts=True)
+    repeated = talk.gather(torch.from_numpy(found[counts > 1]))
+    if not len(repeated):
+        return None
+    bad = {row.tobytes() for row in repeated.numpy()}
+    key = next((keys[i].as_py() for i, digest in enumerate(digests) if digest in bad), None)
+    return "a key of other processes stands in it twice" if key is None else f"key {key!r} stands in it twice"
 
 
 def _same_model(first: ArrayFolder, other: ArrayFolder) -> None:
@@ -208,11 +262,20 @@ def _same_model(first: ArrayFolder, other: ArrayFolder) -> None:
             )
 
 
-def _fit_summary(centroids: Path) -> dict[str, float]:
-    with safe_open(centroids, framework="numpy") as file:
+def load_centroids(path: AnyPath) -> np.ndarray:
+    """float32 [k, D] of a file that ``cluster`` wrote; InputError if it is damaged."""
+    try:
+        with local_file(path) as local, safe_open(local, framework="numpy") as file:
+            return file.get_tensor("centroids")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error}); delete it and run again") from error
+
+
+def _fit_summary(centroids: AnyPath) -> dict[str, float]:
+    with local_file(centroids) as local, safe_open(local, framework="numpy") as file:
         return json.loads(file.metadata()["fit"])
 
 
-def _sizes(out: Path) -> dict[str, int]:
+def _sizes(out: AnyPath) -> dict[str, int]:
     counts = pc.value_counts(pc.drop_null(read_folder(out, ["cluster"])["cluster"])).field("counts").to_numpy(False)
     return {"smallest_cluster": int(counts.min()), "largest_cluster": int(counts.max())}

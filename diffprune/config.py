@@ -223,6 +223,7 @@ class DitRun:
 
 
 Run = VqvaeRun | DitRun
+Section = typing.TypeVar("Section")
 Changes = dict[tuple[str, str], Any]
 _RUNS = {"vqvae": VqvaeRun, "dit": DitRun}
 # Fields that came after the first checkpoints, and what those were made with.
@@ -248,7 +249,7 @@ def load_config(path: str | Path | None, kind: Literal["vqvae", "dit"], override
     run = _run_type(kind)()
     changes: list[Changes] = []
     if path is not None:
-        changes.append(_changes(run, _read_toml(Path(path)), str(path)))
+        changes.append(_changes(run, read_toml(path), str(path)))
     for override in overrides:
         name, equals, text = override.partition("=")
         section, dot, key = name.strip().partition(".")
@@ -256,6 +257,20 @@ def load_config(path: str | Path | None, kind: Literal["vqvae", "dit"], override
             raise InputError(f"override {override!r}: expected section.field=value, such as train.steps=100")
         changes.append(_changes(run, {section: {key: _toml_value(text.strip())}}, f"override {override!r}"))
     return _apply(run, changes, "config" if path is None else str(path))
+
+
+def run_from_tables(kind: Literal["vqvae", "dit"], sections: Any, where: str) -> Run:
+    """A run from TOML tables ``model`` and ``train``; what they do not name keeps its default. Raises as
+    ``load_config``; ``where`` is what it names."""
+    run = _run_type(kind)()
+    return _apply(run, [_changes(run, sections, where)], where)
+
+
+def section_from_table(section: type[Section], values: Any, where: str) -> Section:
+    """A dataclass from a TOML table whose keys are its fields; what it does not name keeps its default."""
+    types = typing.get_type_hints(section)
+    items = _named(values, section, where, "key")
+    return section(**{key: _convert(value, types[key], f"{where}: {key}") for key, value in items})
 
 
 def to_dict(run: Run) -> dict[str, dict[str, Any]]:
@@ -290,9 +305,10 @@ def _run_type(kind: str) -> type[Run]:
     return _RUNS[kind]
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """A TOML document; InputError that names the file if there is none, or it is malformed."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such config file") from None
     except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -40,6 +41,7 @@ __all__ = [
 
 MAX_IMAGE_BYTES = 256 << 20
 MAX_JSON_BYTES = 16 << 20
+_MAX_CLS_BYTES = 64
 MAX_THREADS = 16
 
 
@@ -47,8 +49,9 @@ MAX_THREADS = 16
 class Batch:
     """Consecutive samples of one shard. Failed samples have zero pixels and an error.
 
-    ``images`` is uint8 [B, C, H, W]; ``labels`` are the integers of ``cls``, None where there is none. ``notes`` say
-    what was wrong with an image that decoded all the same, which happens without ``strict`` only.
+    ``images`` is uint8 [B, C, H, W], a view of rows that lie in memory as decoders write them, [B, H, W, C] (what torch
+    calls channels_last); ``labels`` are the integers of ``cls``, None where there is none. ``notes`` say what was wrong
+    with an image that decoded all the same, which happens without ``strict`` only.
     """
 
     samples: list[Sample]
@@ -77,15 +80,17 @@ def read_batches(
     """Decode a shard batch by batch, in file order; ``keys`` restricts it to these.
 
     ``size``, ``channels``, ``strict`` and ``max_pixels`` as in ``Decoding``. With ``size=None`` all images of a batch
-    must have one size: use ``batch_size=1`` if they don't. ``threads``: how many decode, by default as many as there
-    are cores, at most 16; they are ahead by a batch (or two images per thread, if that is more), which bounds memory.
+    must have one size (InputError): use ``batch_size=1`` if they don't. ``threads``: how many decode, by default as
+    many as there are cores, at most 16; they are ahead by a batch (or two images per thread, if that is more), which
+    bounds memory.
     Raises InputError if the shard is no longer as it was indexed.
     """
     decoding = Decoding(size, channels, strict, max_pixels)
     samples = [sample for sample in index.samples if keys is None or sample.key in keys]
     rows = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
     threads = threads or _cores()
-    with ShardReader(index.path, index.size) as reader:
+    with ShardReader(index.path, index.size, index.version) as reader:
+        reader.will_read(_ranges(samples))
         if threads == 1:
             for batch in rows:
                 yield _Pending(reader, batch, decoding, None).batch()
@@ -145,13 +150,14 @@ def load_images(
         raise InputError(
             f"{kept or 'keys'}: key {missing!r} is in none of the shards; is this a selection of another data set?"
         )
-    return table, np.concatenate(images) if images else np.zeros((0, channels, size or 0, size or 0), np.uint8)
+    if not images:
+        return table, np.zeros((0, channels, size or 0, size or 0), np.uint8)
+    return table, np.ascontiguousarray(np.concatenate(images))
 
 
 class _Row(NamedTuple):
-    """What a sample gives; ``pixels`` is None if it failed, or if they went into the batch's array."""
+    """What a sample gives beside its pixels."""
 
-    pixels: np.ndarray | None
     label: int | None
     uid: str | None
     error: str | None
@@ -163,9 +169,9 @@ class _Pending:
 
     def __init__(self, reader: ShardReader, samples: list[Sample], decoding: Decoding, pool: Executor | None) -> None:
         self.reader, self.samples, self.decoding = reader, samples, decoding
-        shape = decoding.shape
-        self.images = None if shape is None else np.zeros((len(samples), *shape), dtype=np.uint8)
-        step = 1 if shape is None else 16  # small images must not cost more to hand out than to decode
+        self.lock = Lock()
+        self.images = None if decoding.shape is None else self._room(decoding.shape)
+        step = 1 if decoding.shape is None else 16  # small images must not cost more to hand out than to decode
         starts = range(0, len(samples), step)
         self.rows: list[Future[list[_Row]]] | Iterator[list[_Row]]
         if pool is None:
@@ -176,13 +182,14 @@ class _Pending:
     def batch(self) -> Batch:
         """Wait for the samples, and put them together."""
         rows = [row for part in self.rows for row in (part.result() if isinstance(part, Future) else part)]
-        images = self.images
-        if images is None:
-            pixels = [row.pixels for row in rows]
-            blank = np.zeros(next((p.shape for p in pixels if p is not None), (self.decoding.channels, 1, 1)), np.uint8)
-            images = np.stack([blank if p is None else p for p in pixels])
-        _, labels, uids, errors, notes = map(list, zip(*rows, strict=True))
-        return Batch(self.samples, images, labels, uids, errors, notes)
+        images = self._room((self.decoding.channels, 1, 1)) if self.images is None else self.images
+        labels, uids, errors, notes = map(list, zip(*rows, strict=True))
+        return Batch(self.samples, images.transpose(0, 3, 1, 2), labels, uids, errors, notes)
+
+    def _room(self, shape: tuple[int, int, int]) -> np.ndarray:
+        """Zeros, uint8 [B, H, W, C], for images [C, H, W]."""
+        channels, height, width = shape
+        return np.zeros((len(self.samples), height, width, channels), np.uint8)
 
     def _decode(self, start: int, stop: int) -> list[_Row]:
         rows = []
@@ -190,15 +197,52 @@ class _Pending:
             label, uid, error = read_annotations(self.reader, sample)
             pixels, note = None, None
             if error is None:
+                room = None if self.images is None else self.images[place]
                 try:
-                    pixels, note = self.decoding.decode(_read_image(self.reader, sample))
+                    pixels, note = self.decoding.decode(_read_image(self.reader, sample), room)
                 except DecodeError as failure:
                     error = str(failure)
-            if pixels is not None and self.images is not None:
-                self.images[place] = pixels
-                pixels = None
-            rows.append(_Row(pixels, label, uid, error, note))
+                    if room is not None:
+                        room[:] = 0
+            if pixels is not None:
+                self._keep(place, pixels, room)
+            rows.append(_Row(label, uid, error, note))
         return rows
+
+    def _keep(self, place: int, pixels: np.ndarray, room: np.ndarray | None) -> None:
+        """Put an image into the batch, whose size is that of the first one that is whole."""
+        if room is not None and np.shares_memory(pixels, room):
+            return
+        with self.lock:
+            if self.images is None:
+                self.images = self._room(pixels.shape)
+        rows = self.images.transpose(0, 3, 1, 2)
+        if pixels.shape != rows.shape[1:]:
+            raise InputError(
+                f"{self.reader.path}: key {self.samples[place].key!r} is {_size(pixels.shape)} pixels, another of the "
+                f"same batch {_size(rows.shape[1:])}: give a size, or batch_size=1"
+            )
+        rows[place] = pixels
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[2]}×{shape[1]}"
+
+
+def annotation_ranges(samples: Iterable[Sample]) -> Iterator[tuple[int, int]]:
+    """What ``read_annotations`` reads of these samples, as ``ShardReader.will_read`` wants it."""
+    for sample in samples:
+        for name, limit in (("cls", _MAX_CLS_BYTES), ("json", MAX_JSON_BYTES)):
+            if (member := sample.member(name)) is not None and (name == "cls" or member.size <= limit):
+                yield member.data_offset, member.data_offset + min(member.size, limit)
+
+
+def _ranges(samples: Iterable[Sample]) -> Iterator[tuple[int, int]]:
+    """What a batch reads of these samples."""
+    for sample in samples:
+        yield from annotation_ranges([sample])
+        if len(images := sample.images()) == 1 and images[0].size <= MAX_IMAGE_BYTES:
+            yield images[0].data_offset, images[0].data_offset + images[0].size
 
 
 def _cores() -> int:
@@ -220,7 +264,7 @@ def _read_label(reader: ShardReader, sample: Sample) -> int | None:
     member = sample.member("cls")
     if member is None:
         return None
-    text = reader.read(member, limit=64)
+    text = reader.read(member, limit=_MAX_CLS_BYTES)
     try:
         label = int(text)
     except ValueError:
@@ -234,8 +278,9 @@ def _read_uid(reader: ShardReader, sample: Sample) -> str | None:
     member = sample.member("json")
     if member is None or member.size > MAX_JSON_BYTES:
         return None
+    text = reader.read(member)
     try:
-        fields = json.loads(reader.read(member))
+        fields = json.loads(text)
     except (ValueError, RecursionError):
         return None
     uid = fields.get("uid") if isinstance(fields, dict) else None

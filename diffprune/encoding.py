@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,19 @@ import torch
 from diffprune.arrays import TWIN_SUFFIX, write_array
 from diffprune.checkpoints import load_vqvae
 from diffprune.clip_retrieval import bind_embeddings
-from diffprune.decode import MAX_PIXELS
+from diffprune.decode import MAX_PIXELS, Batch
 from diffprune.device import full_float32, pick_device
-from diffprune.engines import run_stage
+from diffprune.engines import TableWriter, open_workers, run_stage
+from diffprune.errors import InputError
+from diffprune.failures import MAX_FAILURES, Tally
 from diffprune.files import read_json
-from diffprune.image_maps import ImageMap, Network, Reading
+from diffprune.image_maps import ImageMap, Indexed, Network, Reading
+from diffprune.local_workers import Advance, Relay, Task
 from diffprune.models.embedders import load_embedder
 from diffprune.prefetch import Prefetch
 from diffprune.progress import Progress
 from diffprune.shards import ShardIndex, ShardSpec
+from diffprune.storage import AnyPath, as_path, existing
 
 
 def encode(
@@ -33,6 +39,10 @@ def encode(
     device: str = "auto",
     strict_decode: bool = True,
     max_pixels: int = MAX_PIXELS,
+    workers: int = 1,
+    part: str | None = None,
+    ray: str | None = None,
+    max_failures: int = MAX_FAILURES,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Write the VQ-VAE latents of every image: ``<out>/<shard>.npy`` float16 [n, C, H, W] beside a table of keys.
@@ -43,12 +53,19 @@ def encode(
     with ``train.flip`` takes half of the time.
     ``strict_decode`` and ``max_pixels``: see ``diffprune.decode.Decoding``. The next shard is read while this
     one is encoded. Returns counts (samples, failed, ...); shards that are done are skipped.
+    ``workers``: so many processes take the shards, each with the model in its memory. ``part``: "3/64", only the third
+    of 64 parts of the shards; parts may run at once, on several machines. ``ray``: the address of a Ray cluster, or
+    "auto": its actors take the shards, as many as ``workers`` if given. ``max_failures``: stop after so many images in
+    a row that fail; 0: never. See docs/scale.md.
     """
-    network = vqvae_network(vqvae, pick_device(device))
-    reading = Reading(strict_decode, max_pixels)
-    if flip_twins:
-        network = with_twins(network)
-    return _map_images("encode", network, shards, Path(out), batch_size, reading, dry_run)
+    images = _Images(
+        "encode",
+        partial(_latents_network, vqvae, flip_twins, device),
+        as_path(out),
+        batch_size,
+        Reading(strict_decode, max_pixels),
+    )
+    return _map_images(images, shards, dry_run, workers=workers, part=part, ray=ray, max_failures=max_failures)
 
 
 def embed(
@@ -61,24 +78,35 @@ def embed(
     precision: str = "auto",
     strict_decode: bool = True,
     max_pixels: int = MAX_PIXELS,
+    workers: int = 1,
+    part: str | None = None,
+    ray: str | None = None,
+    max_failures: int = MAX_FAILURES,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Write an embedding of every image: ``<out>/<shard>.npy`` float16 [n, D] beside a table of keys.
 
-    Embeddings are L2-normalised, except those of FID's Inception, see ``models.inception.inception_features``.
-    ``model``: a folder or hub id of CLIP, OpenCLIP, SigLIP, DINOv2 or DINOv3, ``efficientnet-lite0``, ``vqvae:PATH``,
-    ``inception@SIZE:PATH``, or ``package.module:function``; see docs/embedding.md. Images are prepared as the model was
-    published with. ``clip-retrieval:PATH`` computes nothing: it takes the embeddings that clip-retrieval wrote, by key.
+    Embeddings are L2-normalised, except those of FID's Inception, see ``models.inception.inception_features``, and of
+    a classifier. ``model``: a folder or hub id of CLIP, OpenCLIP, SigLIP, DINOv2 or DINOv3, ``efficientnet-lite0``,
+    ``vqvae:PATH``, ``classifier:PATH``, ``inception@SIZE:PATH``, or ``package.module:function``; see
+    docs/embedding.md. Images are prepared as the model was published with. ``clip-retrieval:PATH`` computes nothing:
+    it takes the embeddings that clip-retrieval wrote, by key.
     ``precision``: "float32", "bf16", or "auto": bf16 on a GPU. Failed images as in ``encode``; an embedding that is not
-    finite, or all zero, is a failed row too.
+    finite, or all zero, is a failed row too. ``workers``, ``part``, ``ray`` and ``max_failures`` as in
+    ``encode``.
     """
     if model.startswith("clip-retrieval:"):
+        if workers > 1 or part or ray:
+            raise InputError("clip-retrieval: its embeddings are only copied; give no workers, part or ray")
         return bind_embeddings(model.removeprefix("clip-retrieval:"), shards, out, dry_run)
-    chosen = pick_device(device)
-    embedder = load_embedder(model, chosen, precision)
-    head = {"kind": "embeddings", **embedder.head}
-    network = Network(embedder.embed, embedder.resize, embedder.channels, head, embedder.path, chosen)
-    return _map_images("embed", network, shards, Path(out), batch_size, Reading(strict_decode, max_pixels), dry_run)
+    images = _Images(
+        "embed",
+        partial(_embedding_network, model, device, precision),
+        as_path(out),
+        batch_size,
+        Reading(strict_decode, max_pixels),
+    )
+    return _map_images(images, shards, dry_run, workers=workers, part=part, ray=ray, max_failures=max_failures)
 
 
 def vqvae_network(vqvae: str | Path, device: torch.device) -> Network:
@@ -108,31 +136,86 @@ def with_twins(network: Network) -> Network:
     return replace(network, function=both, head={**network.head, "flip_twins": True})
 
 
-def _map_images(
-    stage: str, network: Network, shards: ShardSpec, out: Path, batch_size: int, reading: Reading, dry_run: bool
-) -> dict[str, Any]:
-    images = ImageMap(network, shards, batch_size, reading)
-    stems = list(images.indexes)
-    twins = network.head.get("flip_twins", False)  # each row is an image's and its mirror image's
-    if twins:
-        images.config["shape"] = list(images.row_shape[1:])
+def _latents_network(vqvae: str | Path, flip_twins: bool, device: str) -> Network:
+    network = vqvae_network(vqvae, pick_device(device))
+    if flip_twins:
+        network = with_twins(network)
+    return network
 
-    def is_done(stem: str) -> bool:
-        return (out / f"{stem}.parquet").is_file()
 
-    with Prefetch(images.batches, stems, skip=is_done) as batches:
+def _embedding_network(model: str, device: str, precision: str) -> Network:
+    chosen = pick_device(device)
+    embedder = load_embedder(model, chosen, precision)
+    head = {"kind": "embeddings", **embedder.head}
+    return Network(embedder.embed, embedder.resize, embedder.channels, head, embedder.path, chosen)
 
-        def work(stem: str, bar: Progress) -> pa.Table:
-            table, array = images.run(stem, batches.parts(stem), bar)
-            if twins:
-                write_array(out / f"{stem}{TWIN_SUFFIX}", array[:, 1])
-                array = array[:, 0]
-            write_array(out / f"{stem}.npy", array)  # before the table, whose presence means that the shard is done
-            return table
 
-        metadata = {"model_path": network.path, "sampled": _how_sampled(images.indexes)}
-        total = sum(len(index.samples) for index in images.indexes.values())
-        return run_stage(stage, out, images.config, stems, work, total=total, metadata=metadata, dry_run=dry_run)
+@dataclass(frozen=True)
+class _Images:
+    """What a process needs to know to do a shard; called, it makes a `_Worker`."""
+
+    stage: str
+    network: Callable[[], Network]
+    out: AnyPath
+    batch_size: int
+    reading: Reading
+
+    def __call__(self, shards: ShardSpec | None = None) -> _Worker:
+        return _Worker(ImageMap(self.network(), shards, self.batch_size, self.reading), self.out)
+
+
+class _Worker:
+    """A network in memory, and what it makes of shards."""
+
+    def __init__(self, images: ImageMap, out: AnyPath) -> None:
+        self.images, self.out = images, out
+        self.twins = images.network.head.get("flip_twins", False)  # each row is an image's and its mirror image's
+
+    def table(self, shard: Indexed, writer: TableWriter, advance: Advance) -> Tally:
+        """Do one shard that another process has indexed."""
+        stem = self.images.take(shard)
+
+        def work() -> pa.Table:
+            with Prefetch(self.images.batches, [stem]) as batches:
+                return self.done(stem, batches.parts(stem), Relay(advance))
+
+        return writer.run(stem, work)
+
+    def done(self, stem: str, batches: Iterable[Batch], bar: Progress) -> pa.Table:
+        """The table of one shard, its array being written."""
+        table, array = self.images.run(stem, batches, bar)
+        if self.twins:
+            write_array(self.out / f"{stem}{TWIN_SUFFIX}", array[:, 1])
+            array = array[:, 0]
+        write_array(self.out / f"{stem}.npy", array)  # before the table, whose presence means that the shard is done
+        return table
+
+
+def _map_images(recipe: _Images, shards: ShardSpec, dry_run: bool, **how: Any) -> dict[str, Any]:
+    """``how``: as ``open_workers``."""
+    with open_workers(recipe, **how) as engine:
+        worker = recipe(shards)
+        images, out = worker.images, recipe.out
+        stems = list(images.indexes)
+        if worker.twins:
+            images.config["shape"] = list(images.row_shape[1:])
+        mine = engine.mine(stems)
+        done = existing(out / f"{stem}.parquet" for stem in mine)
+        asked_for = {stem for stem in mine if out / f"{stem}.parquet" not in done}
+
+        with Prefetch(images.batches, stems, skip=lambda stem: stem not in asked_for) as batches:
+            return run_stage(
+                recipe.stage,
+                out,
+                images.config,
+                stems,
+                lambda stem, bar: worker.done(stem, batches.parts(stem), bar),
+                total=sum(len(images.indexes[stem].samples) for stem in engine.whole(stems)),
+                metadata={"model_path": images.network.path, "sampled": _how_sampled(images.indexes)},
+                dry_run=dry_run,
+                engine=engine,
+                task=lambda stem, writer: Task(stem, "table", (images.indexed(stem), writer)),
+            )
 
 
 def _how_sampled(indexes: dict[str, ShardIndex]) -> dict[str, Any] | None:

@@ -1,24 +1,111 @@
 """A stage: a map over shards whose finished files are the ledger.
 
 Every stage that walks over shards goes through ``run_stage``: it writes one table per shard, skips the shards that
-are done, refuses to go on with the work of another run, and leaves nothing half-written behind.
+are done, refuses to go on with the work of another run, and leaves nothing half-written behind. The map runs in this
+process, in processes of this machine (``local_workers``), on a Ray cluster (``ray_workers``), in several processes that
+torchrun started (``rank_talk``), or in several runs of a part each; the files are the same.
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from diffprune._version import __version__
-from diffprune.errors import DiskFullError, ResumeError
+from diffprune.errors import DiskFullError, InputError, ResumeError
+from diffprune.failures import MAX_FAILURES, Streaks, Tally
 from diffprune.files import TEMPORARY_PREFIX, fingerprint, write_json
+from diffprune.local_workers import LocalWorkers, Task
+from diffprune.locks import folder_lock, is_lock, shard_claim
 from diffprune.progress import Progress, progress
+from diffprune.rank_talk import ALONE, RankTalk
+from diffprune.storage import AnyPath, as_path, existing
 from diffprune.tables import STAGE_FILE, read_stage, read_table, write_table
+
+Found = pa.Table | tuple[pa.Table, list[bool]]
+"""A shard's table; and which of its rows count where failures in a row are counted, if not all do."""
+
+Work = Callable[[str, Progress], Found]
+
+
+class Workers(Protocol):
+    """Processes that each have an object with a model: ``LocalWorkers`` is one kind."""
+
+    count: int
+
+    def hold(self, descriptor: int) -> None: ...
+
+    def map(
+        self, tasks: Sequence[Task], advance: Callable[[int], Any], window: int | None = None
+    ) -> Iterator[tuple[Task, Any]]: ...
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a stage's map over shards runs; by default by this process, in shard order.
+
+    Args:
+        workers: processes that do the shards instead, by tasks that call the method ``table`` of their objects.
+        part: only the i-th of n parts of the shards, i from 1. Parts may run at once, in one folder.
+        ranks: the processes of this run that torchrun started: each does a share, the first has the folder's lock.
+        max_failures: stop after so many failures in a row; 0: never.
+    """
+
+    workers: Workers | None = None
+    part: tuple[int, int] | None = None
+    ranks: RankTalk = field(default=ALONE)
+    max_failures: int = MAX_FAILURES
+
+    def whole(self, shards: Sequence[str]) -> list[str]:
+        """The shards of this run: all, or those of its part."""
+        i, n = self.part or (1, 1)
+        return list(shards[(i - 1) * len(shards) // n : i * len(shards) // n])
+
+    def mine(self, shards: Sequence[str]) -> list[str]:
+        """The shards that this process, or its workers, have to do: with several ranks, neighbours."""
+        whole, rank, size = self.whole(shards), self.ranks.rank, self.ranks.size
+        return whole[rank * len(whole) // size : (rank + 1) * len(whole) // size]
+
+    def lock(self, out: AnyPath) -> AbstractContextManager[int | None]:
+        """Of the folder; the other ranks of a run leave it to the first."""
+        if self.ranks.rank:
+            return nullcontext()
+        return folder_lock(out, shared=self.part is not None)
+
+
+@dataclass(frozen=True)
+class TableWriter:
+    """Writes the table of a shard, in whatever process: once, unless too many of its samples failed."""
+
+    out: AnyPath
+    about: dict[str, Any]  # in every table
+    max_failures: int
+    claim: bool  # other runs may be at work in the folder
+
+    def run(self, stem: str, work: Callable[[], Found], streaks: Streaks | None = None) -> Tally:
+        """Do the shard, unless it is done."""
+        path = self.out / f"{stem}.parquet"
+        with shard_claim(self.out, stem) if self.claim else nullcontext():
+            if path.is_file():  # by a process that died after it, or by another run
+                return Tally.of(read_table(path, ["key", "status", "error"]))
+            if self.claim:
+                sweep(self.out, stem)
+            found = work()
+            table, counts = found if isinstance(found, tuple) else (found, None)
+            tally = Tally.of(table, counts)
+            if path.is_file():  # a copy of this shard came first
+                return tally
+            (streaks or Streaks([stem], self.max_failures)).add(stem, tally)
+            write_table(path, table, self.about)
+            return tally
 
 
 def run_stage(
@@ -26,25 +113,31 @@ def run_stage(
     out: str | Path,
     config: dict[str, Any],
     shards: Sequence[str],
-    work: Callable[[str, Progress], pa.Table],
+    work: Work,
     *,
     total: int,
     unit: str = "images",
     metadata: dict[str, Any] | None = None,
-    prepare: Callable[[], None] | None = None,
     begin: Callable[[], None] | None = None,
     dry_run: bool = False,
+    engine: Engine | None = None,
+    task: Callable[[str, TableWriter], Task] | None = None,
+    told: Callable[[str, Tally], Any] | None = None,
 ) -> dict[str, Any]:
     """Run ``work(stem, progress)`` for every shard that has no table in ``out`` yet, and write the tables.
 
     ``config`` is everything that the result depends on (inputs included, JSON-able): its fingerprint goes into the
     folder and into each table, and a folder with another one is refused with a ResumeError that names what differs.
-    ``metadata`` is told to readers but not compared. ``prepare`` runs once, if any shard is to be done, before anything
-    is written; ``begin`` runs after it, when ``out`` is there and this stage's, and may keep files of its own in it.
-    ``work`` advances the progress itself; ``total`` counts ``unit``s over all shards. Returns counts: shards,
-    shards_done_before, samples, failed, first_error, out. A full disk is a DiskFullError.
+    ``metadata`` is told to readers but not compared. ``begin`` runs once, if any shard is to be done, when ``out`` is
+    there and this stage's; it may keep files of its own in it.
+    ``work`` advances the progress itself; ``total`` counts ``unit``s to do here. With the engine's ``workers``
+    they do ``task(stem, writer)`` instead, which has to end in ``writer.run``. ``told`` hears how each shard fared.
+    Returns counts: shards, shards_done_before, samples, failed, first_error, out; of a part, where there is one.
+
+    Raises: BusyError where another run is at work in ``out``; StoppedError after too many failures in a row;
+    WorkerError; DiskFullError; InputError for a folder that cannot be written to. What is finished is kept.
     """
-    out = Path(out)
+    out, engine = as_path(out), engine or Engine()
     stage = {
         "stage": name,
         "version": __version__,
@@ -53,40 +146,63 @@ def run_stage(
         "shards": list(shards),
         "metadata": metadata or {},
     }
-    check_resume(out, stage)
-    todo = [stem for stem in shards if not (out / f"{stem}.parquet").is_file()]
-    plan = {"stage": name, "shards": len(shards), "shards_done_before": len(shards) - len(todo), "out": str(out)}
+    # A table says nothing of the other shards: their names in each would grow with the square of their number.
+    about = {key: value for key, value in stage.items() if key != "shards"}
+    about["config"] = {key: value for key, value in config.items() if key != "inputs"}
+    whole = engine.whole(shards)
     if dry_run:
+        check_resume(out, stage)
+        done = len(existing(out / f"{stem}.parquet" for stem in whole))
+        plan = {"stage": name, "shards": len(whole), "shards_done_before": done, "out": str(out)}
         return {**plan, "dry_run": True, f"{unit}_in_all": total}
-    if todo and prepare:
-        prepare()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for leftover in out.glob(TEMPORARY_PREFIX + "*"):  # of a run that was killed
-            leftover.unlink()
-        if not (out / STAGE_FILE).is_file():
-            write_json(out / STAGE_FILE, stage)
+    check_resume(out, stage)  # before a folder is made
+    with _explained(out, whole), engine.lock(out) as lock, _swept(out, engine, whole):
+        todo = _claimed(out, stage, whole, engine)
+        plan = {"stage": name, "shards": len(whole), "shards_done_before": len(whole) - len(todo), "out": str(out)}
+        if engine.workers and lock is not None:
+            engine.workers.hold(lock)
+        if not engine.ranks.rank:
+            with shard_claim(out, STAGE_FILE) if engine.part else nullcontext():
+                if not (out / STAGE_FILE).is_file():
+                    write_json(out / STAGE_FILE, stage)
+        engine.ranks.wait()
         if todo and begin:
             begin()
         if todo:
-            with progress(name, total=total, unit=unit) as bar:
-                done_rows = sum(_rows(out / f"{stem}.parquet") for stem in shards if stem not in set(todo))
+            mine = set(engine.mine(shards))
+            with progress(name, total=total // engine.ranks.size, unit=unit) as bar:
+                done_rows = sum(_rows(out / f"{stem}.parquet") for stem in mine.difference(todo))
                 if done_rows:
                     bar.advance(min(done_rows, total))
-                for stem in todo:
-                    write_table(out / f"{stem}.parquet", work(stem, bar), stage)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        done = sum((out / f"{stem}.parquet").is_file() for stem in shards)
-        raise DiskFullError(
-            f"{out}: no space left on the disk ({error}). {done} of {len(shards)} shards are finished and kept; free "
-            "some space and run the same command again"
-        ) from error
-    return {**plan, **count_rows(out, shards)}
+                writer = TableWriter(out, about, engine.max_failures, claim=engine.part is not None)
+                streaks = Streaks(shards, engine.max_failures)
+                ours = [stem for stem in todo if stem in mine]
+                for stem, tally in _map(writer, ours, streaks, work, bar, engine, task):
+                    if told:
+                        told(stem, tally)
+        engine.ranks.wait()
+    return {**plan, **count_rows(out, whole)}
 
 
-def check_resume(out: Path, stage: dict[str, Any]) -> None:
+def _map(
+    writer: TableWriter,
+    todo: list[str],
+    streaks: Streaks,
+    work: Work,
+    bar: Progress,
+    engine: Engine,
+    task: Callable[[str, TableWriter], Task] | None,
+) -> Iterator[tuple[str, Tally]]:
+    if engine.workers and task:
+        for done, tally in engine.workers.map([task(stem, writer) for stem in todo], bar.advance):
+            streaks.add(done.shard, tally)
+            yield done.shard, tally
+        return
+    for stem in todo:
+        yield stem, writer.run(stem, lambda stem=stem: work(stem, bar), streaks)
+
+
+def check_resume(out: AnyPath, stage: dict[str, Any]) -> None:
     """Raise ResumeError if ``out`` holds the work of another stage, config or data set."""
     if not (out / STAGE_FILE).is_file():
         if out.is_dir() and any(not path.name.startswith(TEMPORARY_PREFIX) for path in out.iterdir()):
@@ -102,7 +218,7 @@ def check_resume(out: Path, stage: dict[str, Any]) -> None:
     )
 
 
-def count_rows(out: Path, shards: Sequence[str]) -> dict[str, Any]:
+def count_rows(out: AnyPath, shards: Sequence[str]) -> dict[str, Any]:
     """How many samples the tables of a stage hold, how many failed, and the first failure."""
     samples, failed, first_error = 0, 0, None
     for stem in shards:
@@ -114,7 +230,103 @@ def count_rows(out: Path, shards: Sequence[str]) -> dict[str, Any]:
     return {"samples": samples, "failed": failed, "first_error": first_error}
 
 
-def _rows(path: Path) -> int:
+def parse_part(part: str | None) -> tuple[int, int] | None:
+    """``"3/64"`` -> (3, 64): the third of 64 parts. Raises InputError for anything else."""
+    if part is None:
+        return None
+    found = re.fullmatch(r"(\d+)/(\d+)", part)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise InputError(f"part: expected I/N with I from 1 to N, such as 3/64, got {part!r}")
+    return int(found[1]), int(found[2])
+
+
+@contextmanager
+def open_workers(
+    recipe: Callable[[], Any],
+    workers: int,
+    *,
+    part: str | None = None,
+    ray: str | None = None,
+    max_failures: int = MAX_FAILURES,
+) -> Iterator[Engine]:
+    """The engine that these options of a verb mean; ``recipe`` makes what each worker process holds."""
+    if max_failures < 0:
+        raise InputError(f"max_failures: expected 0 or more, got {max_failures}")
+    if workers < 1:
+        raise InputError(f"workers: expected 1 or more, got {workers}")
+    ranks, parts = RankTalk.of_torchrun(), parse_part(part)
+    if ranks.size > 1 and (workers > 1 or parts or ray):
+        raise InputError("torchrun's processes are the workers: give no --workers, --part or --ray with it")
+    if ray and parts:
+        raise InputError("ray: a cluster does all parts; give no --part with it")
+    if ray:
+        from diffprune.ray_workers import RayWorkers
+
+        with RayWorkers(recipe, ray, workers if workers > 1 else None) as actors:
+            yield Engine(actors, parts, ranks, max_failures)
+        return
+    if workers == 1:
+        yield Engine(None, parts, ranks, max_failures)
+        return
+    with LocalWorkers(recipe, workers) as pool:
+        yield Engine(pool, parts, ranks, max_failures)
+
+
+def sweep(out: AnyPath, stem: str | None = None) -> None:
+    """Remove what a killed run left half-written: of one shard, or of all, if nobody else is at work in ``out``."""
+    for leftover in out.glob(f"{TEMPORARY_PREFIX}*"):
+        if not is_lock(leftover) and leftover.name.startswith(f"{TEMPORARY_PREFIX}{f'{stem}.' if stem else ''}"):
+            leftover.unlink(missing_ok=True)
+
+
+def _claimed(out: AnyPath, stage: dict[str, Any], whole: list[str], engine: Engine) -> list[str]:
+    """The shards to do, the same list for all ranks."""
+    if not engine.ranks.rank:
+        check_resume(out, stage)  # again: before the lock was there, another run may have been
+    there = existing(out / f"{stem}.parquet" for stem in whole)
+    finished = engine.ranks.first([out / f"{stem}.parquet" in there for stem in whole])
+    return [stem for stem, is_done in zip(whole, finished, strict=True) if not is_done]
+
+
+@contextmanager
+def _swept(out: AnyPath, engine: Engine, whole: list[str]) -> Iterator[None]:
+    """No leftovers before and after: of a run that was killed, and of this one's workers that were."""
+
+    def sweep_ours() -> None:
+        if engine.ranks.rank:
+            return
+        if engine.part is None:
+            sweep(out)
+        elif engine.workers:  # what this process has begun, it has removed; and each shard is swept before it is begun
+            names = [path.name.removeprefix(TEMPORARY_PREFIX) for path in out.glob(f"{TEMPORARY_PREFIX}*")]
+            for stem in whole if names else ():
+                if any(name.startswith(f"{stem}.") for name in names):
+                    with shard_claim(out, stem):
+                        sweep(out, stem)
+
+    sweep_ours()
+    try:
+        yield
+    finally:
+        sweep_ours()
+
+
+@contextmanager
+def _explained(out: AnyPath, shards: list[str]) -> Iterator[None]:
+    """A full disk as a DiskFullError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        done = len(existing(out / f"{stem}.parquet" for stem in shards))
+        raise DiskFullError(
+            f"{out}: no space left on the disk ({error}). {done} of {len(shards)} shards are finished and kept; free "
+            "some space and run the same command again"
+        ) from error
+
+
+def _rows(path: AnyPath) -> int:
     return read_table(path, ["status"]).num_rows
 
 

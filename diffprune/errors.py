@@ -17,3 +17,30 @@ class ResumeError(DiffpruneError):
 
 class DiskFullError(DiffpruneError):
     """A stage ran out of disk; what it had finished is kept."""
+
+
+class RemoteError(DiffpruneError):
+    """An object behind a URL could not be read or written; what was finished is kept.
+
+    ``kind``: "failed" (storage kept failing, however often it was asked), "denied", "expired" (credentials), "changed"
+    (the object is not the one that was indexed), "refused" (anything else that storage will not do).
+    """
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+    def __reduce__(self) -> tuple[type[RemoteError], tuple[str, str]]:
+        return RemoteError, (str(self), self.kind)
+
+
+class BusyError(DiffpruneError):
+    """Another run is at work in the output folder, or on the same shard."""
+
+
+class WorkerError(DiffpruneError):
+    """A worker process died again and again at one shard."""
+
+
+class StoppedError(DiffpruneError):
+    """So many samples in a row failed that something bigger than single images is wrong; finished shards are kept."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from diffprune.errors import InputError
 from diffprune.kmeans import KMeans
 from diffprune.orders import equal_quotas, within_clusters
+from diffprune.rank_talk import ALONE, RankTalk
 
 MANY = 4096
 """Clusters from which on "split" is the default start."""
@@ -82,12 +83,12 @@ class HierarchicalKMeans:
         self.options: dict[str, Any] = {"max_iter": max_iter, "tol": tol, "metric": metric, "memory": memory}
         self.seed = seed
 
-    def fit(self, points: Any, *, keys: Sequence[str] | None = None) -> HierarchicalKMeans:
+    def fit(self, points: Any, *, keys: Sequence[str] | None = None, talk: RankTalk = ALONE) -> HierarchicalKMeans:
         """Cluster ``points``, of any kind that ``KMeans.fit`` takes; returns self. Raises as ``KMeans.fit`` does."""
         init = self.init
         if isinstance(init, str) and init == "auto":
             init = "split" if self.ks[0] >= MANY else "k-means++"
-        first = KMeans(self.ks[0], init=init, seed=self.seed, **self.options).fit(points, keys=keys)
+        first = KMeans(self.ks[0], init=init, seed=self.seed, **self.options).fit(points, keys=keys, talk=talk)
         self.levels_ = [_level(first)]
         self.assignments_ = [first.assignment_]
         for depth, k in enumerate(self.ks[1:], start=1):

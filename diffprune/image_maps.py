@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,18 +14,22 @@ import torch
 from diffprune.decode import MAX_PIXELS, Batch, Resizer, read_batches
 from diffprune.errors import InputError
 from diffprune.progress import Progress
-from diffprune.shards import ShardIndex, ShardSpec, index_shards
+from diffprune.shards import ShardIndex, ShardSpec, index_shards, list_shards
 from diffprune.tables import base_table
+
+Indexed = tuple[ShardIndex, tuple[int, int] | None]
 
 
 class ImageMap:
-    """The images of shards, and a network's values of them."""
+    """The images of shards, and a network's values of them. Without ``shards``, of those that are taken later."""
 
-    def __init__(self, network: Network, shards: ShardSpec, batch_size: int, reading: Reading) -> None:
+    def __init__(self, network: Network, shards: ShardSpec | None, batch_size: int, reading: Reading) -> None:
         if batch_size < 1:
             raise InputError(f"batch_size: expected 1 or more, got {batch_size}")
         self.network, self.batch_size, self.reading = network, batch_size, reading
-        self.indexes = {index.path.stem: index for index in index_shards(shards)}
+        paths = [] if shards is None else list_shards(shards)
+        self._stamps = {path.stem: _stamp(path) for path in paths}  # before they are indexed
+        self.indexes = {index.path.stem: index for index in index_shards(paths)} if paths else {}
         with torch.inference_mode():
             blank = torch.zeros(1, network.channels, *network.size, dtype=torch.uint8, device=network.device)
             self.row_shape = tuple(network.function(blank).shape[1:])
@@ -37,11 +42,38 @@ class ImageMap:
             **reading.config,
         }
 
+    def indexed(self, stem: str) -> Indexed:
+        """One shard, for `take` in another process."""
+        return self.indexes[stem], self._stamps[stem]
+
+    def take(self, shard: Indexed) -> str:
+        """Have this shard, and no other one; returns its stem."""
+        index, stamp = shard
+        self.indexes, self._stamps = {index.path.stem: index}, {index.path.stem: stamp}
+        return index.path.stem
+
     def batches(self, stem: str) -> Iterator[Batch]:
-        """Read and decode one shard."""
-        size, channels = self.network.resize, self.network.channels
+        """Read and decode one shard. Raises InputError if it is not there any more, or not as it was indexed."""
+        size, channels, index = self.network.resize, self.network.channels, self.indexes[stem]
         options = {"strict": self.reading.strict, "max_pixels": self.reading.max_pixels}
-        return read_batches(self.indexes[stem], size=size, channels=channels, batch_size=self.batch_size, **options)
+        self._check_stamp(stem)
+        try:
+            yield from read_batches(index, size=size, channels=channels, batch_size=self.batch_size, **options)
+        except FileNotFoundError as error:
+            raise _gone(index.path) from error
+        self._check_stamp(stem)
+
+    def _check_stamp(self, stem: str) -> None:
+        path = self.indexes[stem].path
+        try:
+            found = _stamp(path)
+        except FileNotFoundError as error:
+            raise _gone(path) from error
+        if found != self._stamps[stem]:
+            raise InputError(
+                f"{path}: changed after it was indexed (another size or time); what is finished is kept. If this is "
+                "another data set now, write into another folder; if not, run the command again"
+            )
 
     def run(self, stem: str, batches: Iterable[Batch], bar: Progress | None = None) -> tuple[pa.Table, np.ndarray]:
         """(base columns, float16 [n, ...]) of one shard, NaN where a sample failed."""
@@ -54,7 +86,8 @@ class ImageMap:
         for batch in batches:
             start = len(errors)
             with torch.inference_mode():
-                images = torch.from_numpy(batch.images).to(network.device)
+                # contiguous: a convolution rounds otherwise for another memory layout
+                images = torch.from_numpy(batch.images).to(network.device).contiguous()
                 values = network.function(images).float().cpu().numpy().astype(np.float16)
             for row, error in enumerate(batch.errors):
                 if error is None and not np.isfinite(values[row]).all():
@@ -98,6 +131,21 @@ class Network:
     def size(self) -> tuple[int, int]:
         """(height, width) of its images."""
         return (self.resize, self.resize) if isinstance(self.resize, int) else self.resize.size
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Size and time of change of a file; None of what is no file of this machine's."""
+    if not isinstance(path, Path):
+        return None
+    about = path.stat()
+    return about.st_size, about.st_mtime_ns
+
+
+def _gone(path: Path) -> InputError:
+    return InputError(
+        f"{path}: no such shard any more; it was there when it was indexed. What is finished is kept: bring it back "
+        "and run the same command again"
+    )
 
 
 def describe(indexes: list[ShardIndex]) -> dict[str, list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,13 @@ from torch import Tensor
 from diffprune.errors import InputError
 from diffprune.kernels import kmeans_assign
 from diffprune.kmeans_init import parallel, plus_plus, random_rows
-from diffprune.kmeans_lloyd import Fit, Lloyd, too_few, total
+from diffprune.kmeans_lloyd import Fit, Lloyd, too_few
 from diffprune.kmeans_minibatch import minibatch
 from diffprune.kmeans_points import Points, open_points, refuse_rows
+from diffprune.kmeans_rounds import Rounds
 from diffprune.kmeans_split import split_start
-from diffprune.kmeans_sums import ClusterSums
+from diffprune.kmeans_sums import ClusterSums, total
+from diffprune.rank_talk import ALONE, RankTalk
 
 METRICS = ("euclidean", "cosine")
 INITS = ("k-means++", "k-means||", "random", "split")
@@ -105,6 +108,8 @@ class KMeans:
         weights: Tensor | np.ndarray | Sequence[float] | None = None,
         *,
         keys: Sequence[str] | None = None,
+        talk: RankTalk = ALONE,
+        rounds: str | Path | None = None,
     ) -> KMeans:
         """Cluster ``points``; returns self.
 
@@ -114,21 +119,34 @@ class KMeans:
                 stays as it is, float64 is rounded to float32; "cosine" holds a scaled float32 copy of points in memory.
             weights: [N], instead of those of the constructor.
             keys: [N] names of the points, for errors: strings, or a column of pyarrow.
+            talk: the processes that share the points, each having its own, in the order of ranks. All get the same
+                centroids, and the labels of their points: the bytes that one process gets for all points.
+            rounds: a file to keep the latest round in: a fit that is killed goes on from there. It must be of the same
+                points and options, which is for you to know; it stays, and with ``n_init`` or ``batch_size`` there is
+                none.
 
         Raises InputError for fewer distinct points than k; for NaN, infinity and, with "cosine", zero vectors, naming
         the points; for weights that are negative, not finite, all 0 or of another length.
         """
         data = open_points(points, metric=self.metric, memory=self.memory)
-        masses = _weights(self.weights if weights is None else weights, data)
+        weights = self.weights if weights is None else weights
+        split = isinstance(self.init, str) and self.init == "split"
+        if talk.size > 1 and (weights is not None or self.batch_size or split):
+            raise InputError("k-means: points of several processes take no weights, batch_size or init split")
+        data.share(talk)
+        masses = _weights(weights, data)
         largest = data.check(keys=keys)
-        if data.rows < self.k:
-            raise too_few(self.k, len(torch.unique(data.take(torch.arange(data.rows)), dim=0)), data.rows)
+        if data.total_rows < self.k:
+            distinct = len(torch.unique(data.take(torch.arange(data.total_rows)), dim=0))
+            raise too_few(self.k, distinct, data.total_rows)
         tolerance = self.tol * _variance(data, largest, masses) if self.tol > 0 or _may_overflow(data, largest) else 0.0
         generator = torch.Generator().manual_seed(self.seed)
         lloyd = Lloyd(data, self.k, largest, masses, self.algorithm)
         best: Fit | None = None
+        kept = Rounds(Path(rounds), talk) if rounds and self.n_init == 1 and self.batch_size is None else None
         for _ in range(self.n_init):
-            fit = self._run(lloyd, self._start(data, generator, largest, masses), tolerance, generator)
+            start = None if kept and kept.is_there() else self._start(data, generator, largest, masses)
+            fit = self._run(lloyd, start, tolerance, generator, kept)
             if best is None or fit.inertia < best.inertia:
                 best = fit
         self._centroids = best.centroids
@@ -185,9 +203,11 @@ class KMeans:
             return start(points, self.k, generator, largest, weights)
         return (plus_plus if self.init == "k-means++" else random_rows)(points, self.k, generator, weights)
 
-    def _run(self, lloyd: Lloyd, start: Tensor, tolerance: float, generator: torch.Generator) -> Fit:
+    def _run(
+        self, lloyd: Lloyd, start: Tensor | None, tolerance: float, generator: torch.Generator, kept: Rounds | None
+    ) -> Fit:
         if self.batch_size is None:
-            return lloyd.run(start, self.max_iter, tolerance)
+            return lloyd.run(start, self.max_iter, tolerance, kept)
         learnt, rounds = minibatch(
             lloyd.points, start, self.batch_size, self.max_iter, tolerance, generator, lloyd.weights
         )
@@ -224,8 +244,9 @@ def _variance(points: Points, largest: float, weights: Tensor | None) -> float:
     sqdistance = torch.empty(points.rows, device=points.device)
     for own, block in points.blocks():
         sqdistance[own] = kmeans_assign(block, mean)[1]
-    if not math.isfinite(total(sqdistance)):
+    summed = total(sqdistance, points.talk, points.total_rows)
+    if not math.isfinite(summed):
         raise InputError("k-means: the points' squared distances overflow float32; scale the points down")
     if weights is None:
-        return total(sqdistance) / (points.rows * points.dimensions)
+        return summed / (points.total_rows * points.dimensions)
     return total(sqdistance.double() * weights) / (total(weights) * points.dimensions)

@@ -39,7 +39,7 @@ class GroupBounds:
         """Whether to start with bounds, after ``moved`` points changed their cluster and centroids moved ``shifts``."""
         if len(centroids) < LEAST_CENTROIDS or points.rows < LEAST_POINTS or moved > MOVED_SHARE * points.rows:
             return False
-        asked = points.take(torch.arange(0, points.rows, points.rows // ASKED))
+        asked = points.take_own(torch.arange(0, points.rows, points.rows // ASKED))
         nearest, second = pairwise_topk(asked, centroids, 2)[0].unbind(dim=1)
         usual = shifts.quantile(1 - 1 / GROUP_SIZE)  # of the largest in a group
         return float((second - nearest > HOLD_ROUNDS * usual).double().mean()) > HOLD_SHARE

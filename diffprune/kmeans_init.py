@@ -29,7 +29,7 @@ def plus_plus(points: Points, k: int, generator: torch.Generator, weights: Tenso
     sqdistance = torch.full((points.rows,), math.inf, device=points.device)
     for i, chance in enumerate(torch.rand(k, generator=generator, dtype=torch.float64).to(points.device)):
         mass = torch.ones_like(sqdistance) if i == 0 else sqdistance
-        centroids[i] = points.take(draw_rows(chance[None], mass, weights))[0]
+        centroids[i] = points.take(draw_rows(chance[None], mass, weights, points))[0]
         for own, block in points.blocks():
             torch.minimum(sqdistance[own], kmeans_assign(block, centroids[i : i + 1])[1], out=sqdistance[own])
     return centroids
@@ -45,10 +45,10 @@ def parallel(
     over the points for each round, whatever k is.
     """
     seed = int(torch.randint(2**32, (1,), generator=generator))
-    hashes = torch.arange(points.rows, device=points.device)
+    hashes = torch.arange(points.rows, device=points.device) + points.first_row
     mass = torch.ones(points.rows, device=points.device)
     chance = torch.rand(1, generator=generator, dtype=torch.float64).to(points.device)
-    candidates = points.take(draw_rows(chance, mass, weights))
+    candidates = points.take(draw_rows(chance, mass, weights, points))
     fresh, owner = candidates, torch.zeros(points.rows, dtype=torch.int64, device=points.device)
     sqdistance = torch.full((points.rows,), math.inf, device=points.device)
     oversampling = max(k / 2, 16)
@@ -60,8 +60,9 @@ def parallel(
             sqdistance[own] = torch.where(closer, square, sqdistance[own])
         if draw == PARALLEL_ROUNDS:
             break
-        parts = shares(sqdistance, weights)
-        rows = (uniform(seed, hashes, "k-means||", draw) * parts.sum() < oversampling * parts).nonzero().flatten()
+        parts = shares(sqdistance, weights, points)
+        drawn = uniform(seed, hashes, "k-means||", draw) * points.talk.sum(parts.sum()) < oversampling * parts
+        rows = points.talk.gather(drawn.nonzero().flatten() + points.first_row)
         if len(rows) == 0:
             continue
         fresh = points.take(rows)
@@ -69,7 +70,8 @@ def parallel(
     if len(candidates) <= k:  # hardly any distinct points; Lloyd's rounds restart the copies
         return torch.cat([candidates, candidates[:1].expand(k - len(candidates), -1)])
     masses = (torch.ones_like(sqdistance) if weights is None else weights).double().cpu()
-    masses = torch.zeros(len(candidates), dtype=torch.float64).index_add_(0, owner.cpu(), masses).to(points.device)
+    masses = torch.zeros(len(candidates), dtype=torch.float64).index_add_(0, owner.cpu(), masses)
+    masses = points.talk.sum(masses).to(points.device)
     few = HeldPoints(candidates, points.metric, candidates)
     start = plus_plus(few, k, generator, masses)
     distinct = len(torch.unique(candidates[masses > 0], dim=0))
@@ -78,23 +80,38 @@ def parallel(
 
 def random_rows(points: Points, k: int, generator: torch.Generator, weights: Tensor | None = None) -> Tensor:
     """[k, D] float32: k different rows; with weights, of those above 0."""
-    rows = torch.arange(points.rows) if weights is None else (weights > 0).nonzero().flatten().cpu()
+    rows = torch.arange(points.total_rows) if weights is None else (weights > 0).nonzero().flatten().cpu()
     rows = rows[torch.randperm(len(rows), generator=generator)[:k]]
     return points.take(rows.repeat(math.ceil(k / max(1, len(rows))))[:k].to(points.device))
 
 
-def draw_rows(chances: Tensor, mass: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Rows drawn with probability w·mass/Σw·mass, one for each of ``chances`` [M] float64 in [0, 1): [M] int64."""
-    ends = shares(mass, weights).cumsum(dim=0)
-    wanted = (chances * ends[-1]).long().clamp_(max=(ends[-1] - 1).clamp_(min=0))
-    return torch.searchsorted(ends, wanted, right=True).clamp_(max=len(mass) - 1)
+def draw_rows(chances: Tensor, mass: Tensor, weights: Tensor | None = None, points: Points | None = None) -> Tensor:
+    """Rows drawn with probability w·mass/Σw·mass, one for each of ``chances`` [M] float64 in [0, 1): [M] int64.
+
+    Of ``points`` that several processes share, ``mass`` is of those here, and rows are numbered among all.
+    """
+    ends = shares(mass, weights, points).cumsum(dim=0)
+    if points is None or points.talk.size == 1:
+        wanted = (chances * ends[-1]).long().clamp_(max=(ends[-1] - 1).clamp_(min=0))
+        return torch.searchsorted(ends, wanted, right=True).clamp_(max=len(mass) - 1)
+    sums = points.talk.gather(ends[-1:] if len(ends) else ends.new_zeros(1))
+    before, everything = sums[: points.talk.rank].sum(), sums.sum()
+    wanted = (chances * everything).long().clamp_(max=(everything - 1).clamp_(min=0)) - before
+    here = (wanted >= 0) & (wanted < sums[points.talk.rank])
+    rows = torch.where(here, torch.searchsorted(ends, wanted, right=True) + points.first_row, 0)
+    return torch.where(everything > 0, points.talk.sum(rows), points.total_rows - 1)
 
 
-def shares(mass: Tensor, weights: Tensor | None = None) -> Tensor:
+def shares(mass: Tensor, weights: Tensor | None = None, points: Points | None = None) -> Tensor:
     """[N] int64, in proportion to w·mass, at least 1 where that is not 0; their sum is below 2^53.
 
     Whole numbers add up to the same in any order, and float64 holds their sum exactly.
     """
     mass = mass.double() if weights is None else mass.double() * weights.double()
-    spare = MANTISSA - math.ceil(math.log2(len(mass) + 1)) - 1
-    return torch.ldexp(mass, spare - torch.frexp(mass.max())[1]).ceil_().long()
+    if points is None or points.talk.size == 1:
+        count, largest = len(mass), mass.max()
+    else:
+        count = points.total_rows
+        largest = mass.new_tensor(points.talk.max(float(mass.max()) if len(mass) else 0.0))
+    spare = MANTISSA - math.ceil(math.log2(count + 1)) - 1
+    return torch.ldexp(mass, spare - torch.frexp(largest)[1]).ceil_().long()

@@ -12,7 +12,8 @@ from diffprune.errors import InputError
 from diffprune.kernels import kmeans_assign
 from diffprune.kmeans_bounds import GroupBounds
 from diffprune.kmeans_points import Points
-from diffprune.kmeans_sums import ClusterSums
+from diffprune.kmeans_rounds import Rounds
+from diffprune.kmeans_sums import ClusterSums, total
 
 GPU_CHECK_EVERY = 8
 """Rounds between two looks of the host at a GPU's results."""
@@ -41,11 +42,11 @@ class Lloyd:
         self.sums = ClusterSums(k, points, largest, weights)
         self.check_every = GPU_CHECK_EVERY if points.device.type == "cuda" else 1
 
-    def run(self, centroids: Tensor, max_iter: int, tolerance: float) -> Fit:
+    def run(self, centroids: Tensor | None, max_iter: int, tolerance: float, rounds_kept: Rounds | None = None) -> Fit:
         """Assign and update until the centroids move no more than ``tolerance``, no label changes, or ``max_iter``.
 
         ``tolerance`` is that of the sum of squared shifts. Ends with an assignment, so that labels are of the centroids
-        that are returned.
+        that are returned. With ``rounds_kept`` it goes on from a round that is there, instead of ``centroids``.
         """
         self.assignment = torch.full((self.points.rows,), -1, dtype=torch.int32, device=self.points.device)
         self.sqdistance = torch.empty(self.points.rows, device=self.points.device)
@@ -56,21 +57,34 @@ class Lloyd:
         still = torch.zeros((), dtype=torch.bool, device=self.points.device)
         moves: list[int] = []
         rounds = 0
+        if rounds_kept and rounds_kept.is_there():
+            kept = rounds_kept.load(self.points.device)
+            self._sweep(kept.last)  # its labels, and their sums
+            centroids, moves, rounds = kept.following, kept.moved, len(kept.moved)
+            still = self._shift(kept.last, centroids) <= tolerance
         while True:
             self._sweep(centroids)
             look = rounds % self.check_every == 0 or rounds == max_iter
             if look:
                 centroids = self._without_empty(centroids)
-            moves.append(self.moved)
-            if rounds == max_iter or (look and (self.moved == 0 or bool(still))):
+            moved = self._all_moved()
+            moves.append(moved)
+            if rounds == max_iter or (look and (moved == 0 or bool(still))):
                 break
             updated = torch.where(still, centroids, self._means(centroids))
             if self.bounds:
                 self.bounds.shift(centroids, updated)
-            squares = (updated.double() - centroids.double()).square().sum(dim=1)
-            self.shifts, still = squares.sqrt(), squares.sum() <= tolerance
+            still = self._shift(centroids, updated) <= tolerance
+            if rounds_kept and look:
+                rounds_kept.keep(centroids, updated, moves)
             centroids, rounds = updated, rounds + 1
         return Fit(centroids, self.assignment, self.sqdistance, rounds, self._inertia(), moves)
+
+    def _shift(self, old: Tensor, new: Tensor) -> Tensor:
+        """The sum of squared shifts."""
+        squares = (new.double() - old.double()).square().sum(dim=1)
+        self.shifts = squares.sqrt()
+        return squares.sum()
 
     def _sweep(self, centroids: Tensor) -> None:
         """One pass over the points: labels, distances and sums for ``centroids``."""
@@ -95,11 +109,20 @@ class Lloyd:
         return self.shifts is not None and GroupBounds.pay(self.points, centroids, self.shifts, self.moved)
 
     def _sweep_whole(self, centroids: Tensor) -> None:
-        """The same on a GPU, where finding out which points moved would make the host wait."""
+        """The same on a GPU, where finding out which points moved would make the host wait.
+
+        So would a check of the centroids, which are finite: ``_means``.
+        """
         self.sums.clear()
         for own, block in self.points.blocks():
-            self.assignment[own], self.sqdistance[own] = kmeans_assign(block, centroids)
+            self.assignment[own], self.sqdistance[own] = kmeans_assign(block, centroids, check_values=False)
             self.sums.add(block, own, self.assignment[own])
+
+    def _all_moved(self) -> int:
+        """Points of all processes that changed their cluster."""
+        if self.points.talk.size == 1:
+            return self.moved
+        return int(self.points.talk.sum(torch.tensor(self.moved)))
 
     def _settle(self, own: slice, block: Tensor, old: Tensor, new: Tensor) -> None:
         rows = (old != new).nonzero().flatten()
@@ -126,7 +149,7 @@ class Lloyd:
         Farthest first: each restarts at the point that is then the farthest from its centroid, of equals the first.
         Ends, because such a centroid sits on a point on which no other sits, so it is never empty again.
         """
-        while len(empty := (self.sums.counts == 0).nonzero().flatten()):
+        while len(empty := (self.sums.counts() == 0).nonzero().flatten()):
             restarts = self._farthest(len(empty))
             centroids = centroids.clone()
             empty = empty[: len(restarts)]
@@ -151,17 +174,18 @@ class Lloyd:
         Only the farthest few of all points are looked at, as long as the farthest of them is farther than all others
         were; so there may be fewer than ``count``.
         """
-        sqdistance = self.sqdistance
+        sqdistance, talk = self.sqdistance, self.points.talk
         if self.weights is not None:  # of no weight: no use as a cluster
             sqdistance = torch.where(self.weights > 0, sqdistance, -1.0)
-        pool = min(self.points.rows, 4 * count + 64)
-        floor = sqdistance.topk(pool).values[-1]
-        rows = (sqdistance > floor).nonzero().flatten()
+        pool = min(self.points.total_rows, 4 * count + 64)
+        floor = talk.gather(sqdistance.topk(min(pool, len(sqdistance))).values).topk(pool).values[-1]
+        rows = talk.gather((sqdistance > floor).nonzero().flatten() + self.points.first_row)
+        distance = talk.gather(sqdistance[sqdistance > floor])
         outside = float(floor)
         if len(rows) == 0:  # all that are farthest are equally far: take the first of them
-            rows, outside = (sqdistance == floor).nonzero().flatten()[:1], math.inf
+            rows = talk.gather((sqdistance == floor).nonzero().flatten()[:1] + self.points.first_row)[:1]
+            distance, outside = floor[None], math.inf
         candidates = self.points.take(rows)
-        distance = sqdistance[rows]
         chosen: list[int] = []
         while len(chosen) < count:
             best = int((distance == distance.max()).nonzero()[0])
@@ -175,15 +199,16 @@ class Lloyd:
 
     def _too_few(self) -> InputError:
         """Every point sits on its centroid: there are as many distinct points as clusters that have any."""
-        distinct = int((self.sums.counts > 0).sum())
+        distinct, vanished = int((self.sums.counts() > 0).sum()), False
         for own, block in self.points.blocks():
-            nearest = self.points.take(self._one_of_each(self.assignment))[self.assignment[own].long()]
+            nearest = self.points.take_own(self._one_of_each(self.assignment))[self.assignment[own].long()]
             differs = (block.float() != nearest).any(dim=1)
             if self.weights is not None:
                 differs &= self.weights[own] > 0
-            if bool(differs.any()):
-                return InputError("k-means: points differ, but squared distances vanish in float32; scale them up")
-        return too_few(self.k, distinct, self.points.rows, weighted=self.weights is not None)
+            vanished |= bool(differs.any())
+        if self.points.talk.max(vanished):
+            return InputError("k-means: points differ, but squared distances vanish in float32; scale them up")
+        return too_few(self.k, distinct, self.points.total_rows, weighted=self.weights is not None)
 
     def _one_of_each(self, assignment: Tensor) -> Tensor:
         """[k] int64: the number of one point of each cluster, 0 for a cluster without."""
@@ -194,15 +219,11 @@ class Lloyd:
         return rows.index_copy_(0, assignment[used].long().flip(0), used.flip(0))
 
     def _inertia(self) -> float:
-        return total(self.sqdistance if self.weights is None else self.sqdistance.double() * self.weights.double())
+        values = self.sqdistance if self.weights is None else self.sqdistance.double() * self.weights.double()
+        return total(values, self.points.talk, self.points.total_rows)
 
 
 def too_few(k: int, distinct: int, rows: int, weighted: bool = False) -> InputError:
     """The error for fewer distinct points than clusters."""
     what = "distinct points of a weight above 0" if weighted else "distinct points"
     return InputError(f"k-means: expected at least k={k} {what}, got {distinct} ({rows} rows); lower k")
-
-
-def total(values: Tensor) -> float:
-    """Sum in float64 in an order that does not depend on the number of threads."""
-    return float(values.cpu().double().numpy().sum())

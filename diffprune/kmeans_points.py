@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffprune.errors import InputError
+from diffprune.rank_talk import ALONE, RankTalk
 
 DEFAULT_MEMORY = 2**30
 """Bytes of rows held at a time when nothing else is said: two blocks of half of it."""
@@ -52,10 +53,12 @@ class Part:
         """Copy the rows from ``start`` on; a file is read past its mapping, so that no page of it stays in memory."""
         stop = start + len(target)
         if self.rows is None:
-            target[:] = _read(self.array, start, stop)
+            _read(self.array, start, target)
         else:
             rows = self.rows[start:stop]
-            target[:] = _read(self.array, rows[0], rows[-1] + 1)[rows - rows[0]]
+            block = np.empty((rows[-1] + 1 - rows[0], self.array.shape[1]), self.array.dtype)
+            _read(self.array, rows[0], block)
+            target[:] = block[rows - rows[0]]
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Single rows, by their number among these."""
@@ -70,6 +73,24 @@ class Points:
     dtype: torch.dtype
     device: torch.device
     metric: str
+    talk: RankTalk = ALONE
+    bounds: tuple[int, ...] | None = None  # of each process's rows, among those of all
+
+    def share(self, talk: RankTalk) -> None:
+        """These are one process's rows; those of the others come before and after them, in the order of ranks."""
+        if talk.size > 1:
+            counts = talk.gather(torch.tensor([self.rows]))
+            self.talk, self.bounds = talk, (0, *counts.cumsum(dim=0).tolist())
+
+    @property
+    def first_row(self) -> int:
+        """The number of the first row here, among those of all processes."""
+        return self.bounds[self.talk.rank] if self.bounds else 0
+
+    @property
+    def total_rows(self) -> int:
+        """Of all processes."""
+        return self.bounds[-1] if self.bounds else self.rows
 
     @property
     def prepared_dtype(self) -> torch.dtype:
@@ -89,12 +110,22 @@ class Points:
         return result.numpy()
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Which rows, and they prepared: [b, D] float32 or half."""
+        """Which rows, and they prepared: [b, D] float32 or half; asking for the next block may overwrite this one."""
         for own, block in self.raw_blocks():
             yield own, prepare(block, self.metric)
 
     def take(self, rows: Tensor) -> Tensor:
-        """[M, D] float32, prepared."""
+        """[M, D] float32, prepared: rows by their number among those of all processes, which all ask for the same."""
+        if self.bounds is None:
+            return self.take_own(rows)
+        first, owner = self.first_row, torch.bucketize(rows, rows.new_tensor(self.bounds[1:]), right=True)
+        own = self.take_own(rows[owner == self.talk.rank] - first)
+        result = torch.empty(len(rows), self.dimensions, device=self.device)
+        result[owner.argsort(stable=True)] = self.talk.gather(own)
+        return result
+
+    def take_own(self, rows: Tensor) -> Tensor:
+        """The same of rows here, by their number among these."""
         return prepare(self.raw_take(rows), self.metric).float()
 
     def check(self, name: str = "points", keys: Sequence[str] | None = None) -> float:
@@ -117,7 +148,7 @@ class Points:
                 largest = max(largest, reach)
         for bad, why in ((infinite, "NaN or infinity"), (zero, "length 0, so no direction")):
             refuse_rows(name, torch.cat(bad).tolist() if bad else [], self.rows, why, keys)
-        return largest
+        return self.talk.max(largest)
 
 
 class HeldPoints(Points):
@@ -167,17 +198,20 @@ class StreamedPoints(Points):
 
     def held(self) -> HeldPoints:
         """The same rows in memory."""
-        return HeldPoints(torch.from_numpy(self._read(0, self.rows)), self.metric, self.parts)
+        room = np.empty((self.rows, self.dimensions), self.numpy_dtype)
+        return HeldPoints(torch.from_numpy(self._read(0, self.rows, room)), self.metric, self.parts)
 
     def raw_blocks(self) -> Iterator[tuple[slice, Tensor]]:
         size = max(1, self.memory // (2 * self.dimensions * self.numpy_dtype.itemsize))
         bounds = [(start, min(start + size, self.rows)) for start in range(0, self.rows, size)]
+        # Two blocks, read into by turns: fresh memory for each would cost as much as reading it.
+        room = [np.empty((min(size, self.rows), self.dimensions), self.numpy_dtype) for _ in bounds[:2]]
         with ThreadPoolExecutor(1) as reader:
-            ahead = reader.submit(self._read, *bounds[0]) if bounds else None
+            ahead = reader.submit(self._read, *bounds[0], room[0]) if bounds else None
             for i, (start, stop) in enumerate(bounds):
                 block = ahead.result()
                 if i + 1 < len(bounds):
-                    ahead = reader.submit(self._read, *bounds[i + 1])
+                    ahead = reader.submit(self._read, *bounds[i + 1], room[(i + 1) % 2])
                 yield slice(start, stop), torch.from_numpy(block)
 
     def raw_take(self, rows: Tensor) -> Tensor:
@@ -189,8 +223,9 @@ class StreamedPoints(Points):
             result[own] = self.parts[i].take(wanted[own] - self.starts[i])
         return torch.from_numpy(result)
 
-    def _read(self, start: int, stop: int) -> np.ndarray:
-        block = np.empty((stop - start, self.dimensions), self.numpy_dtype)
+    def _read(self, start: int, stop: int, room: np.ndarray) -> np.ndarray:
+        """The rows, in the first ones of ``room``."""
+        block = room[: stop - start]
         for part, first in zip(self.parts, self.starts, strict=False):
             low, high = max(start, first), min(stop, first + len(part))
             if low < high:
@@ -236,22 +271,26 @@ def _open_part(name: str, part: Any) -> Part:
     return Part(part)
 
 
-def _read(array: np.ndarray, start: int, stop: int) -> np.ndarray:
-    """Rows of an array; those of a file that is mapped whole come by reading it, which leaves no mapped page behind."""
+def _read(array: np.ndarray, start: int, target: np.ndarray) -> None:
+    """Rows of an array into ``target`` [n, D]; those of a file that is mapped whole come by reading it, which leaves no
+    mapped page behind."""
     whole = isinstance(array, np.memmap) and array.flags["C_CONTIGUOUS"] and not isinstance(array.base, np.memmap)
+    stop = start + len(target)
     if not whole or array.filename is None:
-        return array[start:stop]
-    row_bytes = array.shape[1] * array.dtype.itemsize
+        target[:] = array[start:stop]
+        return
+    alike = target.dtype == array.dtype and target.flags["C_CONTIGUOUS"]
+    block = target if alike else np.empty(target.shape, array.dtype)
     with open(array.filename, "rb", buffering=0) as file:
-        file.seek(array.offset + start * row_bytes)
-        block = np.empty((stop - start, array.shape[1]), array.dtype)
+        file.seek(array.offset + start * array.shape[1] * array.dtype.itemsize)
         view, done = memoryview(block).cast("B"), 0
         while done < len(view):
             count = file.readinto(view[done:])
             if not count:
                 raise InputError(f"{array.filename}: ends before row {stop}; was it changed while being read?")
             done += count
-    return block
+    if not alike:
+        target[:] = block
 
 
 def _checked(name: str, data: Tensor, shape: Sequence[int] | None = None) -> Tensor:

@@ -17,8 +17,10 @@ import math
 import torch
 from torch import Tensor
 
-from diffprune.kernels import kmeans_update
+from diffprune.kernels import cpp, kmeans_update
+from diffprune.kernels.cpp.kmeans_update import add_exactly
 from diffprune.kmeans_points import Points
+from diffprune.rank_talk import ALONE, RankTalk
 
 CHUNK = 2**23
 """Elements that are split and added at a time, at least: 64 MiB in float32."""
@@ -31,6 +33,9 @@ MANTISSA = 52
 SMALLEST = -126
 """Exponent of float32's smallest normal number, whose inverse is finite."""
 
+SMALLEST64 = -960
+"""The same of float64, less the bits of a mantissa."""
+
 
 Change = tuple[Tensor, int]  # an assignment [b], and 1 to add its points or -1 to take them away
 
@@ -40,8 +45,9 @@ class ClusterSums:
 
     def __init__(self, k: int, points: Points, largest: float, weights: Tensor | None = None) -> None:
         """``largest`` bounds the absolute coordinates of ``points``; ``weights`` [N] are at least 0."""
-        self.k, self.weights, device, rows = k, weights, points.device, points.rows
-        self.counts = torch.zeros(k, dtype=torch.int64, device=device)  # points of a weight above 0
+        self.k, self.weights, device, rows = k, weights, points.device, points.total_rows
+        self.talk = points.talk
+        self.own_counts = torch.zeros(k, dtype=torch.int64, device=device)
         if weights is not None:
             heaviest = float(weights.max())
             self.mass = _ExactSums(torch.zeros(2, k, 1, dtype=torch.float64, device=device), rows, heaviest)
@@ -51,35 +57,57 @@ class ClusterSums:
 
     def clear(self) -> None:
         """Back to no points."""
-        self.counts.zero_()
+        self.own_counts.zero_()
         self.total.clear()
         if self.weights is not None:
             self.mass.clear()
 
     def add(self, points: Tensor, rows: slice | Tensor, assignment: Tensor) -> None:
-        """Add ``points`` [b, D], which are the rows ``rows`` of all."""
+        """Add ``points`` [b, D], which are the rows ``rows`` of all. Labels are trusted to be in range."""
         self._add(points, rows, [(assignment, 1)])
 
     def move(self, points: Tensor, rows: Tensor, old: Tensor, new: Tensor) -> None:
         """Take ``points`` from the clusters ``old`` and add them to ``new``."""
         self._add(points, rows, [(new, 1), (old, -1)])
 
+    def counts(self) -> Tensor:
+        """[k] int64: points of a weight above 0, of all processes."""
+        return self.talk.sum(self.own_counts)
+
     def means(self) -> Tensor:
         """[k, D] float64: the centroids; NaN for a cluster without points."""
-        return self.sums() / (self.counts.double() if self.weights is None else self.mass.value()[:, 0])[:, None]
+        return self.sums() / (self.counts().double() if self.weights is None else self.mass.value()[:, 0])[:, None]
 
     def sums(self) -> Tensor:
-        """[k, D] float64."""
-        return self.total.value()
+        """[k, D] float64, of all processes."""
+        return self.total.value(self.talk)
 
     def _add(self, points: Tensor, rows: slice | Tensor, changes: list[Change]) -> None:
         weights = None if self.weights is None else self.weights[rows]
         self.total.add(points, changes, weights)
         if weights is not None:
             self.mass.add(weights[:, None], changes)
-        for assignment, sign in changes:
-            counted = assignment if weights is None else assignment[weights > 0]
-            self.counts.add_(counted.bincount(minlength=self.k), alpha=sign)
+        ones = self.own_counts.new_ones(()) if weights is None else (weights > 0).long()
+        for assignment, sign in changes:  # not by bincount: a GPU's makes the host wait
+            self.own_counts.index_add_(0, assignment, ones.expand(len(assignment)), alpha=sign)
+
+
+def total(values: Tensor, talk: RankTalk = ALONE, rows: int | None = None) -> float:
+    """The sum of ``values`` [n], at least 0, of all processes: ``rows`` of them. Exact as above, so in any order."""
+    reach = talk.max(float(values.max()) if len(values) else 0.0)
+    if not 0 < reach < math.inf:
+        return reach
+    bits = math.ceil(math.log2(max(rows or len(values), 1))) + 2
+    high = max(math.frexp(reach)[1] + bits - MANTISSA, SMALLEST64)
+    grids = [2.0**high, 2.0 ** max(high + bits - MANTISSA, SMALLEST64)]
+    bins = torch.zeros(2, dtype=torch.float64)
+    for piece in values.split(CHUNK):
+        rest = piece.to("cpu", torch.float64, copy=True)
+        for number, grid in enumerate(grids):
+            part = (rest / grid).round_().mul_(grid)
+            bins[number] += part.sum()
+            rest = rest - part  # not in place: it may be `values` itself
+    return float(talk.sum(bins).sum())
 
 
 class _ExactSums:
@@ -96,10 +124,15 @@ class _ExactSums:
     def clear(self) -> None:
         self.bins.zero_()
 
-    def value(self) -> Tensor:
-        return self.bins[0] if len(self.bins) == 1 else self.bins[0] + self.bins[1]
+    def value(self, talk: RankTalk = ALONE) -> Tensor:
+        bins = talk.sum(self.bins)
+        return bins[0] if len(bins) == 1 else bins[0] + bins[1]
 
     def add(self, values: Tensor, changes: list[Change], weights: Tensor | None = None) -> None:
+        if _in_cpp(values):
+            for assignment, sign in changes:
+                add_exactly(values, assignment, weights, sign, self.grids, self.bins)
+            return
         if not self.grids:
             self._add(self.bins[0], values, changes)
             return
@@ -115,7 +148,7 @@ class _ExactSums:
             if len(values) < self.k:  # less work than a table of all clusters; in whatever order, as nothing rounds
                 sums.index_add_(0, assignment.long(), values.double(), alpha=sign)
             else:
-                sums.add_(kmeans_update(values, assignment, self.k)[0], alpha=sign)
+                sums.add_(kmeans_update(values, assignment, self.k, check_values=False)[0], alpha=sign)
 
     def _split(self, values: Tensor, weights: Tensor | None) -> Tensor:
         """[2, b, D]: ``values``, times the ``weights``, as multiples of each grid."""
@@ -134,3 +167,7 @@ class _ExactSums:
             torch.mul(rest, 1 / self.grids[0], out=high).round_().mul_(self.grids[0])  # exact but for the rounding
             torch.sub(rest, high, out=low).mul_(1 / self.grids[1]).round_().mul_(self.grids[1])
         return parts
+
+
+def _in_cpp(values: Tensor) -> bool:
+    return values.device.type == "cpu" and cpp.unavailable() is None

@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from diffprune.decode import MAX_PIXELS, read_annotations
+from diffprune.decode import MAX_PIXELS, annotation_ranges, read_annotations
 from diffprune.device import pick_device
 from diffprune.encoding import vqvae_network, with_twins
 from diffprune.errors import InputError
@@ -49,6 +50,8 @@ class LiveLatents:
         strict_decode: bool = True,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
+        options = {"device": device, "strict_decode": strict_decode, "max_pixels": max_pixels}
+        self._arguments = (shards, vqvae), {"batch_size": batch_size, **options}
         network = vqvae_network(vqvae, pick_device(device))
         self._images = ImageMap(network, shards, batch_size, Reading(strict_decode, max_pixels))
         self.vqvae = vqvae
@@ -59,6 +62,10 @@ class LiveLatents:
         self.samples: int = sum(len(index.samples) for index in self._images.indexes.values())
         self._kept: OrderedDict[str, tuple[pa.Table, np.ndarray]] = OrderedDict()
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:  # for a worker, which indexes the shards and loads the VQ-VAE itself
+        arguments, options = self._arguments
+        return partial(LiveLatents, **options), arguments
 
     def table(self, stem: str) -> pa.Table:
         """The base columns of one shard's samples; encodes it, as only then it is known which images fail."""
@@ -99,7 +106,8 @@ class LiveLatents:
     def unread_table(self, stem: str) -> pa.Table:
         """As ``table``, but without a look at the images: labels are read, and a sample fails for its label only."""
         index = self._images.indexes[stem]
-        with ShardReader(index.path, index.size) as reader:
+        with ShardReader(index.path, index.size, index.version) as reader:
+            reader.will_read(annotation_ranges(index.samples))
             rows = [read_annotations(reader, sample) for sample in index.samples]
         labels, uids, errors = ([row[column] for row in rows] for column in range(3))
         return base_table(index.path.name, index.samples, labels, uids, errors)

@@ -11,6 +11,7 @@ import json
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -19,13 +20,16 @@ from typing import Any
 import numpy as np
 
 from diffprune.errors import InputError
-from diffprune.files import atomic_path, write_json
+from diffprune.files import atomic_file, write_json
+from diffprune.local_workers import Advance, LocalWorkers, Task
+from diffprune.locks import folder_lock
 from diffprune.pixels import MAX_PIXELS, DecodeError, Decoding
 from diffprune.plans import claim_folder
 from diffprune.progress import progress
 from diffprune.sources import open_source
-from diffprune.sources.base import SourceImage, image_extension
+from diffprune.sources.base import Source, SourceImage, image_extension
 from diffprune.sources.mnist import encode_png
+from diffprune.storage import AnyPath, as_path
 
 BLOCK = 512
 _UNSAFE_KEY = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
@@ -54,6 +58,7 @@ def pack(
     shuffle_seed: int | None = 0,
     strict_decode: bool = True,
     max_pixels: int = MAX_PIXELS,
+    workers: int = 1,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Pack images into WebDataset shards ``<prefix>-000000.tar``, ... of ``shard_size`` samples in ``out``.
@@ -68,6 +73,7 @@ def pack(
         shuffle_seed: the order of samples depends on this and the keys alone; None keeps the source's sorted order.
             A parquet of more than 512 MiB is shuffled within pools of that size, made of row groups drawn at random.
         strict_decode, max_pixels: how ``resize`` decodes, see ``diffprune.decode.Decoding``.
+        workers: processes that write shards. With a shuffled parquet each reads the row groups that its shards need.
         dry_run: say how much it would do and write nothing.
 
     Each sample has its image (``png``, ``jpg`` or ``webp``, by the bytes and not by the name), ``cls`` (the class
@@ -85,7 +91,10 @@ def pack(
         InputError: a source that cannot be packed as it is; nothing has been written then, unless an image turned
             out to be unreadable on the way (``resize``), which leaves the finished shards.
         ResumeError: ``out`` was begun from another source or with other settings.
+        BusyError: another run is at work in ``out``.
     """
+    if workers < 1:
+        raise InputError(f"workers: expected 1 or more, got {workers}")
     if resize is not None and resize < 1:
         raise InputError(f"resize: expected at least 1 pixel, got {resize}")
     if shuffle_seed is not None and not 0 <= shuffle_seed < 1 << 32:
@@ -118,24 +127,52 @@ def pack(
         "shards": [str(path) for path in paths],
         "pattern": brace_pattern(paths),
     }
-    missing = claim_folder(out, "pack.json", plan, paths, extra=["classes.json"], dry_run=dry_run)
-    report |= {"written": len(missing), "present": len(paths) - len(missing), "dry_run": dry_run}
-    if dry_run:
-        return report
-    write_json(Path(out) / "classes.json", list(opened.class_names))
-
-    order = opened.order(shuffle_seed)
-    wanted = [(path, order[i * shard_size : (i + 1) * shard_size]) for i, path in enumerate(paths) if path in missing]
-    with progress("pack", total=sum(len(rows) for _, rows in wanted), unit="images") as bar:
-
-        def samples(path: Path, rows: np.ndarray) -> Iterator[PackedSample]:
-            for image in opened.read(rows):
-                yield _packed(image, decoding, opened.class_names)
-                bar.advance(note=path.name)
-
-        for path, rows in wanted:
-            write_shard(path, samples(path, rows))
+    with nullcontext() if dry_run else folder_lock(out) as lock:
+        missing = claim_folder(out, "pack.json", plan, paths, extra=["classes.json"], dry_run=dry_run)
+        report |= {"written": len(missing), "present": len(paths) - len(missing), "dry_run": dry_run}
+        if dry_run:
+            return report
+        write_json(as_path(out) / "classes.json", list(opened.class_names))
+        order = opened.order(shuffle_seed)
+        rows = [order[i * shard_size : (i + 1) * shard_size] for i in range(len(paths))]
+        tasks = [
+            Task(path.stem, "write", (path, own)) for path, own in zip(paths, rows, strict=True) if path in missing
+        ]
+        _write_all(_Packer(opened, decoding), tasks, workers, lock)
     return report
+
+
+@dataclass(frozen=True)
+class _Packer:
+    """Writes shards of a source, in whatever process; called, it is what a worker process holds."""
+
+    source: Source
+    decoding: Decoding
+
+    def __call__(self) -> _Packer:
+        return self
+
+    def write(self, path: AnyPath, rows: np.ndarray, advance: Advance) -> None:
+        if path.exists():  # by a process that died right after it
+            return
+        write_shard(path, self._samples(rows, advance))
+
+    def _samples(self, rows: np.ndarray, advance: Advance) -> Iterator[PackedSample]:
+        for image in self.source.read(rows):
+            yield _packed(image, self.decoding, self.source.class_names)
+            advance(1)
+
+
+def _write_all(packer: _Packer, tasks: list[Task], workers: int, lock: int) -> None:
+    with progress("pack", total=sum(len(task.args[1]) for task in tasks), unit="images") as bar:
+        if workers == 1:
+            for task in tasks:
+                packer.write(*task.args, lambda count, name=task.args[0].name: bar.advance(count, note=name))
+            return
+        with LocalWorkers(packer, workers, spread=False) as pool:
+            pool.hold(lock)
+            for _ in pool.map(tasks, bar.advance):
+                pass
 
 
 def write_shards(
@@ -145,7 +182,7 @@ def write_shards(
     prefix: str,
     shard_size: int = 1000,
     count: int | None = None,
-) -> list[Path]:
+) -> list[AnyPath]:
     """Write samples, in the order they come, into ``<out>/<prefix>-000000.tar``, ... and return the paths.
 
     Plain ustar headers with a fixed time, owner and mode: the same samples give the same bytes. Each shard is there
@@ -160,10 +197,10 @@ def write_shards(
             ``out`` already holding shards of that prefix.
     """
     shard_paths(out, prefix, count or 0, shard_size)
-    if there := sorted(Path(out).glob(f"{prefix}-[0-9]*.tar")):
+    if there := sorted(as_path(out).glob(f"{prefix}-[0-9]*.tar")):
         raise InputError(f"{there[0]}: already there; write into another folder or with another prefix")
     checked = _checked(samples, out, prefix, shard_size, count)
-    paths: list[Path] = []
+    paths: list[AnyPath] = []
     for first in checked:
         path = _shard_path(out, prefix, len(paths))
         write_shard(path, chain([first], islice(checked, shard_size - 1)))
@@ -173,7 +210,7 @@ def write_shards(
 
 def write_shard(path: str | Path, samples: Iterable[PackedSample]) -> None:
     """Write one tar, atomically. Keys must differ: that is the caller's to check."""
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+    with atomic_file(as_path(path)) as file:
         for sample in samples:
             check_key(sample.key)
             if not sample.members:
@@ -185,7 +222,7 @@ def write_shard(path: str | Path, samples: Iterable[PackedSample]) -> None:
         file.write(bytes(2 * BLOCK))
 
 
-def shard_paths(out: str | Path, prefix: str, count: int, shard_size: int) -> list[Path]:
+def shard_paths(out: str | Path, prefix: str, count: int, shard_size: int) -> list[AnyPath]:
     """The shards that ``count`` samples fill; raises InputError if the prefix or size cannot be used."""
     check_prefix(prefix)
     if shard_size < 1:
@@ -230,7 +267,7 @@ def resize_image(data: bytes, decoding: Decoding, origin: str) -> bytes:
     return encode_png(np.ascontiguousarray(pixels[0] if gray else pixels.transpose(1, 2, 0)))
 
 
-def brace_pattern(paths: Sequence[Path]) -> str:
+def brace_pattern(paths: Sequence[AnyPath]) -> str:
     """One brace pattern that names all of a run's shards: ``out/digits-{000000..000004}.tar``."""
     if not paths:
         return ""
@@ -284,8 +321,8 @@ def _encoder() -> str:
     return f"pillow {PIL.__version__}, zlib {zlib.ZLIB_RUNTIME_VERSION}"
 
 
-def _shard_path(out: str | Path, prefix: str, number: int) -> Path:
-    return Path(out) / f"{prefix}-{number:06d}.tar"
+def _shard_path(out: str | Path, prefix: str, number: int) -> AnyPath:
+    return as_path(out) / f"{prefix}-{number:06d}.tar"
 
 
 def _tar_header(key: str, extension: str, size: int) -> bytes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,9 +23,11 @@ import torch
 from torch import Tensor
 
 from diffprune.draws import hash_keys
+from diffprune.engines import Engine
 from diffprune.errors import InputError
 from diffprune.files import read_json, write_json
-from diffprune.memory import find_batch_size
+from diffprune.local_workers import Task
+from diffprune.memory import find_batch_size, free_bytes, resident_bytes
 from diffprune.prefetch import Prefetch
 from diffprune.progress import progress
 from diffprune.scores.batches import BatchSize, Draws, Samples
@@ -35,6 +38,7 @@ from diffprune.scores.normalise import normalised, strata, strata_count, stratum
 from diffprune.scores.random import random_scores
 from diffprune.scores.support import Support
 from diffprune.scores.visit import visit
+from diffprune.storage import AnyPath, existing
 from diffprune.surrogates import Surrogate
 from diffprune.tables import BASE_COLUMNS
 
@@ -103,9 +107,13 @@ class Passes:
         batch_size: int | str,
         memory: int | None,
         rows: int,
+        tables: AnyPath,
+        engine: Engine | None = None,
     ) -> None:
         self.source, self.surrogate, self.plan, self.folder, self.rows = source, surrogate, plan, folder, rows
-        self.failed = 0  # samples whose scores are not finite
+        self._tables = tables  # the folder of those that are done
+        self.engine = engine or Engine()
+        self.sums: dict[str, Tensor] = {}  # for `normalise_t`: of all samples' values, by stratum of t
         self._batch_size, self._memory = batch_size, memory
         self.size = BatchSize(batch_size if isinstance(batch_size, int) else BatchSize.MINIMUM)
         self._sum_size = BatchSize(SUM_ROWS[surrogate.device.type if surrogate else "cpu"])
@@ -126,28 +134,62 @@ class Passes:
         """All that has to be done before the first shard's scores."""
         if self.surrogate is None:
             return
+        last, ranks = len(self.surrogate.paths) - 1, self.engine.ranks
         if self._batch_size == "auto":
+            if ranks.rank:
+                ranks.wait()  # the first one finds it for all
             self.size = BatchSize(self._found_batch_size())
-        last = len(self.surrogate.paths) - 1
+            if not ranks.rank:
+                ranks.wait()
         for number in range(last + 1):
             keep = number < last or self.plan.normalise_t
-            stems = self.source.stems if keep else []
+            stems = self.engine.mine(self.source.stems) if keep else []
             todo = [stem for stem in stems if not self._findings_path(number, stem).is_file()]
-            if self.plan.two_passes and (todo or not keep):
+            if self.plan.two_passes and (ranks.max(len(todo)) or not keep):
                 self._first_pass(number)
             if todo:
                 self._wanted = set(todo)
                 with progress(f"score, checkpoint {number + 1} of {last + 1}", total=self.rows, unit="images") as bar:
-                    for stem in todo:
-                        samples = self.read(stem)[2]
-                        save_tensors(self._findings_path(number, stem), self._visit(number, samples, bar.advance))
-            if keep:
+                    self._find(number, todo, bar.advance)
+            ranks.wait()
+            if keep and not ranks.rank:
                 for trial in range(self.plan.support.trials):
                     self._mean_gradient(number, trial).remove()
         if self.plan.normalise_t:
-            self._sums = self._stratum_sums()
-        tables = self.folder.parent
-        self._wanted = {stem for stem in self.source.stems if not (tables / f"{stem}.parquet").is_file()}
+            self.sums = self._stratum_sums()
+        mine = self.engine.mine(self.source.stems)
+        done = existing(self._tables / f"{stem}.parquet" for stem in mine)
+        self._wanted = {stem for stem in mine if self._tables / f"{stem}.parquet" not in done}
+
+    def reading_no_further(self, sums: dict[str, Tensor]) -> None:
+        """In a worker, which does not know the shard that comes next; ``sums`` are those of the driver's `begin`."""
+        self._wanted, self.sums = set(), sums
+        if self._batch_size == "auto" and self.surrogate is not None:
+            self.size = BatchSize(self._found_batch_size())
+
+    def find(self, number: int, stem: str, advance: Callable[[int], None]) -> None:
+        """Visit one shard at a checkpoint and keep what was found, unless it is there."""
+        path = self._findings_path(number, stem)
+        if not path.is_file():
+            save_tensors(path, self._visit(number, self.read(stem)[2], advance))
+
+    def shard_sum(self, number: int, trial: int, stem: str, advance: Callable[[int], None]) -> GradientSum:
+        """MoSo's gradient sum over one shard's samples of a trial."""
+        support, network = self.plan.support, self.surrogate.network(number)
+        samples = self.read(stem)[2]
+        samples = samples.take(support.trial(samples.hashes) == trial)
+        inside = support.inside(samples.hashes)
+        found = gradient_sum(network, samples.take(inside), self.plan.draws, self._sum_size)
+        advance(len(samples))
+        if support.fraction < 1:
+            found.population = len(samples)
+        return found
+
+    def put_shard_sum(self, number: int, trial: int, stem: str, advance: Callable[[int], None]) -> None:
+        """The same, left for another process to add."""
+        mean = self._mean_gradient(number, trial)
+        if not mean.has_part(stem):
+            mean.put(stem, self.shard_sum(number, trial, stem, advance))
 
     def scores(self, stem: str, samples: Samples, advance: Callable[[int], None]) -> dict[str, Tensor]:
         """Score name -> [n] float64 on the CPU, for the methods asked for and maybe others."""
@@ -165,7 +207,7 @@ class Passes:
             if name in findings[-1]:
                 values = findings[-1][name]
                 if self.plan.normalise_t:
-                    values = normalised(values, findings[-1]["stratum"], self._sums[name])
+                    values = normalised(values, findings[-1]["stratum"], self.sums[name])
                 result[name] = values.mean(dim=1)
         if "monotonicity" in self.plan.methods:
             result["monotonicity"] = monotonicity(torch.stack([found["mean_loss"] for found in findings]))
@@ -192,8 +234,17 @@ class Passes:
         yield base, ok, keys, labels, latents
 
     def remove(self) -> None:
-        """Remove the partial results, once all tables are there."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the partial results, once all tables are there; those of a part, and the folder with the last."""
+        if self.engine.part is None:
+            if not self.engine.ranks.rank:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            return
+        for number in range(len(self.surrogate.paths) if self.surrogate else 0):
+            for stem in self.engine.whole(self.source.stems):
+                self._findings_path(number, stem).unlink(missing_ok=True)
+        for folder in (*self.folder.glob("findings-*"), self.folder):
+            with suppress(OSError):  # not there, or other parts' files are in it
+                folder.rmdir()
 
     def _visit(self, number: int, samples: Samples, advance: Callable[[int], None]) -> dict[str, Tensor]:
         """What the checkpoint has to say of one shard's samples: a term of `moso`, `mean_loss`, and at the last one the
@@ -279,24 +330,44 @@ class Passes:
         steps, rate = self.surrogate.states[number]["total_steps"], self.surrogate.rates[number]
         return moso(self.plan.moso_mode, population, steps, rate, dot, mean_sqnorm, sqnorm)
 
+    def _find(self, number: int, todo: list[str], advance: Callable[[int], None]) -> None:
+        if self.engine.workers:
+            for _ in self.engine.workers.map([Task(stem, "find", (number, stem)) for stem in todo], advance):
+                pass
+            return
+        for stem in todo:
+            self.find(number, stem, advance)
+
     def _first_pass(self, number: int) -> None:
-        network, support = self.surrogate.network(number), self.plan.support
-        self._wanted = set(self.source.stems)
+        self._wanted = set(self.source.stems[self.engine.ranks.rank :: self.engine.ranks.size])  # as `make` asks
+        parameters = list(self.surrogate.network(number).model.named_parameters())
         title = f"score, mean gradient {number + 1} of {len(self.surrogate.paths)}"
         with progress(title, total=self.rows, unit="images") as bar:
-            for trial in range(support.trials):
+            for trial in range(self.plan.support.trials):
+                mean = self._mean_gradient(number, trial)
+                if self.engine.workers:
+                    self._gather(mean, number, trial, bar.advance)
+                    continue
+                mean.make(
+                    lambda stem, trial=trial: self.shard_sum(number, trial, stem, bar.advance),
+                    talk=self.engine.ranks,
+                    like={name: p for name, p in parameters if p.requires_grad},
+                )
 
-                def shard_sum(stem: str, trial: int = trial) -> GradientSum:
-                    samples = self.read(stem)[2]
-                    samples = samples.take(support.trial(samples.hashes) == trial)
-                    inside = support.inside(samples.hashes)
-                    found = gradient_sum(network, samples.take(inside), self.plan.draws, self._sum_size)
-                    bar.advance(len(samples))
-                    if support.fraction < 1:
-                        found.population = len(samples)
-                    return found
+    def _gather(self, mean: MeanGradient, number: int, trial: int, advance: Callable[[int], None]) -> None:
+        """Workers make the sums, and this process adds them in shard order. Few wait for their turn on disk."""
+        workers = self.engine.workers
+        tasks = [Task(stem, "put_shard_sum", (number, trial, stem)) for stem in mean.missing()]
+        ended, done = workers.map(tasks, advance, window=2 * workers.count), set()
 
-                self._mean_gradient(number, trial).make(shard_sum)
+        def shard_sum(stem: str) -> GradientSum:
+            while stem not in done:
+                done.add(next(ended)[0].shard)
+            return mean.part(stem)
+
+        mean.make(shard_sum)
+        for _ in ended:
+            pass
 
     def _mean_gradient(self, number: int, trial: int) -> MeanGradient:
         return MeanGradient(self.folder / f"gradient-{number}-{trial}", self.source.stems)
@@ -335,6 +406,9 @@ class Passes:
             visit(network, some.take(places), draws, BatchSize(rows, minimum=rows), **costly)
 
         most = min(MOST_ROWS, draws.count * max(unread_table(self.source, stem).num_rows for stem in self.source.stems))
-        rows = find_batch_size(attempt, most, self.surrogate.device, self._memory)
+        memory = self._memory
+        if self.engine.workers and not memory:
+            memory = free_bytes() // 2 // self.engine.workers.count + resident_bytes()
+        rows = find_batch_size(attempt, most, self.surrogate.device, memory)
         write_json(path, {"rows": rows})
         return rows

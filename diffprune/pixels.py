@@ -66,13 +66,15 @@ class Decoding:
             return None
         return (self.channels, *(self.size.size if callable(self.size) else (self.size, self.size)))
 
-    def decode(self, data: bytes) -> tuple[np.ndarray, str | None]:
+    def decode(self, data: bytes, room: np.ndarray | None = None) -> tuple[np.ndarray, str | None]:
         """One JPEG, PNG or WebP -> (uint8 [C, H, W], None or what is wrong with it although it decodes).
 
         The format is told by the bytes, not by a name. Of several frames the first counts; an EXIF rotation is not
-        applied, as Pillow doesn't. The array may be a view with another memory layout. Raises DecodeError.
+        applied, as Pillow doesn't. The array may be a view with another memory layout. ``room``, uint8 [H, W, C] and
+        contiguous, is where a JPEG of just that size is decoded to: fresh memory for each image would cost a third of
+        the time. It may hold anything after a DecodeError. Raises DecodeError.
         """
-        pixels, note = self._decode(data)
+        pixels, note = self._decode(data, room)
         if callable(self.size) or (self.size is not None and pixels.shape[:2] != (self.size, self.size)):
             from PIL import Image
 
@@ -85,12 +87,12 @@ class Decoding:
             pixels = np.asarray(image).reshape(image.height, image.width, self.channels)
         return pixels.transpose(2, 0, 1), note
 
-    def _decode(self, data: bytes) -> tuple[np.ndarray, str | None]:
+    def _decode(self, data: bytes, room: np.ndarray | None) -> tuple[np.ndarray, str | None]:
         if data[:3] != b"\xff\xd8\xff":
             return _decode_pillow(data, self), None
         note = None
         try:
-            pixels = _decode_jpeg(data, self)
+            pixels = _decode_jpeg(data, self, room)
             if pixels is not None:
                 return pixels, None
         except _DamagedJpeg as error:
@@ -148,8 +150,9 @@ class _DamagedJpeg(DecodeError):
     """Refused by the strict decoder; another may make something of it."""
 
 
-def _decode_jpeg(data: bytes, decoding: Decoding) -> np.ndarray | None:
-    """uint8 [H, W, C]; or None for a CMYK file, which is whole but which simplejpeg cannot turn into RGB."""
+def _decode_jpeg(data: bytes, decoding: Decoding, room: np.ndarray | None) -> np.ndarray | None:
+    """uint8 [H, W, C], in ``room`` if it has that shape; or None for a CMYK file, which is whole but which simplejpeg
+    cannot turn into RGB."""
     import simplejpeg
 
     try:
@@ -158,9 +161,11 @@ def _decode_jpeg(data: bytes, decoding: Decoding) -> np.ndarray | None:
         raise _DamagedJpeg(f"damaged JPEG: {error}") from error
     decoding.check_pixels(width, height)
     target = "CMYK" if colorspace in ("CMYK", "YCCK") else "GRAY" if decoding.channels == 1 else "RGB"
+    if room is not None and (target == "CMYK" or room.shape != (height, width, decoding.channels)):
+        room = None
     try:
-        with _room_for(width * height):
-            pixels = simplejpeg.decode_jpeg(data, colorspace=target, strict=True)
+        with _one_at_a_time(width * height):
+            pixels = simplejpeg.decode_jpeg(data, colorspace=target, strict=True, buffer=room)
     except ValueError as error:
         raise _DamagedJpeg(f"damaged JPEG: {error}") from error
     return None if target == "CMYK" else pixels
@@ -183,7 +188,7 @@ def _decode_pillow(data: bytes, decoding: Decoding) -> np.ndarray:
     try:
         with opener(io.BytesIO(data)) as image:
             decoding.check_pixels(*image.size)
-            with _room_for(image.width * image.height):
+            with _one_at_a_time(image.width * image.height):
                 if image.mode.startswith("I"):  # 16 bit: Pillow's own conversion would clip, not scale
                     values = np.asarray(image, dtype=np.float64) / 257
                     image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
@@ -209,6 +214,6 @@ _LARGE = 16_000_000  # pixels
 _one_large_image = threading.Lock()
 
 
-def _room_for(pixels: int) -> AbstractContextManager:
+def _one_at_a_time(pixels: int) -> AbstractContextManager:
     """Threads decode large images one at a time: memory is that of one, however many threads there are."""
     return _one_large_image if pixels > _LARGE else nullcontext()

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from torch import Tensor
 
 from diffprune.arrays import ArrayFolder
 from diffprune.device import full_float32, pick_device
 from diffprune.draws import MASK
-from diffprune.engines import run_stage
+from diffprune.engines import Engine, TableWriter, open_workers, run_stage
 from diffprune.errors import InputError
+from diffprune.failures import MAX_FAILURES, Tally
+from diffprune.files import fingerprint
+from diffprune.local_workers import Advance, Relay, Task
 from diffprune.passes import BY_DRAW, Latents, Passes, Plan, unread_table
 from diffprune.progress import Progress
 from diffprune.scores.batches import Draws
@@ -25,6 +33,8 @@ from diffprune.scores.monotonicity import MONOTONICITY, monotonicity
 from diffprune.scores.moso import MODES, moso_field
 from diffprune.scores.random import RANDOM
 from diffprune.scores.support import Support
+from diffprune.storage import AnyPath, as_path
+from diffprune.storage.folders import partials_folder
 from diffprune.surrogates import PRECISIONS, Surrogate
 
 METHODS = ("random", "loss", "el2n", "grand", "moso", "monotonicity")
@@ -52,6 +62,10 @@ def score(
     batch_size: int | str = 64,
     memory: float | None = None,
     device: str = "auto",
+    workers: int = 1,
+    part: str | None = None,
+    ray: str | None = None,
+    max_failures: int = MAX_FAILURES,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Score every sample of a latents folder: one table per shard in ``out``, a float64 column per method.
@@ -75,7 +89,14 @@ def score(
         compile: run ``torch.compile``d what takes no per-sample gradients: losses, and MoSo's first pass.
         batch_size: about how many draws go through the surrogate at once, or "auto". Where memory runs out it is
             halved. It changes scores by rounding at most.
-        memory: for batch_size "auto" on the CPU: GiB that this process may hold; half of what is free by default.
+        memory: for batch_size "auto" on the CPU: GiB that a process may hold; half of what is free by default, shared
+            by the workers.
+        workers: processes that take the shards, each with one checkpoint and MoSo's mean gradient in memory. Under
+            torchrun its processes do, and talk where they must.
+        part: "3/64": only the third of 64 parts of the shards. Parts may run at once; not for what needs all samples:
+            moso, but for one_pass, and normalise_t.
+        ray: the address of a Ray cluster, or "auto": its actors take the shards, as many as ``workers`` if given.
+        max_failures: stop after so many samples in a row whose scores are not finite; 0: never.
         dry_run: write nothing, and return how much there is to do.
 
     Returns: counts (samples, failed, failed_in_scoring, ...; the latter of this run's shards). A sample whose score is
@@ -94,6 +115,11 @@ def score(
     _check("memory", memory, memory is None or memory > 0, "a positive number of GiB")
     _check("support_fraction", support_fraction, 0 < support_fraction <= 1, "above 0, at most 1")
     _check("group_size", group_size, group_size >= 2, "2 or more")
+    if part and (normalise_t or batch_size == "auto" or ("moso" in names and not one_pass)):
+        raise InputError(
+            "part: a part sees its own samples only, which is not enough for moso (but for one_pass), normalise_t or "
+            "batch_size auto; run it whole: with workers, or on several machines with torchrun"
+        )
     if one_pass and (trials > 1 or support_fraction < 1):
         raise InputError("one_pass: expected no trials and no support_fraction, as it has groups for support sets")
     support = Support(seed, trials, support_fraction)
@@ -102,17 +128,19 @@ def score(
 
     source = latents if hasattr(latents, "stems") else ArrayFolder(latents, kind="latents")
     config: dict[str, Any] = {"methods": names, "seed": seed, "latents": source.fingerprint}
-    surrogate = None
+    surrogate, load_surrogate = None, None
     if names != ["random"]:
-        surrogate = Surrogate(
+        load_surrogate = partial(
+            _surrogate,
             checkpoints,
             weights,
-            pick_device(device),
+            device,
             only_last=not plan.of_all_checkpoints,
             learning_rates=learning_rates,
             compile=compile,
             precision=precision,
         )
+        surrogate = load_surrogate()
         surrogate.check(source.metadata["shape"], source.metadata.get("model_sha256"), str(latents))
         if "monotonicity" in names:
             monotonicity(torch.zeros(len(surrogate.paths), 0))  # refuses too few
@@ -124,40 +152,97 @@ def score(
         config |= {"support_fraction": support_fraction} if support_fraction < 1 else {}
         config |= {"one_pass_group_size": group} if group else {}
         config |= {"learning_rates": surrogate.rates} if learning_rates else {}
-    rows, failed_before = _checked_tables(source, surrogate, plan, str(latents))
-
+    shard_rows, failed_before = _checked_tables(source, surrogate, plan, str(latents))
+    rows = sum(shard_rows.values())
     paths = [] if surrogate is None else [str(path) for path in surrogate.paths]
-    passes = Passes(
+    recipe = _Passes(
         source,
-        surrogate,
+        load_surrogate,
         plan,
-        Path(out) / "_partials",
+        partials_folder(as_path(out), fingerprint(config)),
         batch_size,
         None if memory is None else int(memory * 2**30),
         rows - failed_before,
+        as_path(out),
     )
-    fields = _fields(plan)
-    with full_float32(), passes:
+    fields, failed = _fields(plan), Counter()
+    with (
+        full_float32(),
+        open_workers(recipe, workers, part=part, ray=ray, max_failures=max_failures) as engine,
+        recipe.open(surrogate, engine) as passes,
+    ):
         counts = run_stage(
             "score",
             out,
             config,
             source.stems,
             lambda stem, bar: _table(passes, fields, stem, bar),
-            total=rows,
+            total=sum(shard_rows[stem] for stem in engine.whole(source.stems)),
             metadata={"checkpoint_paths": paths},
             begin=passes.begin,
             dry_run=dry_run,
+            engine=engine,
+            task=lambda stem, writer: Task(stem, "table", (stem, fields, passes.sums, writer)),
+            told=lambda stem, tally: failed.update({stem: tally.failed}),
         )
     summary = {"methods": names, "checkpoints": paths, "draws": draws, "sweeps": plan.sweeps(len(paths))}
     if dry_run:
         return {**counts, **summary}
     passes.remove()
-    return {**counts, **summary, "failed_in_scoring": passes.failed, "batch_size": passes.size.rows}
+    failed_here = int(engine.ranks.sum(torch.tensor(failed.total())))
+    return {**counts, **summary, "failed_in_scoring": failed_here, "batch_size": passes.size.rows}
 
 
-def _table(passes: Passes, fields: dict[str, pa.Field], stem: str, bar: Progress) -> pa.Table:
-    """Base columns and scores of one shard; null where a sample failed, before or now."""
+@dataclass(frozen=True)
+class _Passes:
+    """What a process needs to know to score shards; called, it makes a `_Worker`."""
+
+    source: Latents
+    surrogate: Callable[[], Surrogate] | None
+    plan: Plan
+    folder: Path
+    batch_size: int | str
+    memory: int | None
+    rows: int
+    tables: AnyPath
+
+    def open(self, surrogate: Surrogate | None, engine: Engine | None = None) -> Passes:
+        about = (self.plan, self.folder, self.batch_size, self.memory, self.rows, self.tables, engine)
+        return Passes(self.source, surrogate, *about)
+
+    def __call__(self) -> _Worker:
+        return _Worker(self.open(self.surrogate() if self.surrogate else None))
+
+
+class _Worker:
+    """Scores shards in a process that knows of no others."""
+
+    def __init__(self, passes: Passes) -> None:
+        self.passes = passes
+        passes.reading_no_further({})
+
+    def find(self, number: int, stem: str, advance: Advance) -> None:
+        with full_float32():
+            self.passes.find(number, stem, advance)
+
+    def put_shard_sum(self, number: int, trial: int, stem: str, advance: Advance) -> None:
+        with full_float32():
+            self.passes.put_shard_sum(number, trial, stem, advance)
+
+    def table(
+        self, stem: str, fields: dict[str, pa.Field], sums: dict[str, Tensor], writer: TableWriter, advance: Advance
+    ) -> Tally:
+        self.passes.sums = sums
+        with full_float32():
+            return writer.run(stem, lambda: _table(self.passes, fields, stem, Relay(advance)))
+
+
+def _surrogate(checkpoints: Any, weights: str, device: str, **options: Any) -> Surrogate:
+    return Surrogate(checkpoints, weights, pick_device(device), **options)
+
+
+def _table(passes: Passes, fields: dict[str, pa.Field], stem: str, bar: Progress) -> tuple[pa.Table, list[bool]]:
+    """Base columns and scores of one shard; null where a sample failed, before or now. And which failed not before."""
     base, ok, samples = passes.read(stem)
     scores = passes.scores(stem, samples, bar.advance)
     status, error = base["status"].to_pylist(), base["error"].to_pylist()
@@ -167,7 +252,6 @@ def _table(passes: Passes, fields: dict[str, pa.Field], stem: str, bar: Progress
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
             status[row], error[row] = "failed", f"its {bad[0]} is not finite ({values[bad[0]]})"
-            passes.failed += 1
         else:
             for name, value in values.items():
                 columns[name][row] = value
@@ -176,7 +260,9 @@ def _table(passes: Passes, fields: dict[str, pa.Field], stem: str, bar: Progress
     for name, values in columns.items():
         base = base.append_column(fields[name], pa.array(values, pa.float64()))
     bar.advance(base.num_rows - len(ok))
-    return base
+    was_ok = np.zeros(base.num_rows, dtype=bool)
+    was_ok[ok] = True
+    return base, was_ok.tolist()
 
 
 def _fields(plan: Plan) -> dict[str, pa.Field]:
@@ -216,17 +302,21 @@ def _at_least_1(value: int | str) -> bool:
     return not isinstance(value, str) and value >= 1
 
 
-def _checked_tables(source: Latents, surrogate: Surrogate | None, plan: Plan, latents: str) -> tuple[int, int]:
-    """Rows of all shards and how many of them failed already; InputError for a label that the surrogate lacks, or for
+def _checked_tables(
+    source: Latents, surrogate: Surrogate | None, plan: Plan, latents: str
+) -> tuple[dict[str, int], int]:
+    """Rows of each shard and how many of all failed already; InputError for a label that the surrogate lacks, or for
     too few samples."""
-    rows = failed = 0
+    rows: dict[str, int] = {}
+    failed = 0
     classes = surrogate.num_classes if surrogate else 0
     for stem in source.stems:
         # A group of the one-pass estimate counts on how many samples there are, so their images have to be seen.
         whole = source.table(stem) if plan.group else unread_table(source, stem)
         table = whole.select(["key", "label", "status"])
         good = table.filter(pc.equal(table["status"], "ok"))
-        rows, failed = rows + table.num_rows, failed + table.num_rows - good.num_rows
+        rows[stem] = table.num_rows
+        failed += table.num_rows - good.num_rows
         least = 2 if plan.moso_mode == "paper" else 3
         if plan.group and 0 < good.num_rows < least:
             raise InputError(
@@ -241,6 +331,7 @@ def _checked_tables(source: Latents, surrogate: Surrogate | None, plan: Plan, la
                 f"{latents}/{stem}.parquet: key {bad['key'][0].as_py()!r}: expected a label from 0 to {classes - 1}, "
                 f"as the surrogate is conditional on {classes} classes, found {bad['label'][0].as_py()}"
             )
-    if "moso" in plan.methods and rows - failed < 2:
-        raise InputError(f"{latents}: moso needs at least 2 samples, found {rows - failed}")
+    usable = sum(rows.values()) - failed
+    if "moso" in plan.methods and usable < 2:
+        raise InputError(f"{latents}: moso needs at least 2 samples, found {usable}")
     return rows, failed

@@ -19,6 +19,7 @@ from diffprune.choosing import choose_rows
 from diffprune.errors import InputError
 from diffprune.files import fingerprint
 from diffprune.requests import NEEDS, Request, read_quota
+from diffprune.storage import AnyPath, as_path
 from diffprune.tables import read_stage, read_tables, table_metadata, write_table
 
 __all__ = ["select"]
@@ -83,7 +84,7 @@ def select(
     if points_folder is not None:
         inputs.append(points_folder.fingerprint)
     about = {"stage": "select", "version": __version__, **_settings(request), "total": total}
-    _check_out(Path(out))
+    _check_out(as_path(out))
     report = {
         **about,
         "count": count,
@@ -218,7 +219,7 @@ def _rows_of(table: pa.Table, theirs: pa.Table, folder: ArrayFolder) -> np.ndarr
     return rows
 
 
-def _check_out(out: Path) -> None:
+def _check_out(out: AnyPath) -> None:
     if out.is_dir():
         raise InputError(f"{out}: expected a file to write, such as kept.parquet, found a folder")
     if out.exists() and table_metadata(out).get("stage") != "select":

@@ -21,6 +21,7 @@ from diffprune.learner import Draw, Learner, Objective, Stopped, learning_rate
 from diffprune.prefetch import Prefetch
 from diffprune.progress import progress
 from diffprune.run_pictures import LOSS_PLOT, SAMPLES, SampleGrids, write_loss_plot
+from diffprune.storage import local_path
 from diffprune.throughput import matmul_rate, step_operations
 from diffprune.training_log import LOG_FILE, Pace, TrainingLog, summary_writer
 
@@ -44,7 +45,7 @@ def run_training(
 
     ``grids`` are drawn every ``run.train.sample_every`` steps and at the end.
     """
-    out, train, ranks = Path(out), run.train, objective.ranks
+    out, train, ranks = local_path(out, "a run folder"), run.train, objective.ranks
     if train.tensorboard:
         summary_writer()  # told before the work, and by every process
     checkpoint, state = _last_checkpoint(objective, run, out, resume)

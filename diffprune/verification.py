@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from diffprune.decode import MAX_PIXELS, read_batches
+from diffprune.local_workers import Advance, LocalWorkers, Task
 from diffprune.progress import progress
 from diffprune.shards import ShardIndex, ShardSpec, find_duplicate_key, index_shard, list_shards
+from diffprune.storage import AnyPath
 
 MAX_LISTED = 1000
 
@@ -19,45 +21,36 @@ def verify(
     decode: bool = False,
     strict_decode: bool = True,
     max_pixels: int = MAX_PIXELS,
+    workers: int = 1,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Index every shard and account for every byte; with ``decode`` also decode every image.
 
     ``strict_decode``, ``max_pixels``: see ``diffprune.decode.Decoding``. Without ``strict_decode`` a damaged JPEG that
-    Pillow still reads is counted in ``damaged_but_decoded`` and is no damage.
+    Pillow still reads is counted in ``damaged_but_decoded`` and is no damage. ``workers``: processes that share the
+    shards.
 
     Returns counts (shards, samples, bytes, extensions, classes, samples without image or label), ``damage`` as a list
     of {shard, offset, key, error} (the first 1000) and ``damaged`` their number. Damaged shards don't raise: they are
     what this function is for. Raises InputError if a shard is missing or there is none.
     """
     paths = list_shards(shards)
-    total_bytes = sum(path.stat().st_size for path in paths)
     if dry_run:
-        return {"dry_run": True, "shards": len(paths), "bytes": total_bytes}
+        return {"dry_run": True, "shards": len(paths), "bytes": sum(path.stat().st_size for path in paths)}
+    looker = _Looker(decode, {"strict": strict_decode, "max_pixels": max_pixels})
+    with progress("verify", total=len(paths), unit="shards") as bar:
+        found = looker.look_at_all(paths, workers, bar.advance)
     extensions: Counter[str] = Counter()
     classes: Counter[int] = Counter()
     counts: Counter[str] = Counter()
     damage: list[dict[str, Any]] = []
-    indexes: list[ShardIndex] = []
-    ignored: list[str] = []
-    with progress("verify", total=len(paths), unit="shards") as bar:
-        for path in paths:
-            index = index_shard(path)
-            indexes.append(index)
-            damage += [_entry(path, d.offset, d.key, d.message) for d in index.damage]
-            ignored += index.ignored
-            for sample in index.samples:
-                extensions.update(member.extension for member in sample.members)
-                images = len(sample.images())
-                counts["samples_without_image"] += images == 0
-                counts["samples_without_label"] += sample.member("cls") is None
-                if images != 1:
-                    message = f"expected one jpg, png or webp member, found {images}"
-                    damage.append(_entry(path, sample.offset, sample.key, message))
-            if decode:
-                options = {"strict": strict_decode, "max_pixels": max_pixels}
-                damage += _decode(index, classes, counts, options)
-            bar.advance()
+    for one in found:
+        extensions += one.extensions
+        classes += one.classes
+        counts += one.counts
+        damage += one.damage
+    indexes = [one.index for one in found]
+    ignored = [name for index in indexes for name in index.ignored]
     duplicate = find_duplicate_key(indexes)
     if duplicate:
         key, first, second = duplicate
@@ -65,7 +58,7 @@ def verify(
     return {
         "shards": len(paths),
         "samples": sum(len(index.samples) for index in indexes),
-        "bytes": total_bytes,
+        "bytes": sum(index.size for index in indexes),
         "extensions": dict(sorted(extensions.items())),
         "classes": {str(label): count for label, count in sorted(classes.items())} if decode else None,
         "samples_without_image": counts["samples_without_image"],
@@ -78,19 +71,62 @@ def verify(
     }
 
 
-def _decode(
-    index: ShardIndex, classes: Counter[int], counts: Counter[str], options: dict[str, Any]
-) -> list[dict[str, Any]]:
-    damage = []
-    for batch in read_batches(index, size=None, channels=3, batch_size=1, **options):
-        counts["damaged_but_decoded"] += batch.notes[0] is not None
-        sample, label, error = batch.samples[0], batch.labels[0], batch.errors[0]
-        if label is not None:
-            classes[label] += 1
-        if error is not None and len(sample.images()) == 1:  # samples without one are told already
-            damage.append(_entry(index.path, sample.offset, sample.key, error))
-    return damage
+@dataclass(frozen=True)
+class _Findings:
+    """What there is in one shard, and what is wrong with it."""
+
+    index: ShardIndex
+    extensions: Counter[str] = field(default_factory=Counter)
+    classes: Counter[int] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)
+    damage: list[dict[str, Any]] = field(default_factory=list)
 
 
-def _entry(path: Path, offset: int, key: str | None, error: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Looker:
+    """Looks at shards, in whatever process; called, it is what a worker process holds."""
+
+    decode: bool
+    options: dict[str, Any]
+
+    def __call__(self) -> _Looker:
+        return self
+
+    def look_at_all(self, paths: list[AnyPath], workers: int, advance: Advance) -> list[_Findings]:
+        """In the order of the paths."""
+        if workers == 1:
+            return [self.look_at(path, advance) for path in paths]
+        tasks = [Task(path.stem, "look_at", (path,)) for path in paths]
+        with LocalWorkers(self, workers, spread=False) as pool:
+            found = {task.args[0]: answer for task, answer in pool.map(tasks, advance)}
+        return [found[path] for path in paths]
+
+    def look_at(self, path: AnyPath, advance: Advance) -> _Findings:
+        index = index_shard(path)
+        found = _Findings(index)
+        found.damage.extend(_entry(path, d.offset, d.key, d.message) for d in index.damage)
+        for sample in index.samples:
+            found.extensions.update(member.extension for member in sample.members)
+            images = len(sample.images())
+            found.counts["samples_without_image"] += images == 0
+            found.counts["samples_without_label"] += sample.member("cls") is None
+            if images != 1:
+                message = f"expected one jpg, png or webp member, found {images}"
+                found.damage.append(_entry(path, sample.offset, sample.key, message))
+        if self.decode:
+            self._decode(found)
+        advance(1)
+        return found
+
+    def _decode(self, found: _Findings) -> None:
+        for batch in read_batches(found.index, size=None, channels=3, batch_size=1, **self.options):
+            found.counts["damaged_but_decoded"] += batch.notes[0] is not None
+            sample, label, error = batch.samples[0], batch.labels[0], batch.errors[0]
+            if label is not None:
+                found.classes[label] += 1
+            if error is not None and len(sample.images()) == 1:  # samples without one are told already
+                found.damage.append(_entry(found.index.path, sample.offset, sample.key, error))
+
+
+def _entry(path: AnyPath, offset: int, key: str | None, error: str) -> dict[str, Any]:
     return {"shard": str(path), "offset": offset, "key": key, "error": error}

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 from test_shards import write_tar
 
-from diffprune.decode import DecodeError, center_crop, decode_image, load_images
+from diffprune.decode import DecodeError, center_crop, decode_image, load_images, read_batches
 from diffprune.errors import InputError
+from diffprune.shards import index_shard
 
 RNG = np.random.default_rng(0)
 
@@ -130,3 +131,29 @@ def test_load_images_of_keys(tmp_path):
     assert images[:, 0, 0, 0].tolist() == [2, 7]
     with pytest.raises(InputError, match="'nowhere'"):
         load_images(tmp_path, size=4, channels=1, keys=["7", "nowhere"])
+
+
+@pytest.mark.parametrize("size", [None, 40])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_pixels_of_a_batch_and_zeros_where_one_failed(tmp_path, size, threads):
+    images = [encoded(photo(40, 40), "JPEG", quality=90) for _ in range(7)]
+    images[3] = encoded(photo(40, 40), "PNG")
+    expected = [decode_image(data) for data in images]
+    for row in (0, 5):  # decoded in part before the damage is met
+        images[row], expected[row] = images[row][: len(images[row]) // 2], np.zeros((3, 40, 40), np.uint8)
+    write_tar(tmp_path / "a-0.tar", [(f"{row}.jpg", data) for row, data in enumerate(images)])
+    [batch] = read_batches(index_shard(tmp_path / "a-0.tar"), size=size, channels=3, threads=threads)
+    assert [error is not None for error in batch.errors] == [row in (0, 5) for row in range(7)]
+    assert np.array_equal(batch.images, np.stack(expected))
+
+
+def test_images_of_several_sizes_need_a_size(tmp_path):
+    images = [encoded(photo(8, 12), "JPEG"), encoded(photo(8, 13), "PNG")]
+    write_tar(tmp_path / "a-0.tar", [(f"{row}.jpg", data) for row, data in enumerate(images)])
+    index = index_shard(tmp_path / "a-0.tar")
+    with pytest.raises(InputError, match="key '1' is 13×8 pixels, another of the same batch 12×8: give a size"):
+        list(read_batches(index, size=None, channels=3, threads=1))
+    assert [b.images.shape for b in read_batches(index, size=None, channels=3, batch_size=1)] == [
+        (1, 3, 8, 12),
+        (1, 3, 8, 13),
+    ]

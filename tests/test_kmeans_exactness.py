@@ -13,11 +13,13 @@ from torch import Tensor
 
 import diffprune.kmeans_bounds
 import diffprune.kmeans_lloyd
+from diffprune import kmeans_sums
 from diffprune.errors import InputError
 from diffprune.kernels import kmeans_assign
 from diffprune.kmeans import KMeans
 from diffprune.kmeans_points import Part, open_points
-from diffprune.kmeans_sums import ClusterSums
+from diffprune.kmeans_sums import ClusterSums, total
+from tests.kernels.cpp_case import needs_cpp
 
 
 def cloud(n: int = 1500, d: int = 7, seed: int = 0) -> Tensor:
@@ -165,6 +167,28 @@ def test_sums_do_not_depend_on_order_and_are_right(scale: float, weighted: bool)
             )
 
 
+@needs_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("rows", [3, 0, 2000])
+def test_cpp_and_torch_sum_the_same_bits(dtype: torch.dtype, weighted: bool, rows: int, monkeypatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    points = (torch.randn(2000, 19, generator=generator) * torch.logspace(-6, 3, 19)).to(dtype)
+    points[5, ::2] = 0.5 * points[6, ::2]
+    weights = torch.rand(2000, generator=generator, dtype=torch.float64) if weighted else None
+    old, new = (torch.randint(0, 7, (2000,), generator=generator, dtype=torch.int32) for _ in range(2))
+    moved = torch.randperm(2000, generator=generator)[:rows]
+    found = []
+    for in_cpp in (True, False):
+        monkeypatch.setattr(kmeans_sums, "_in_cpp", lambda values, in_cpp=in_cpp: in_cpp)
+        sums = ClusterSums(7, open_points(points, metric="euclidean"), float(points.float().abs().max()), weights)
+        sums.add(points, slice(0, 2000), old)
+        sums.move(points[moved], moved, old[moved], new[moved])
+        found.append(sums.total.bins)
+    assert found[0].abs().sum() > 0
+    assert torch.equal(*found)
+
+
 def test_half_sums_are_exact_without_a_split() -> None:
     points = cloud(500).half()
     sums = ClusterSums(1, open_points(points, metric="euclidean"), float(points.abs().max()))
@@ -270,3 +294,18 @@ def test_half_and_single_files_are_read_as_single() -> None:
     points = cloud(200).half()
     mixed = [points[:90].numpy(), points[90:].float().numpy()]
     assert result(KMeans(5, memory=900).fit(mixed)) == result(KMeans(5).fit(points.float()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_totals_are_exact_and_leave_the_values_alone(dtype: torch.dtype) -> None:
+    values = torch.rand(5000, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    values = (values * torch.logspace(-12, 6, 5000, dtype=torch.float64)).to(dtype)
+    before = values.clone()
+    expected = math.fsum(values.tolist())
+    assert total(values) == pytest.approx(expected, rel=1e-15)
+    shuffled = values[torch.randperm(5000, generator=torch.Generator().manual_seed(4))]
+    assert total(shuffled) == total(values)
+    assert torch.equal(values, before)
+    assert (
+        total(torch.zeros(3)) == 0 and total(torch.tensor([1.0, math.inf])) == math.inf and total(torch.zeros(0)) == 0
+    )

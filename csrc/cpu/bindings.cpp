@@ -11,4 +11,5 @@ PYBIND11_MODULE(_cpu, module) {
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   module.def("kmeans_assign", &diffprune::cpu::kmeans_assign, unlocked);
   module.def("kmeans_update", &diffprune::cpu::kmeans_update, unlocked);
+  module.def("add_exactly", &diffprune::cpu::add_exactly, unlocked);
 }

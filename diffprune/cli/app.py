@@ -9,6 +9,7 @@ import typer
 
 import diffprune
 from diffprune.cli.output import run, show_doctor, show_evaluation
+from diffprune.cli.sweep_verb import sweep
 
 app = typer.Typer(
     name="diffprune",
@@ -20,8 +21,11 @@ app = typer.Typer(
 )
 train = typer.Typer(help="Train the VQ-VAE or the DiT, from a TOML config and overrides.", no_args_is_help=True)
 app.add_typer(train, name="train", rich_help_panel="Models")
+app.command(rich_help_panel="Proof")(sweep)
 
-MAX_PIXELS = 100_000_000  # diffprune.pixels.MAX_PIXELS; that module imports numpy, which --help need not wait for
+# diffprune.pixels.MAX_PIXELS and diffprune.failures.MAX_FAILURES: those modules import what --help need not wait for
+MAX_PIXELS = 100_000_000
+MAX_FAILURES = 100
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say how much it would do, and do nothing.")]
@@ -39,6 +43,15 @@ Shards = Annotated[
 Kept = Annotated[Path | None, typer.Option(help="A kept.parquet: use only the samples that it keeps.")]
 Config = Annotated[Path | None, typer.Option("--config", "-c", help="A TOML config; see configs/.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a config key: train.steps=1000. Repeatable.")]
+Workers = Annotated[int, typer.Option(min=1, help="Processes that take the shards. Does not change the result.")]
+Part = Annotated[
+    str | None,
+    typer.Option(help="Only the I-th of N parts of the shards, as 3/64, for a job array."),
+]
+Ray = Annotated[
+    str | None, typer.Option(help="A Ray cluster's address, or auto: its actors take the shards, --workers of them.")
+]
+MaxFailures = Annotated[int, typer.Option(min=0, help="Stop after so many failures in a row; 0: never.")]
 Resume = Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")]
 
 
@@ -76,6 +89,7 @@ def pack(
     seed: Seed = 0,
     strict_decode: StrictDecode = True,
     max_pixels: MaxPixels = MAX_PIXELS,
+    workers: Workers = 1,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -85,7 +99,7 @@ def pack(
     elif named_source is not None or out is None:
         raise typer.BadParameter("expected SOURCE OUT, or --source SOURCE OUT")
     options = {"prefix": prefix, "shard_size": shard_size, "resize": resize, "shuffle_seed": seed if shuffle else None}
-    options |= {"strict_decode": strict_decode, "max_pixels": max_pixels}
+    options |= {"strict_decode": strict_decode, "max_pixels": max_pixels, "workers": workers}
     run(diffprune.pack, source, out, **options, dry_run=dry_run, as_json=as_json)
 
 
@@ -95,6 +109,7 @@ def verify(
     decode: Annotated[bool, typer.Option(help="Also decode every image.")] = False,
     strict_decode: StrictDecode = True,
     max_pixels: MaxPixels = MAX_PIXELS,
+    workers: Workers = 1,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -105,6 +120,7 @@ def verify(
         decode=decode,
         strict_decode=strict_decode,
         max_pixels=max_pixels,
+        workers=workers,
         dry_run=dry_run,
         as_json=as_json,
     )
@@ -227,11 +243,16 @@ def encode(
     device: Device = "auto",
     strict_decode: StrictDecode = True,
     max_pixels: MaxPixels = MAX_PIXELS,
+    workers: Workers = 1,
+    part: Part = None,
+    ray: Ray = None,
+    max_failures: MaxFailures = MAX_FAILURES,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Write the latents of every image, one fp16 .npy per shard."""
     options = {"batch_size": batch_size, "device": device, "strict_decode": strict_decode, "max_pixels": max_pixels}
+    options |= {"workers": workers, "part": part, "ray": ray, "max_failures": max_failures}
     run(diffprune.encode, shards, vqvae, out, flip_twins=flip_twins, **options, dry_run=dry_run, as_json=as_json)
 
 
@@ -251,12 +272,17 @@ def embed(
     precision: Annotated[str, typer.Option(help="float32, bf16, or auto: bf16 on a GPU.")] = "auto",
     strict_decode: StrictDecode = True,
     max_pixels: MaxPixels = MAX_PIXELS,
+    workers: Workers = 1,
+    part: Part = None,
+    ray: Ray = None,
+    max_failures: MaxFailures = MAX_FAILURES,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Write an L2-normalised embedding of every image, one fp16 .npy per shard."""
     options = {"model": model, "batch_size": batch_size, "device": device, "precision": precision}
     options |= {"strict_decode": strict_decode, "max_pixels": max_pixels}
+    options |= {"workers": workers, "part": part, "ray": ray, "max_failures": max_failures}
     run(diffprune.embed, shards, out, **options, dry_run=dry_run, as_json=as_json)
 
 
@@ -329,6 +355,26 @@ def score(
         typer.Option(help="For auto on the CPU: GiB that it may hold.", rich_help_panel="How it runs"),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel="How it runs")] = "auto",
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Processes that take the shards. Does not change the result.", rich_help_panel="How it runs"
+        ),
+    ] = 1,
+    part: Annotated[
+        str | None,
+        typer.Option(help="Only the I-th of N parts of the shards, as 3/64.", rich_help_panel="How it runs"),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="A Ray cluster's address, or auto: its actors take the shards.", rich_help_panel="How it runs"
+        ),
+    ] = None,
+    max_failures: Annotated[
+        int,
+        typer.Option(min=0, help="Stop after so many failures in a row; 0: never.", rich_help_panel="How it runs"),
+    ] = MAX_FAILURES,
     vqvae: Annotated[
         Path | None,
         typer.Option(help="Score shards: encode their images by this VQ-VAE on the fly.", rich_help_panel="Images"),
@@ -357,6 +403,7 @@ def score(
     options |= {"group_size": group_size, "learning_rates": rates, "weights": weights, "precision": precision}
     options |= {"compile": compile_, "batch_size": batch_size if batch_size == "auto" else int(batch_size)}
     options |= {"memory": memory, "device": device}
+    options |= {"workers": workers, "part": part, "ray": ray, "max_failures": max_failures}
 
     def call(**options: object) -> dict:
         decoding = {"device": device, "strict_decode": strict_decode, "max_pixels": max_pixels}
@@ -502,6 +549,10 @@ def evaluate(
     kept: Annotated[
         Path | None, typer.Option(help="The selection that the model was trained on, for memorization.")
     ] = None,
+    training: Annotated[
+        Path | None,
+        typer.Option(help="Embeddings of what --kept selects from, where --reference is another split."),
+    ] = None,
     same_seed: Annotated[
         Path | None, typer.Option(help="Embeddings of another model's images of the same seed, to compare with.")
     ] = None,
@@ -518,8 +569,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Fréchet and kernel distance, precision, recall, F-score, Vendi score, memorization, class balance."""
-    options = {"kept": kept, "same_seed": same_seed, "name": name, "split": split, "k": k, "limit": limit}
-    options |= {"seed": seed, "device": device}
+    options = {"kept": kept, "training": training, "same_seed": same_seed, "name": name, "split": split, "k": k}
+    options |= {"limit": limit, "seed": seed, "device": device}
     options |= {"vendi_orders": vendi_order} if vendi_order else {}
     run(
         diffprune.evaluate,

@@ -124,13 +124,51 @@ def table(rows: list[Compiled]) -> str:
     return "\n".join(lines)
 
 
+def markdown(rows: list[Compiled]) -> str:
+    """A table with a line per kernel and configuration, and what each target makes of it: of docs/kernels.md.
+
+    Constants that all configurations of a kernel share are left out.
+    """
+    kernels: dict[tuple[str, str], list[Compiled]] = {}
+    for row in rows:
+        kernels.setdefault((row.op, row.kernel), []).append(row)
+    targets = sorted({row.target for row in rows})
+    lines = ["| op, kernel | configuration | cases | " + " | ".join(f"sm_{target}" for target in targets) + " |"]
+    lines.append("|---|---|--:|" + "---|" * len(targets))
+    for (op, kernel), own in kernels.items():
+        names = [n for n in own[0].constants if len({row.constants.get(n) for row in own}) > 1]
+        groups: dict[tuple[str, ...], dict[int, list[Compiled]]] = {}
+        for row in own:
+            key = tuple(f"{name}={row.constants[name]}" for name in names if name in row.constants)
+            groups.setdefault(key, {}).setdefault(row.target, []).append(row)
+        for key, by_target in groups.items():
+            cases = {case for found in by_target.values() for row in found for case in row.cases}
+            cells = [_cell(by_target.get(target, [])) for target in targets]
+            lines.append(f"| `{op}`, `{kernel}` | {' '.join(key) or 'one'} | {len(cases)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(rows: list[Compiled]) -> str:
+    """Registers per thread, shared memory and matrix instructions: the most of any row; and its faults."""
+    if not rows:
+        return ""
+    spilled = max(row.spilled for row in rows)
+    matrix = {name: max(row.matrix.get(name, 0) for row in rows) for row in rows for name in row.matrix}
+    parts = [f"{max(row.registers for row in rows)} regs", f"{max(row.shared for row in rows) / 1024:.0f} KiB"]
+    parts += [f"{count} {name.partition('.')[0]}" for name, count in matrix.items()]
+    parts += [f"**spills {spilled} bytes**"] if spilled else []
+    return ", ".join(parts)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command; 1 if a kernel has a fault."""
     parser = argparse.ArgumentParser(prog="python -m diffprune.kernels.aot", description=__doc__.split("\n\n")[0])
     parser.add_argument("ops", nargs="*", help="ops to compile (default: all)")
     parser.add_argument("--target", type=int, action="append", choices=list(TARGETS), help="default: all")
     parser.add_argument("--quick", action="store_true", help="only the cases of the default test run")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    form.add_argument("--markdown", action="store_true", help="print the table of docs/kernels.md")
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.ops) - set(ops()))
     if unknown:
@@ -139,7 +177,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET=1 is set: kernels are not compiled then")
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as Triton does unasked, but 3.9 warns
     rows = compile_all(options.ops or ops(), options.target or list(TARGETS), options.quick)
-    print(json.dumps([asdict(row) | {"faults": row.faults} for row in rows]) if options.json else table(rows))
+    if options.json:
+        print(json.dumps([asdict(row) | {"faults": row.faults} for row in rows]))
+    else:
+        print(markdown(rows) if options.markdown else table(rows))
     return int(any(row.faults for row in rows))
 
 

@@ -13,7 +13,9 @@ _implementations = Op("kmeans_assign")
 
 
 @any_array
-def kmeans_assign(points: Tensor, centroids: Tensor, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
+def kmeans_assign(
+    points: Tensor, centroids: Tensor, *, impl: str = "auto", check_values: bool = True
+) -> tuple[Tensor, Tensor]:
     """The nearest centroid of each point, and the squared Euclidean distance to it.
 
     Args:
@@ -21,6 +23,8 @@ def kmeans_assign(points: Tensor, centroids: Tensor, *, impl: str = "auto") -> t
             a distance that is not finite; its assignment means nothing.
         centroids: [K, D], any of these dtypes, on the same device; K and D at least 1; finite.
         impl: "auto", or the implementation to run, see ``dispatch``.
+        check_values: False spares the look at the centroids' values, for which the host waits where they are on a GPU.
+            The answer means nothing then if they are not finite.
 
     Returns:
         assignment: [N] int32. Exact: the smallest float64 distance of the given values, up to the rounding of float64;
@@ -31,18 +35,19 @@ def kmeans_assign(points: Tensor, centroids: Tensor, *, impl: str = "auto") -> t
     Never holds an N×K matrix, except in ``reference``. Not differentiable.
     Raises ValueError for another rank, shape, dtype or device, and for centroids that are not finite.
     """
-    return _op(points.detach(), centroids.detach(), impl)
+    return _op(points.detach(), centroids.detach(), impl, check_values)
 
 
 @torch.library.custom_op("diffprune::kmeans_assign", mutates_args=())
-def _op(points: Tensor, centroids: Tensor, impl: str = "auto") -> tuple[Tensor, Tensor]:
+def _op(points: Tensor, centroids: Tensor, impl: str = "auto", check_values: bool = True) -> tuple[Tensor, Tensor]:
     _check(points, centroids)
-    expect_finite("centroids", centroids)
+    if check_values:
+        expect_finite("centroids", centroids)
     return _implementations(impl, points, centroids)
 
 
 @_op.register_fake
-def _fake(points: Tensor, centroids: Tensor, impl: str = "auto") -> tuple[Tensor, Tensor]:
+def _fake(points: Tensor, centroids: Tensor, impl: str = "auto", check_values: bool = True) -> tuple[Tensor, Tensor]:
     _check(points, centroids)
     rows = points.shape[0]
     sqdistance = points.new_empty(rows, dtype=compute_dtype(points, centroids))

@@ -14,7 +14,13 @@ _implementations = Op("kmeans_update")
 
 @any_array
 def kmeans_update(
-    points: Tensor, assignment: Tensor, k: int, weights: Tensor | None = None, *, impl: str = "auto"
+    points: Tensor,
+    assignment: Tensor,
+    k: int,
+    weights: Tensor | None = None,
+    *,
+    impl: str = "auto",
+    check_values: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The sum of the points assigned to each centroid, and how many they are: sums / counts are the new centroids.
 
@@ -25,6 +31,8 @@ def kmeans_update(
         k: number of centroids, at least 1.
         weights: [N] of a floating dtype: sum w·x and Σw instead.
         impl: "auto", or the implementation to run, see ``dispatch``.
+        check_values: False spares the look at the assignment's values, for which the host waits where it is on a GPU.
+            Memory that is not the op's own is written then if one is out of range.
 
     Returns:
         sums: [K, D] float64; 0 for a centroid without points.
@@ -34,15 +42,20 @@ def kmeans_update(
     the number of threads. Not differentiable.
     Raises ValueError for another rank, shape, dtype or device, and for an assignment out of range.
     """
-    return _op(points.detach(), assignment, k, None if weights is None else weights.detach(), impl)
+    return _op(points.detach(), assignment, k, None if weights is None else weights.detach(), impl, check_values)
 
 
 @torch.library.custom_op("diffprune::kmeans_update", mutates_args=())
 def _op(
-    points: Tensor, assignment: Tensor, k: int, weights: Tensor | None = None, impl: str = "auto"
+    points: Tensor,
+    assignment: Tensor,
+    k: int,
+    weights: Tensor | None = None,
+    impl: str = "auto",
+    check_values: bool = True,
 ) -> tuple[Tensor, Tensor]:
     _check(points, assignment, k, weights)
-    if len(assignment) > 0:
+    if check_values and len(assignment) > 0:
         lowest, highest = (int(value) for value in assignment.aminmax())
         if lowest < 0 or highest >= k:
             raise ValueError(f"expected assignment from 0 to {k - 1}, got {lowest} to {highest}")
@@ -51,7 +64,12 @@ def _op(
 
 @_op.register_fake
 def _fake(
-    points: Tensor, assignment: Tensor, k: int, weights: Tensor | None = None, impl: str = "auto"
+    points: Tensor,
+    assignment: Tensor,
+    k: int,
+    weights: Tensor | None = None,
+    impl: str = "auto",
+    check_values: bool = True,
 ) -> tuple[Tensor, Tensor]:
     _check(points, assignment, k, weights)
     counts_dtype = torch.int64 if weights is None else torch.float64

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +16,10 @@ from torch import Tensor
 
 from diffprune.errors import InputError
 from diffprune.files import atomic_path
+from diffprune.rank_talk import ALONE, RankTalk
 
 COMMIT_EVERY = 20  # times as long as a commit takes: at most 5% of the time goes into them
+MOST_PARTS = 8  # sums of other processes that wait on disk for a commit
 
 
 @dataclass
@@ -60,35 +62,63 @@ class MeanGradient:
         self.shards = list(shards)
         self._sum, self._mean, self._parts = (path.with_name(path.name + end) for end in (".sum", ".mean", ".part"))
 
-    def make(self, shard_sum: Callable[[str], GradientSum]) -> None:
+    def missing(self) -> list[str]:
+        """The shards whose sums `make` would ask for."""
+        if self._mean.is_file():
+            return []
+        start = _load(self._sum)[1] if self._sum.is_file() else 0
+        return [shard for shard in self.shards[start:] if not (self._parts / shard).is_file()]
+
+    def make(
+        self,
+        shard_sum: Callable[[str], GradientSum],
+        *,
+        talk: RankTalk = ALONE,
+        like: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Make the mean from ``shard_sum(shard)``, which is not asked again for what is there already.
 
-        Raises: InputError for fewer than 2 samples with a finite gradient.
+        With several processes, each is asked for the shards of its turn, and the first adds up what the others send:
+        it needs to know what the tensors are ``like``. Raises: InputError for fewer than 2 samples with a finite
+        gradient.
         """
-        if self._mean.is_file():
+        if talk.first([self._mean.is_file()])[0]:
             return
-        total, start = _load(self._sum) if self._sum.is_file() else (None, 0)
-        committed, took = time.monotonic(), 0.0
+        total, start = _load(self._sum) if self._sum.is_file() and not talk.rank else (None, 0)
+        start = talk.first_number(start)
+        committed, took, parts = time.monotonic(), 0.0, 0
         for number, shard in enumerate(self.shards[start:], start=start):
-            part = self._parts / shard
-            one = _load(part)[0] if part.is_file() else shard_sum(shard)
+            owner = number % talk.size
+            if owner == talk.rank:
+                part = self._parts / shard
+                one = _load(part)[0] if part.is_file() else shard_sum(shard)
+                parts += part.is_file()
+                if talk.rank:
+                    _send(one, talk)
+            elif not talk.rank:
+                one = _receive(like or {}, owner, talk)
+            if talk.rank:
+                continue
             total = one if total is None else total + one
             began = time.monotonic()
-            if began - committed >= COMMIT_EVERY * took:
+            if began - committed >= COMMIT_EVERY * took or parts >= MOST_PARTS:
                 self._commit(total, number + 1)
-                committed = time.monotonic()
+                committed, parts = time.monotonic(), 0
                 took = committed - began
-        if total is None or total.samples < 2:
-            found = 0 if total is None else total.samples
-            raise InputError(f"moso: expected at least 2 samples with a finite gradient, found {found}")
-        mean = {name: value / total.samples for name, value in total.sums.items()}
-        _save(self._mean, GradientSum(mean, total.samples, total.population), len(self.shards))
-        self._sum.unlink(missing_ok=True)
-        shutil.rmtree(self._parts, ignore_errors=True)
+        if not talk.rank:
+            self._finish(total)
+        talk.wait()
 
     def put(self, shard: str, one: GradientSum) -> None:
         """Leave the sum of a shard for `make` to take up in its turn, from whatever process."""
         _save(self._parts / shard, one, 1)
+
+    def part(self, shard: str) -> GradientSum:
+        """What was `put` for a shard."""
+        return _load(self._parts / shard)[0]
+
+    def has_part(self, shard: str) -> bool:
+        return (self._parts / shard).is_file()
 
     def read(self, device: torch.device) -> Mean:
         """What `make` has made."""
@@ -102,11 +132,32 @@ class MeanGradient:
             path.unlink(missing_ok=True)
         shutil.rmtree(self._parts, ignore_errors=True)
 
+    def _finish(self, total: GradientSum | None) -> None:
+        if total is None or total.samples < 2:
+            found = 0 if total is None else total.samples
+            raise InputError(f"moso: expected at least 2 samples with a finite gradient, found {found}")
+        mean = {name: value / total.samples for name, value in total.sums.items()}
+        _save(self._mean, GradientSum(mean, total.samples, total.population), len(self.shards))
+        self._sum.unlink(missing_ok=True)
+        shutil.rmtree(self._parts, ignore_errors=True)
+
     def _commit(self, total: GradientSum, shards: int) -> None:
         _save(self._sum, total, shards)
         if self._parts.is_dir():
             for part in {entry.name for entry in self._parts.iterdir()}.intersection(self.shards[:shards]):
                 (self._parts / part).unlink()
+
+
+def _send(one: GradientSum, talk: RankTalk) -> None:
+    talk.send(torch.tensor([one.samples, one.population]))
+    for name in sorted(one.sums):
+        talk.send(one.sums[name])
+
+
+def _receive(like: Mapping[str, Tensor], rank: int, talk: RankTalk) -> GradientSum:
+    samples, population = talk.receive(torch.zeros(2, dtype=torch.int64), rank).tolist()
+    sums = {name: talk.receive(torch.empty(like[name].shape, dtype=torch.float64), rank) for name in sorted(like)}
+    return GradientSum(sums, samples, population)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

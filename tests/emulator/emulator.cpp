@@ -1,6 +1,8 @@
 // See emulator.h.
 #include "emulator.h"
 
+#include <signal.h>
+
 #include <algorithm>
 #include <array>
 #include <memory>
@@ -19,6 +21,22 @@ bool stragglers = false;
 ucontext_t scheduler;
 const std::function<void()>* current_kernel = nullptr;
 std::string failure;
+
+// A kernel that touches memory that is not there fails with an exception (compiled with -fnon-call-exceptions), not the
+// process with it: tests put arguments right before pages that nobody may touch.
+class Faults {
+ public:
+  Faults() {
+    struct sigaction action = {};
+    action.sa_handler = [](int) { fail("touches memory beyond an argument"); };
+    action.sa_flags = SA_NODEFER;  // the handler is left by the exception
+    sigaction(SIGSEGV, &action, &before);
+  }
+  ~Faults() { sigaction(SIGSEGV, &before, nullptr); }
+
+ private:
+  struct sigaction before;
+};
 
 void body() {
   try {
@@ -156,6 +174,7 @@ void run(dim3 grid, int threads, int shared_bytes, int cluster, const std::funct
   std::vector<unsigned char> memory(cluster * (kSharedBytes + 1024));
   const auto base = reinterpret_cast<uintptr_t>(memory.data());
   current_kernel = &kernel;
+  const Faults faults;
   for (unsigned y = 0; y < grid.y; ++y)
     for (unsigned x = 0; x < grid.x; x += cluster) {
       std::fill(memory.begin(), memory.end(), 0xff);  // NaN

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 import emulator
 import pytest
 import torch
+import triton_case
+from torch import Tensor
 
 from diffprune.kernels import cuda, dispatch, flow_matching_loss  # noqa: F401 (defines its ops)
 
@@ -22,6 +27,8 @@ OPS = (
     "flow_matching_loss_grad",
 )
 GPU = torch.cuda.is_available()
+LIBC = ctypes.CDLL(None)
+BAND = 2**12
 HOPPER = GPU and torch.cuda.get_device_capability()[0] == 9
 
 
@@ -54,3 +61,24 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, cuda_o
 @contextmanager
 def _no_stream(device: torch.device) -> Iterator[int]:
     yield 0
+
+
+def launch(op: Any, *args: Any, **options: Any) -> Any:
+    """``triton_case.launch``. Off a GPU each tensor ends where memory does: what a kernel touches beyond is an error.
+
+    On a GPU compute-sanitizer is the tool for that.
+    """
+    return triton_case.launch(op, *args, impl="cuda", place=None if GPU else _fenced, **options)
+
+
+def _fenced(shape: torch.Size, dtype: torch.dtype, value: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See ``triton_case.Place``: after a band, and right before a page that nobody may touch."""
+    length = BAND + triton_case.extent(shape, triton_case.strides_of(shape, value))
+    size = length * dtype.itemsize
+    pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
+    end = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + pages
+    assert LIBC.mprotect(ctypes.c_void_p(end), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    whole = torch.frombuffer(memory, dtype=dtype, count=length, offset=pages - size)
+    whole.fill_(triton_case.poison(dtype))
+    return triton_case.lay(whole, BAND, shape, value), whole

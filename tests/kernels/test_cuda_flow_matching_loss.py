@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_case import cuda_ops  # noqa: F401
+from cuda_case import cuda_ops, launch  # noqa: F401
 from torch import Tensor
-from triton_case import launch
 
 from diffprune.kernels.flow_matching_loss import flow_matching_loss, flow_matching_loss_grad
 from diffprune.kernels.philox import normal_noise
@@ -27,14 +26,14 @@ def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor
 def test_loss_and_gradient(shape: tuple[int, ...], dtype: torch.dtype, x1_dtype: torch.dtype) -> None:
     velocity, x1 = normal(*shape, seed=1, dtype=dtype), normal(*shape, seed=2, dtype=x1_dtype)
     hashes, weight = HASHES[: shape[0]], normal(shape[0], seed=3)
-    loss, grad = launch(flow_matching_loss_grad, velocity, x1, hashes, 7, 2**32 - 1, weight, impl="cuda")
+    loss, grad = launch(flow_matching_loss_grad, velocity, x1, hashes, 7, 2**32 - 1, weight)
     wide = velocity.double(), x1.double(), hashes, 7, 2**32 - 1
     expected, expected_grad = flow_matching_loss_grad(*wide, weight.double(), impl="reference")
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5 if shape == (1, 1) else 2e-6, atol=0)
     assert loss.dtype == torch.float32 and grad.dtype == dtype
     unit = {torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float32: 2e-6}[dtype]
     torch.testing.assert_close(grad.double(), expected_grad, rtol=unit, atol=1e-7)
-    assert torch.equal(launch(flow_matching_loss, velocity, x1, hashes, 7, 2**32 - 1, impl="cuda"), loss)
+    assert torch.equal(launch(flow_matching_loss, velocity, x1, hashes, 7, 2**32 - 1), loss)
 
 
 def test_noise_is_the_definitions() -> None:
@@ -42,7 +41,7 @@ def test_noise_is_the_definitions() -> None:
     samples, elements = len(HASHES), 10000
     zeros, weight = torch.zeros(samples, elements), torch.full((samples,), elements / 2)
     for seed, draw in [(0, 0), (2**32 - 1, 1)]:
-        _, noise = launch(flow_matching_loss_grad, zeros, zeros, HASHES, seed, draw, weight, impl="cuda")
+        _, noise = launch(flow_matching_loss_grad, zeros, zeros, HASHES, seed, draw, weight)
         torch.testing.assert_close(noise, normal_noise(HASHES, seed, draw, elements), rtol=6e-7, atol=6e-7)
 
 
@@ -58,14 +57,14 @@ def test_autograd() -> None:
 
 def test_strides_alignment_and_no_samples() -> None:
     velocity, x1 = normal(8, 3, seed=1).T, normal(25, seed=2)[1:].view(3, 8)
-    loss = launch(flow_matching_loss, velocity, x1, HASHES[:3], 0, 0, impl="cuda")
+    loss = launch(flow_matching_loss, velocity, x1, HASHES[:3], 0, 0)
     expected = flow_matching_loss(velocity.double(), x1.double(), HASHES[:3], 0, 0, impl="reference")
     torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=0)
-    assert launch(flow_matching_loss, velocity[:0], x1[:0], HASHES[:0], 0, 0, impl="cuda").shape == (0,)
+    assert launch(flow_matching_loss, velocity[:0], x1[:0], HASHES[:0], 0, 0).shape == (0,)
 
 
 def test_nan_stays_in_its_sample() -> None:
     velocity, x1 = normal(3, 50, seed=1), normal(3, 50, seed=2)
     velocity[1, 49] = torch.nan
-    loss = launch(flow_matching_loss, velocity, x1, HASHES[:3], 0, 0, impl="cuda")
+    loss = launch(flow_matching_loss, velocity, x1, HASHES[:3], 0, 0)
     assert loss.isnan().tolist() == [False, True, False]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_case import cuda_ops, path  # noqa: F401
+from cuda_case import cuda_ops, launch, path  # noqa: F401
 from torch import Tensor
-from triton_case import launch
 
 from diffprune.kernels import kmeans_assign
 
@@ -19,7 +18,7 @@ def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor
 
 def check(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """The very index that float64 differences give, and their distance to float32."""
-    assignment, sqdistance = launch(kmeans_assign, points, centroids, impl="cuda")
+    assignment, sqdistance = launch(kmeans_assign, points, centroids)
     assert assignment.dtype == torch.int32 and sqdistance.dtype == torch.float32
     # By blocks: [N, K, D] in one piece would not fit.
     blocks = [(x[:, None] - centroids.double()).square().sum(dim=2) for x in points.double().split(64)]
@@ -82,9 +81,9 @@ def test_magnitudes() -> None:
 def test_rows_that_are_not_finite_keep_to_themselves() -> None:
     for dtype in (torch.float32, torch.float16):
         points, centroids = normal(140, 24, seed=1, dtype=dtype), normal(70, 24, seed=2, dtype=dtype)
-        clean = launch(kmeans_assign, points, centroids, impl="cuda")
+        clean = launch(kmeans_assign, points, centroids)
         points[3, 1], points[5] = torch.nan, torch.inf
-        assignment, sqdistance = launch(kmeans_assign, points, centroids, impl="cuda")
+        assignment, sqdistance = launch(kmeans_assign, points, centroids)
         others = torch.ones(140, dtype=torch.bool)
         others[[3, 5]] = False
         assert torch.equal(assignment[others], clean[0][others]) and torch.equal(sqdistance[others], clean[1][others])
@@ -96,7 +95,7 @@ def test_no_points_and_one_centroid() -> None:
     assignment, sqdistance = check(normal(0, 24, seed=1), normal(3, 24, seed=2))
     assert assignment.shape == sqdistance.shape == (0,)
     check(normal(9, 24, seed=1), normal(1, 24, seed=2))
-    assignment, sqdistance = launch(kmeans_assign, torch.full((2, 3), torch.nan), torch.zeros(1, 3), impl="cuda")
+    assignment, sqdistance = launch(kmeans_assign, torch.full((2, 3), torch.nan), torch.zeros(1, 3))
     assert assignment.tolist() == [0, 0] and sqdistance.isnan().all()
 
 
@@ -108,5 +107,5 @@ def test_strides_and_alignment() -> None:
 
 def test_repeats_to_the_bit() -> None:
     tensors = normal(150, 64, seed=1), normal(200, 64, seed=2)
-    first, second = (launch(kmeans_assign, *tensors, impl="cuda") for _ in range(2))
+    first, second = (launch(kmeans_assign, *tensors) for _ in range(2))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_case import cuda_ops  # noqa: F401
+from cuda_case import cuda_ops, launch  # noqa: F401
 from torch import Tensor
-from triton_case import launch
 
 from diffprune.kernels import kmeans_update
 from diffprune.kernels.cuda.kmeans_update import by_centroid
@@ -35,7 +34,7 @@ def test_bytes_are_those_of_a_loop(n: int, k: int, d: int, dtype: torch.dtype, w
     assignment = torch.randint(k, (n,), generator=generator, dtype=torch.int32)
     weights = torch.rand(n, generator=generator) if weighted else None
     found, expected = (
-        launch(kmeans_update, points, assignment, k, weights, impl="cuda"),
+        launch(kmeans_update, points, assignment, k, weights),
         loop(points, assignment, k, weights),
     )
     for ours, theirs in zip(found, expected, strict=True):
@@ -44,7 +43,7 @@ def test_bytes_are_those_of_a_loop(n: int, k: int, d: int, dtype: torch.dtype, w
 
 def test_empty_centroids_and_values_that_are_not_finite() -> None:
     points = torch.tensor([[1.0, 2.0], [torch.nan, torch.inf], [4.0, 8.0]])
-    sums, counts = launch(kmeans_update, points, torch.tensor([4, 1, 4], dtype=torch.int32), 6, None, impl="cuda")
+    sums, counts = launch(kmeans_update, points, torch.tensor([4, 1, 4], dtype=torch.int32), 6, None)
     assert counts.tolist() == [0, 1, 0, 0, 2, 0]
     assert sums[4].tolist() == [5.0, 10.0] and not sums[[0, 2, 3, 5]].any()
     assert sums[1, 0].isnan() and sums[1, 1].isinf()
@@ -61,5 +60,5 @@ def test_rows_by_centroid(k: int) -> None:
 def test_strides() -> None:
     points = torch.randn(6, 40, generator=torch.Generator().manual_seed(0)).T
     assignment = torch.arange(80, dtype=torch.int32)[::2] % 3
-    found, expected = launch(kmeans_update, points, assignment, 3, None, impl="cuda"), loop(points, assignment, 3, None)
+    found, expected = launch(kmeans_update, points, assignment, 3, None), loop(points, assignment, 3, None)
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])

@@ -5,9 +5,8 @@ from __future__ import annotations
 import emulator
 import pytest
 import torch
-from cuda_case import GPU, cuda_ops, path  # noqa: F401
+from cuda_case import GPU, cuda_ops, launch, path  # noqa: F401
 from torch import Tensor
-from triton_case import launch
 
 from diffprune.kernels import cuda, linear_grad_dot
 
@@ -20,7 +19,7 @@ def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float16) -> Tensor
 
 def check(input: Tensor, grad_output: Tensor, direction: Tensor, bias: Tensor | None) -> Tensor:
     """Errors are relative to the largest value a dot of such vectors can have, over the root of their dimension."""
-    dot = launch(linear_grad_dot, input, grad_output, direction, bias, impl="cuda")
+    dot = launch(linear_grad_dot, input, grad_output, direction, bias)
     assert dot.dtype == torch.float32
     a, g, m = input.double(), grad_output.double(), direction.double()
     gradient = torch.einsum("bto,bti->boi", g, a)
@@ -82,9 +81,7 @@ def test_strides_and_alignment() -> None:
 def test_sizes_without_elements() -> None:
     for b, t, i, o in [(0, 3, 8, 8), (2, 0, 8, 8), (2, 3, 0, 8), (2, 3, 8, 0)]:
         bias = normal(o, seed=4)
-        dot = launch(
-            linear_grad_dot, normal(b, t, i, seed=1), normal(b, t, o, seed=2), normal(o, i, seed=3), bias, impl="cuda"
-        )
+        dot = launch(linear_grad_dot, normal(b, t, i, seed=1), normal(b, t, o, seed=2), normal(o, i, seed=3), bias)
         expected = (normal(b, t, o, seed=2).double().sum(dim=1) * bias.double()).sum(dim=1)
         torch.testing.assert_close(dot.double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -93,20 +90,20 @@ def test_nan_stays_in_its_sample() -> None:
     input, grad_output, direction = normal(3, 90, 40, seed=1), normal(3, 90, 24, seed=2), normal(24, 40, seed=3)
     clean = check(input, grad_output, direction, None)
     input[1, 89, 3] = torch.nan
-    dot = launch(linear_grad_dot, input, grad_output, direction, None, impl="cuda")
+    dot = launch(linear_grad_dot, input, grad_output, direction, None)
     assert dot.isnan().tolist() == [False, True, False]
     assert torch.equal(dot[[0, 2]], clean[[0, 2]])
 
 
 def test_repeats_to_the_bit() -> None:
     tensors = normal(2, 150, 72, seed=1), normal(2, 150, 48, seed=2), normal(48, 72, seed=3), normal(48, seed=4)
-    first, second = (launch(linear_grad_dot, *tensors, impl="cuda") for _ in range(2))
+    first, second = (launch(linear_grad_dot, *tensors) for _ in range(2))
     assert torch.equal(first, second)
 
 
 def test_refuses_what_it_cannot_do_exactly() -> None:
     half, single = normal(1, 2, 8, seed=1), normal(1, 2, 8, seed=1, dtype=torch.float32)
     with pytest.raises(NotImplementedError, match="cuda: needs float16 or bfloat16, got float32"):
-        launch(linear_grad_dot, single, single, torch.ones(8, 8), None, impl="cuda")
+        launch(linear_grad_dot, single, single, torch.ones(8, 8), None)
     with pytest.raises(NotImplementedError, match="cuda: needs inputs of one dtype, got float16 and bfloat16"):
-        launch(linear_grad_dot, half, half.bfloat16(), torch.ones(8, 8).half(), None, impl="cuda")
+        launch(linear_grad_dot, half, half.bfloat16(), torch.ones(8, 8).half(), None)

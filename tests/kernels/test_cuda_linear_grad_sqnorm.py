@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_case import cuda_ops, path  # noqa: F401
+from cuda_case import cuda_ops, launch, path  # noqa: F401
 from torch import Tensor
-from triton_case import launch
 
 from diffprune.kernels import linear_grad_sqnorm
 from diffprune.kernels.cuda import linear_grad_sqnorm as implementation
@@ -20,7 +19,7 @@ def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float16) -> Tensor
 
 
 def check(input: Tensor, grad_output: Tensor, bias: bool, rtol: float = 3e-6) -> Tensor:
-    sqnorm = launch(linear_grad_sqnorm, input, grad_output, bias, impl="cuda")
+    sqnorm = launch(linear_grad_sqnorm, input, grad_output, bias)
     assert sqnorm.dtype == torch.float32
     a, g = input.double(), grad_output.double()
     expected = torch.einsum("bto,bti->boi", g, a).square().sum(dim=(1, 2))
@@ -85,18 +84,18 @@ def test_sizes_without_elements() -> None:
 def test_nan_stays_in_its_sample() -> None:
     input, grad_output = normal(3, 130, 40, seed=1), normal(3, 130, 8, seed=2)
     grad_output[1, 129, 7] = torch.nan
-    sqnorm = launch(linear_grad_sqnorm, input, grad_output, True, impl="cuda")
+    sqnorm = launch(linear_grad_sqnorm, input, grad_output, True)
     assert sqnorm.isnan().tolist() == [False, True, False]
 
 
 @pytest.mark.usefixtures("gram")
 def test_repeats_to_the_bit() -> None:
     tensors = normal(2, 130, 72, seed=1), normal(2, 130, 72, seed=2)
-    first, second = (launch(linear_grad_sqnorm, *tensors, True, impl="cuda") for _ in range(2))
+    first, second = (launch(linear_grad_sqnorm, *tensors, True) for _ in range(2))
     assert torch.equal(first, second)
 
 
 def test_refuses_what_it_cannot_do_exactly() -> None:
     single = normal(1, 2, 8, seed=1, dtype=torch.float32)
     with pytest.raises(NotImplementedError, match="cuda: needs float16 or bfloat16, got float32"):
-        launch(linear_grad_sqnorm, single, single, True, impl="cuda")
+        launch(linear_grad_sqnorm, single, single, True)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton_bounds import within_bounds
-from triton_case import DEVICE, launch
+from triton_bounds import launch
+from triton_case import DEVICE
 
 from diffprune.kernels import kmeans_assign, kmeans_update
 from diffprune.kernels.triton import gpu, search, segments
@@ -18,13 +16,6 @@ from diffprune.kernels.triton import kmeans_assign as assigning
 from diffprune.kernels.triton.search import tolerance
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy, of overflow and NaN
-
-
-@pytest.fixture
-def bounds() -> Iterator[None]:
-    """No kernel touches what is not an element of its arguments."""
-    with within_bounds():
-        yield
 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -63,7 +54,6 @@ def searched_again(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-@pytest.mark.usefixtures("bounds")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "k", "d"), [(1, 1, 1), (9, 1, 130), (5, 2, 1), (19, 17, 33), (3, 40, 261)])
 def test_assign_odd_sizes(dtype: torch.dtype, n: int, k: int, d: int) -> None:
@@ -74,7 +64,6 @@ def test_assign_several_tiles() -> None:
     check(normal(131, 70), normal(300, 70, seed=1))
 
 
-@pytest.mark.usefixtures("bounds")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_assign_strided(dtype: torch.dtype) -> None:
     """Rows apart; and columns apart, which are copied."""
@@ -83,7 +72,6 @@ def test_assign_strided(dtype: torch.dtype) -> None:
     check(points[:, ::2], centroids[:, ::2])
 
 
-@pytest.mark.usefixtures("bounds")
 def test_assign_ties_go_to_the_smallest_index(searched_again: list[int]) -> None:
     centroids = torch.tensor([[3.0, 0.0], [-1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
     points = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0], [3.0, 0.0], [9.0, 0.0]])
@@ -93,7 +81,6 @@ def test_assign_ties_go_to_the_smallest_index(searched_again: list[int]) -> None
     assert searched_again == [3]  # ties of three, of two in one pair of columns, of four
 
 
-@pytest.mark.usefixtures("bounds")
 def test_assign_ties_between_tiles() -> None:
     """The same centroids again, in another tile and in the list of the float64 search."""
     centroids = normal(150, 7).repeat(3, 1)
@@ -125,7 +112,6 @@ def test_assign_huge_offset(dtype: torch.dtype) -> None:
     check((normal(40, 24) + 1e3).to(dtype), normal(30, 24, seed=1) + 1e3)
 
 
-@pytest.mark.usefixtures("bounds")
 @pytest.mark.parametrize("places", [(1, 3), (1, 18), (1, 3, 5), (1, 3, 18), (1, 18, 20)])
 def test_assign_near_ties_are_decided_exactly(
     places: tuple[int, ...], searched_again: list[int], monkeypatch: pytest.MonkeyPatch
@@ -276,7 +262,6 @@ def test_error_of_the_products_is_within_the_tolerance(dtype: torch.dtype, shape
     assert (bound <= 1e-2 * product.norm(dim=1) * c.norm(dim=1).amax()).all()
 
 
-@pytest.mark.usefixtures("bounds")
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize(("n", "k", "d"), [(1, 1, 1), (20, 1, 3), (9, 14, 5), (60, 4, 300)])
 def test_update_is_the_definition_to_the_bit(dtype: torch.dtype, n: int, k: int, d: int) -> None:
@@ -289,7 +274,6 @@ def test_update_is_the_definition_to_the_bit(dtype: torch.dtype, n: int, k: int,
     assert torch.equal(counts, lengths)
 
 
-@pytest.mark.usefixtures("bounds")
 def test_update_long_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
     """In pieces: whole ones, one more row, one less; the bytes repeat."""
     monkeypatch.setattr(segments, "PIECE", 8)
@@ -302,7 +286,6 @@ def test_update_long_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(launch(kmeans_update, points, assignment, 6)[0], sums)
 
 
-@pytest.mark.usefixtures("bounds")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 def test_update_weights(dtype: torch.dtype) -> None:
     points, assignment = normal(40, 9), torch.arange(40, dtype=torch.int32) % 6
@@ -313,7 +296,6 @@ def test_update_weights(dtype: torch.dtype) -> None:
     torch.testing.assert_close(totals, lengths, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.usefixtures("bounds")
 def test_update_strided_and_not_finite() -> None:
     points = normal(30, 12)[::2, 2:9]
     points[4], points[7, 3] = torch.nan, torch.inf
@@ -324,7 +306,6 @@ def test_update_strided_and_not_finite() -> None:
     assert sums.isfinite().all(dim=1).tolist() == [True, True, False, True, False, True]
 
 
-@pytest.mark.usefixtures("bounds")
 @pytest.mark.parametrize("weighted", [False, True])
 def test_update_no_points(weighted: bool) -> None:
     weights = torch.empty(0) if weighted else None

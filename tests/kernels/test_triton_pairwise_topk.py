@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
-from triton_bounds import within_bounds
-from triton_case import DEVICE, launch
+from triton_bounds import launch
+from triton_case import DEVICE
 
 from diffprune.kernels import pairwise_topk
 from diffprune.kernels.knn_radius import knn_radius
 from diffprune.kernels.triton import pairwise_topk as selecting
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy, of overflow and NaN
-
-
-@pytest.fixture
-def bounds() -> Iterator[None]:
-    """No kernel touches what is not an element of its arguments."""
-    with within_bounds():
-        yield
 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -59,7 +50,6 @@ def shares(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selecting, "config", config)
 
 
-@pytest.mark.usefixtures("bounds")
 @pytest.mark.parametrize(
     ("dtype", "n", "m", "d", "k"),
     [
@@ -83,7 +73,7 @@ def test_shares(k: int, exclude_self: bool) -> None:
     check(points if exclude_self else points[:1], points, k, exclude_self)
 
 
-@pytest.mark.usefixtures("bounds", "shares")
+@pytest.mark.usefixtures("shares")
 @pytest.mark.parametrize("times", [4, 20])
 def test_ties_go_to_the_smallest_index(times: int) -> None:
     """In lists of all that tie, and where more tie than a list holds."""

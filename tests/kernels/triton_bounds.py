@@ -25,7 +25,10 @@ def launch(op: Any, *args: Any, **options: Any) -> Any:
 
 @contextmanager
 def within_bounds() -> Iterator[None]:
-    """AssertionError where a kernel touches an address that is no element of a tensor it was launched with."""
+    """AssertionError where a kernel touches an address that is no element of a tensor it was launched with.
+
+    And where it is launched for nothing, on an empty grid.
+    """
     if DEVICE.type == "cuda":  # not interpreted: compute-sanitizer is the tool there
         yield
         return
@@ -36,6 +39,7 @@ def within_bounds() -> Iterator[None]:
     init, load, store = executor._init_args_hst, builder.create_masked_load, builder.create_masked_store
 
     def launched(self: Any, args: Any, kwargs: Any) -> Any:
+        assert all(size > 0 for size in self.grid), "an empty grid was launched"
         values = [getattr(value, "base", value) for value in (*args, *kwargs.values())]
         tensors[:] = [value for value in values if isinstance(value, torch.Tensor)]
         return init(self, args, kwargs)

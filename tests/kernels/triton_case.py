@@ -17,56 +17,75 @@ BAND = 2**17
 """Elements before and after each tensor: more than any tile of the tests reaches over an edge."""
 
 
-def launch(op: Callable[..., Any], *args: Any, impl: str = "triton", **options: Any) -> Any:
+Place = Callable[..., tuple[Tensor, Tensor]]
+"""(shape, dtype, value or None) -> a tensor, full of poison or with the strides and the values of ``value``; and the
+poisoned memory, a one-dimensional tensor, in which it begins at its storage offset."""
+
+
+def launch(op: Callable[..., Any], *args: Any, impl: str = "triton", place: Place | None = None, **options: Any) -> Any:
     """``op(*args, impl="triton")`` on ``DEVICE``, the answer on the CPU.
 
     Inputs lie between bands of NaN (integers: their largest value), and so does all that the launcher allocates with
-    ``torch.empty``, which is full of them as well. Fails if a band or an input has changed.
+    ``torch.empty``, which is full of them as well. Fails if a band or an input has changed. ``place``: how memory is
+    found, by default ``banded``.
     """
-    inputs = [_banded(arg.shape, arg.dtype, arg) if isinstance(arg, Tensor) else (arg, None) for arg in args]
+    place = place or banded
+    inputs = [place(arg.shape, arg.dtype, arg) if isinstance(arg, Tensor) else (arg, None) for arg in args]
     before = [None if whole is None else whole.clone() for _, whole in inputs]
-    with _poisoned_memory() as allocated:
+    with _poisoned_memory(place) as allocated:
         found = op(*(arg for arg, _ in inputs), impl=impl, **options)
         found = tuple(x.cpu() for x in found) if isinstance(found, tuple) else found.cpu()
     for (_, whole), old in zip(inputs, before, strict=True):
         assert whole is None or _same(whole, old), "wrote to an input, or next to it"
-    for whole in allocated:
-        band = torch.full_like(whole[:BAND], _poison(whole.dtype))
-        assert _same(whole[:BAND], band) and _same(whole[-BAND:], band), "wrote next to an output"
+    for tensor, whole in allocated:
+        begin = tensor.storage_offset()
+        for band in (whole[:begin], whole[begin + extent(tensor.shape, tensor.stride()) :]):
+            assert _same(band, torch.full_like(band, poison(whole.dtype))), "wrote next to an output"
     return found
 
 
 @contextmanager
-def _poisoned_memory() -> Iterator[list[Tensor]]:
-    allocated: list[Tensor] = []
+def _poisoned_memory(place: Place) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    allocated: list[tuple[Tensor, Tensor]] = []
 
     def empty(*size: Any, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
         shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
-        tensor, whole = _banded(shape, dtype or torch.get_default_dtype())
+        tensor, whole = place(shape, dtype or torch.get_default_dtype())
         assert torch.device(device or "cpu").type == DEVICE.type
-        allocated.append(whole)
+        allocated.append((tensor, whole))
         return tensor
 
     with patch.object(torch, "empty", empty):
         yield allocated
 
 
-def _banded(shape: torch.Size, dtype: torch.dtype, value: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """A tensor of ``shape``, with the strides of ``value`` if given, and the memory it lies in with its bands."""
-    strides = _contiguous(shape) if value is None else value.stride()
-    extent = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if shape.numel() else 0
-    whole = torch.full((2 * BAND + extent,), _poison(dtype), dtype=dtype, device=DEVICE)
-    tensor = whole.as_strided(shape, strides, BAND)
+def banded(shape: torch.Size, dtype: torch.dtype, value: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """A tensor between two bands; see ``Place``."""
+    length = 2 * BAND + extent(shape, strides_of(shape, value))
+    whole = torch.full((length,), poison(dtype), dtype=dtype, device=DEVICE)
+    return lay(whole, BAND, shape, value), whole
+
+
+def lay(whole: Tensor, offset: int, shape: torch.Size, value: Tensor | None) -> Tensor:
+    """The tensor that begins at element ``offset`` of ``whole``."""
+    tensor = whole.as_strided(shape, strides_of(shape, value), offset)
+    return tensor if value is None else tensor.copy_(value)
+
+
+def extent(shape: torch.Size, strides: tuple[int, ...]) -> int:
+    """Elements from the first of a tensor to its last in memory."""
+    return 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if shape.numel() else 0
+
+
+def strides_of(shape: torch.Size, value: Tensor | None) -> tuple[int, ...]:
+    """Those of ``value``, or of a contiguous tensor."""
     if value is not None:
-        tensor.copy_(value)
-    return tensor, whole
+        return value.stride()
+    return tuple(max(1, shape[i + 1 :].numel()) for i in range(len(shape)))
 
 
-def _contiguous(shape: torch.Size) -> list[int]:
-    return [max(1, shape[i + 1 :].numel()) for i in range(len(shape))]
-
-
-def _poison(dtype: torch.dtype) -> float | int | bool:
+def poison(dtype: torch.dtype) -> float | int | bool:
+    """What shows where it is read."""
     if dtype == torch.bool:
         return True
     return torch.nan if dtype.is_floating_point else torch.iinfo(dtype).max

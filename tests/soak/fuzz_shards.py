@@ -9,6 +9,7 @@ Hypothesis has shrunk it to. Needs the packages of the extra ``test``.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import resource
 import sys
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100_000, help="mutated tars to try")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--json", type=Path, help="also write the counts there")
     arguments = parser.parse_args()
     starts = range(0, arguments.count, ROUND)
     seeds = [arguments.seed * 1_000_003 + number for number in range(len(starts))]
@@ -49,6 +51,9 @@ def main() -> None:
     for name, count in sorted(outcomes.items()):
         print(f"  {name:<26}{count:>9,}")
     print(f"  {'lost or invented, untold':<26}{0:>9,}")
+    if arguments.json:
+        told = {"outcomes": outcomes, "seconds": took, "slowest": slowest, "mebibytes": memory / 1024}
+        arguments.json.write_text(json.dumps(told))
     print(f"{took:.0f} s, the slowest {slowest * 1000:.0f} ms of CPU, {memory / 1024:.0f} MiB at most")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -37,3 +39,28 @@ def run(points: Tensor, assignment: Tensor, k: int, weights: Tensor | None) -> t
     if weights is None:
         return sums, counts
     return sums, torch.zeros(k, dtype=torch.float64).index_add_(0, assignment.long(), weights)
+
+
+def add_exactly(
+    points: Tensor, assignment: Tensor, weights: Tensor | None, sign: int, grids: Sequence[float], bins: Tensor
+) -> None:
+    """Add ``sign`` times ``points`` [N, D], or weights x points, to the exact sums ``bins`` [1 or 2, k, D] float64.
+
+    Each value is split into a multiple of ``grids[0]`` and, of what is left, the nearest multiple of ``grids[1]``, for
+    one bin each. Without grids (and weights) it goes into the one bin as it is. See ``diffprune.kmeans_sums``.
+    """
+    points, assignment = as_rows(points), assignment.int().contiguous()
+    weights = None if weights is None else weights.double().contiguous()
+    extension().add_exactly(
+        points.data_ptr(),
+        TYPES[points.dtype],
+        points.stride(0),
+        assignment.data_ptr(),
+        0 if weights is None else weights.data_ptr(),
+        *points.shape[:1],
+        *bins.shape[1:],
+        sign,
+        list(grids),
+        bins.data_ptr(),
+        torch.get_num_threads(),
+    )

@@ -1,0 +1,92 @@
+// csrc/cpu under the address and the undefined-behaviour sanitizer: every array here is a block of the heap of just its
+// size, so one element too far ends the program. Compiled and run by test_cpp_bounds.py.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../../csrc/cpu/kmeans_assign.h"
+#include "../../csrc/cpu/ops.h"
+
+using namespace diffprune::cpu;
+
+namespace {
+
+std::minstd_rand numbers(1);
+
+uintptr_t address(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
+
+// [n, d] with `stride` between rows; the last row ends the block.
+template <class Number>
+std::vector<Number> rows(int64_t n, int64_t d, int64_t stride, Number (*make)(float)) {
+  std::vector<Number> values(n == 0 ? 0 : (n - 1) * stride + d);
+  for (auto& value : values) value = make(std::normal_distribution<float>()(numbers));
+  values.shrink_to_fit();
+  return values;
+}
+
+float single(float value) { return value; }
+double twice(float value) { return value; }
+uint16_t bfloat16(float value) {
+  uint32_t bits;
+  static_assert(sizeof bits == sizeof value);
+  __builtin_memcpy(&bits, &value, 4);
+  return static_cast<uint16_t>(bits >> 16);
+}
+uint16_t float16(float) { return static_cast<uint16_t>(0x3000 + numbers() % 0x0c00); }  // from 0.125 to 1
+
+template <class Number>
+void assign(Type type, Number (*make)(float), int64_t n, int64_t k, int64_t d, int64_t stride, int threads) {
+  const auto points = rows(n, d, stride, make);
+  const auto centroids = rows(k, d, d, single);
+  const std::vector<float> centre(d, 0.25f);
+  for (const auto& variant : variants()) {
+    std::vector<int32_t> assignment(n, -1);
+    std::vector<float> sqdistance(n, -1);
+    kmeans_assign(variant, address(points.data()), static_cast<int>(type), stride, address(centroids.data()),
+                  address(centre.data()), n, k, d, address(assignment.data()), address(sqdistance.data()), threads);
+    for (int64_t i = 0; i < n; ++i)
+      if (assignment[i] < 0 || assignment[i] >= k || !(sqdistance[i] >= 0)) {
+        std::fprintf(stderr, "%s n=%ld k=%ld d=%ld: row %ld got %d\n", variant.c_str(), long(n), long(k), long(d), long(i), assignment[i]);
+        std::exit(1);
+      }
+  }
+}
+
+template <class Number>
+void update(Type type, Number (*make)(float), int64_t n, int64_t k, int64_t d, int64_t stride, bool weighted, int threads) {
+  const auto points = rows(n, d, stride, make);
+  std::vector<int32_t> labels(n);
+  for (auto& label : labels) label = static_cast<int32_t>(numbers() % k);
+  const std::vector<double> weights(weighted ? n : 0, 0.5);
+  std::vector<double> sums(k * d, NAN);
+  std::vector<int64_t> counts(k, -1);
+  kmeans_update(address(points.data()), static_cast<int>(type), stride, address(labels.data()),
+                weighted ? address(weights.data()) : 0, n, k, d, address(sums.data()), address(counts.data()), threads);
+  int64_t total = 0;
+  for (const auto count : counts) total += count;
+  bool whole = total == n;
+  for (const auto sum : sums) whole = whole && sum == sum;
+  if (!whole) std::exit(1);
+}
+
+}  // namespace
+
+int main() {
+  for (const int64_t d : {1, 3, 4, 7, 8, 9, 15, 16, 17, 33, 64, 65, 130})
+    for (const int64_t k : {1, 2, 15, 16, 17, 33, 130})
+      for (const int64_t n : {0, 1, 2, 3, 5, 31, 33}) {
+        const int64_t stride = d + (n % 2);
+        assign(Type::float32, single, n, k, d, stride, 1);
+        assign(Type::float16, float16, n, k, d, stride, 1);
+        assign(Type::bfloat16, bfloat16, n, k, d, stride, 2);
+        update(Type::float32, single, n, k, d, stride, false, 1);
+        update(Type::float64, twice, n, k, d, stride, true, 2);
+        update(Type::float16, float16, n, k, d, stride, true, 1);
+      }
+  assign(Type::float32, single, 1300, 600, 20, 20, 2);  // several tasks, several chunks of panels
+  update(Type::bfloat16, bfloat16, 1300, 70, 20, 20, false, 2);
+  std::puts("done");
+}

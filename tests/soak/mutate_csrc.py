@@ -1,0 +1,89 @@
+"""Which bounds of the CUDA kernels could go without a test noticing; as mutate_masks.py, in the emulator.
+
+    python tests/soak/mutate_csrc.py                    every kernel of csrc
+    python tests/soak/mutate_csrc.py kmeans_update.cu --list
+
+One change at a time, each compiled: a comparison with a size goes or lets one more through, a ``min`` goes, an early
+return goes. Takes hours on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from mutate_masks import ROOT, Mutant, survive
+
+CSRC = Path("csrc")
+DOT, SQNORM, ASSIGN = "test_cuda_linear_grad_dot", "test_cuda_linear_grad_sqnorm", "test_cuda_kmeans_assign"
+TESTS = {
+    "flow_matching_loss.cu": ("test_cuda_flow_matching_loss",),
+    "gemm_sm80.cuh": (DOT, SQNORM),
+    "kmeans_assign.cu": (ASSIGN,),
+    "kmeans_assign_sm90.cu": (ASSIGN,),
+    "kmeans_search.cuh": (ASSIGN,),
+    "kmeans_update.cu": ("test_cuda_kmeans_update",),
+    "linear_grad_dot.cu": (DOT,),
+    "linear_grad_dot_sm90.cu": (DOT,),
+    "linear_grad_sqnorm.cu": (SQNORM,),
+    "linear_grad_sqnorm_sm90.cu": (SQNORM,),
+}
+
+NAMES = "n k d dimensions padded count columns rows tiles items end wide high tokens clusters row_tiles strips elements"
+SIZE = rf"(?:shape\.\w+|matrix\.\w+|[xw]\.rows|{'|'.join(NAMES.split())}|steps|ceil_div\([^()]*\)|kAgainRows|Cluster)"
+VALUE = r"(?:int\([\w.]+\)|int64_t\([\w.]+\)|[\w.]+(?:\[[\w.]+\])?)(?: [+*] (?:\w+|int\([\w.]+\)))*"
+COMPARISON = re.compile(rf"(?<![\w.\])] )({VALUE}) (<|>=) ({SIZE})\b(?!\()")
+MINIMUM = re.compile(r"\bmin\(([\w.]+), ([^()]+)\)")
+LEAVES = re.compile(r"if \(([^;{}]*)\) (return|continue);")
+
+EQUIVALENT: dict[tuple[str, str], str] = {}
+"""(file, "before -> after") -> why no test can notice it."""
+
+
+def mutants(name: str) -> list[Mutant]:
+    """All changes of one file's kernels, from top to bottom."""
+    source = (ROOT / CSRC / name).read_bytes()
+    text, found = source.decode(), []
+
+    def add(match: re.Match[str], kind: str, after: str) -> None:
+        start, end = (len(text[:place].encode()) for place in match.span())
+        line = text.count("\n", 0, match.start()) + 1
+        found.append(Mutant(CSRC / name, line, kind, match[0], after, start, end, TESTS[name]))
+
+    for match in COMPARISON.finditer(text):
+        head = text[text.rfind("\n", 0, match.start()) + 1 : match.start()]
+        if "//" in head or head.startswith("#") or "static_assert" in head:
+            continue
+        loop = "for (" in head and head.rindex("for (") > head.rfind(")")
+        if not loop:
+            add(match, "no bound", "true" if match[2] == "<" else "false")
+        add(match, "one more", f"{match[1]} {'<=' if match[2] == '<' else '>'} {match[3]}")
+    for match in MINIMUM.finditer(text):
+        add(match, "no minimum", match[1])
+    for match in LEAVES.finditer(text):
+        add(match, "goes on", ";")
+    return sorted(found, key=lambda mutant: (mutant.start, mutant.after))
+
+
+def main() -> int:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", help=f"of {', '.join(TESTS)}; default: all")
+    parser.add_argument("--jobs", type=int, default=1, help="changes tested side by side")
+    parser.add_argument("--match", default="", help="only changes whose line holds this")
+    parser.add_argument("--seconds", type=float, help="limit of one test run; default: by how long it takes unchanged")
+    parser.add_argument("--list", action="store_true", help="print the changes and end")
+    options = parser.parse_args()
+    if unknown := set(options.files) - set(TESTS):
+        parser.error(f"expected files of {', '.join(TESTS)}, got {', '.join(sorted(unknown))}")
+    work = [mutant for name in options.files or TESTS for mutant in mutants(name) if options.match in str(mutant)]
+    if options.list:
+        print(*work, sep="\n")
+        return 0
+    return survive(work, EQUIVALENT, options.jobs, options.seconds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""Stages under torchrun: two and three processes write the bytes that one does, and k-means is the same to the bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import diffprune
+from diffprune.kmeans import KMeans
+
+SCORE = {"methods": ["loss", "grand", "moso", "monotonicity"], "draws": 2, "normalise_t": True, "trials": 2}
+SCORE |= {"device": "cpu", "batch_size": 16}
+CLUSTER = {"k": 9, "levels": [3], "tol": 0.0}
+
+
+def torchrun(processes: int, requests: list[dict], folder: Path) -> None:
+    root = Path(__file__).resolve().parents[1]
+    path = folder / "requests.json"
+    path.write_text(json.dumps(requests))
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    result = subprocess.run(
+        [sys.executable, *command, str(root / "tests" / "stage_ranks_worker.py"), str(path)],
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def blobs() -> dict[str, np.ndarray]:
+    """Points on which rounds, restarts and starts have something to do."""
+    rng = np.random.default_rng(0)
+    normal = rng.normal(size=(500, 6)).astype(np.float32)
+    normal[::7] = -0.0
+    few = np.repeat(rng.normal(size=(8, 3)).astype(np.float16), 30, axis=0)  # 8 distinct points
+    rng.shuffle(few)
+    return {"normal": normal, "few": few}
+
+
+@pytest.fixture(scope="module")
+def alone(small_run, tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("alone")
+    diffprune.score(small_run.latents, small_run.surrogate, root / "scores", **SCORE)
+    diffprune.cluster(small_run.embeddings, root / "clusters", **CLUSTER)
+    return root
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_the_bytes_are_those_of_one_process(small_run, alone, tmp_path, processes):
+    for name, points in blobs().items():
+        np.save(tmp_path / f"{name}.npy", points)
+    bounds = {"2": [123], "3": [0, 240]}  # a process may have no points at all
+    fits = [
+        ("normal", {"k": 20, "init": "k-means||", "seed": 1}),
+        ("normal", {"k": 7, "init": "k-means++", "metric": "euclidean", "n_init": 2, "tol": 0.0}),
+        ("normal", {"k": 40, "init": "random", "algorithm": "yinyang"}),
+        ("few", {"k": 8, "init": "random", "tol": 0.0}),  # empty clusters, which restart at the farthest points
+        ("few", {"k": 5, "init": "k-means||", "metric": "cosine"}),
+    ]
+    requests = [
+        {
+            "stage": "kmeans",
+            "points": str(tmp_path / f"{name}.npy"),
+            "bounds": bounds,
+            "options": options,
+            "answer": str(tmp_path / f"fit-{number}"),
+        }
+        for number, (name, options) in enumerate(fits)
+    ]
+    for stage, arguments, options in (
+        ("score", [small_run.latents, small_run.surrogate, tmp_path / "scores"], SCORE),
+        ("cluster", [small_run.embeddings, tmp_path / "clusters"], CLUSTER),
+        ("cluster", [small_run.embeddings, tmp_path / "split"], {"k": 3, "init": "split"}),
+        ("encode", [small_run.shards, small_run.vqvae, tmp_path / "latents"], {"workers": 2}),
+        ("encode", [small_run.shards, small_run.vqvae, tmp_path / "latents"], {}),
+    ):
+        answer = str(tmp_path / f"answer-{len(requests)}")
+        requests.append({"stage": stage, "arguments": list(map(str, arguments)), "options": options, "answer": answer})
+    torchrun(processes, requests, tmp_path)
+
+    for number, (name, options) in enumerate(fits):
+        expected = KMeans(**options).fit(blobs()[name])
+        for rank in range(processes):
+            found = json.loads((tmp_path / f"fit-{number}-{rank}.json").read_text())
+            assert found["centroids"] == expected.centroids_.tobytes().hex(), options
+            assert found["assignment"] == expected.assignment_.tolist(), options
+            assert found["distance"] == expected.distance_.tobytes().hex(), options
+            assert found["about"] == [expected.inertia_, expected.n_iter_, expected.moved_], options
+    for name in ("scores", "clusters"):
+        assert contents(tmp_path / name) == contents(alone / name)
+    assert contents(tmp_path / "latents") == contents(small_run.latents)
+    answers = [
+        [json.loads((tmp_path / f"answer-{n}-{rank}.json").read_text()) for n in range(5, 10)]
+        for rank in range(processes)
+    ]
+    assert all(answer == answers[0] for answer in answers)
+    score, cluster, split, workers, encode = answers[0]
+    assert (score["samples"], cluster["samples"], encode["samples"]) == (120, 120, 120)
+    assert "under torchrun it takes no" in split["error"] and "torchrun's processes are the workers" in workers["error"]
