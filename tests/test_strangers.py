@@ -81,7 +81,7 @@ def test_pickles_in_the_place_of_everything_that_is_read_are_refused(small_run, 
     np.save(array, np.array([Payload()], dtype=object), allow_pickle=True)
     torch.save({"a": Payload()}, tmp_path / "model.pt")
     hostile = {"pickle": plain, "npy": array.read_bytes(), "pt": (tmp_path / "model.pt").read_bytes()}
-    tried, latents = 0, small_run.latents
+    tried = 0
     for kind, content in hostile.items():
         for folder, pattern, read in (
             ("latents", "*1.npy", lambda at: diffprune.score(at, small_run.surrogate, tmp_path / "s", methods="loss")),
