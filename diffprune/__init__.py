@@ -35,6 +35,7 @@ _PUBLIC = {
     "sample": "diffprune.sampling",
     "evaluate": "diffprune.evaluation",
     "report": "diffprune.reporting",
+    "sweep": "diffprune.sweeping",
     "doctor": "diffprune.diagnosis",
     "LiveLatents": "diffprune.live_latents",
     "KMeans": "diffprune.kmeans",

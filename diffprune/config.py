@@ -162,11 +162,25 @@ class TrainConfig:
     """Mirror half of the samples, drawn anew each time: images, or latents that `encode --flip-twins` wrote."""
     explosion_factor: float = 20.0
     """Stop when the loss is this many times the median of the last 100 steps; 0 never does."""
+    noise: Literal["generator", "counter"] = "generator"
+    """Where a DiT's noise comes from: drawn for the whole batch ahead of the step, or made on the device, in each pass
+    over it, from a counter (``kernels.philox``), which is never stored and which `flow_matching_loss` needs."""
+    ops: Literal["auto", "torch", "diffprune", "reference", "triton"] = "auto"
+    """Form of a DiT's attention, adaLN and loss, see ``models.ops``: PyTorch's, this package's ops, or one
+    implementation of those by name; auto is what measured faster. The same step but for rounding."""
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes: each has all weights, or its part of them (FSDP2, block by block): less memory, more
+    traffic, the same step but for rounding."""
+    sample_every: int = 0
+    """Steps between grids of images that a DiT draws, samples/step_*.png; the last step then has one too. Needs the
+    VQ-VAE of its latents. 0 draws none."""
+    tensorboard: bool = False
+    """Also write the log for TensorBoard, into the folder tensorboard/."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "checkpoint_every", "log_every", "accumulate"):
             _expect(getattr(self, name) >= 1, self, name, "at least 1")
-        for name in ("warmup_steps", "weight_decay", "grad_clip"):
+        for name in ("warmup_steps", "weight_decay", "grad_clip", "sample_every"):
             _expect(getattr(self, name) >= 0, self, name, "at least 0")
         _expect(self.accumulate <= self.batch_size, self, "accumulate", f"at most batch_size {self.batch_size}")
         factor = self.explosion_factor
@@ -194,6 +208,10 @@ class VqvaeRun:
                 raise InputError(f"train.{name}: expected false for a VQ-VAE: it is done by a DiT's blocks")
         if self.train.timesteps != "uniform":
             raise InputError(f"train.timesteps: a VQ-VAE draws no times, got {self.train.timesteps!r}")
+        plain = {"noise": ("generator",), "ops": ("auto", "torch"), "sharding": ("ddp",), "sample_every": (0,)}
+        for name, values in plain.items():
+            if getattr(self.train, name) not in values:
+                raise InputError(f"train.{name}: is a DiT's, got {getattr(self.train, name)!r} for a VQ-VAE")
 
 
 @dataclass(frozen=True)
@@ -205,11 +223,13 @@ class DitRun:
 
 
 Run = VqvaeRun | DitRun
+Section = typing.TypeVar("Section")
 Changes = dict[tuple[str, str], Any]
 _RUNS = {"vqvae": VqvaeRun, "dit": DitRun}
 # Fields that came after the first checkpoints, and what those were made with.
 _TRAIN_BEFORE = {"accumulate": 1, "activation_checkpointing": False, "compile": False, "timesteps": "uniform"}
-_TRAIN_BEFORE |= {"flip": False, "explosion_factor": 0.0}
+_TRAIN_BEFORE |= {"flip": False, "explosion_factor": 0.0, "noise": "generator", "ops": "torch", "sharding": "ddp"}
+_TRAIN_BEFORE |= {"sample_every": 0, "tensorboard": False}
 _MODEL_BEFORE = {"vqvae": {"normalize_codes": False}, "dit": {"qk_norm": False, "rope": False}}
 
 
@@ -229,7 +249,7 @@ def load_config(path: str | Path | None, kind: Literal["vqvae", "dit"], override
     run = _run_type(kind)()
     changes: list[Changes] = []
     if path is not None:
-        changes.append(_changes(run, _read_toml(Path(path)), str(path)))
+        changes.append(_changes(run, read_toml(path), str(path)))
     for override in overrides:
         name, equals, text = override.partition("=")
         section, dot, key = name.strip().partition(".")
@@ -237,6 +257,20 @@ def load_config(path: str | Path | None, kind: Literal["vqvae", "dit"], override
             raise InputError(f"override {override!r}: expected section.field=value, such as train.steps=100")
         changes.append(_changes(run, {section: {key: _toml_value(text.strip())}}, f"override {override!r}"))
     return _apply(run, changes, "config" if path is None else str(path))
+
+
+def run_from_tables(kind: Literal["vqvae", "dit"], sections: Any, where: str) -> Run:
+    """A run from TOML tables ``model`` and ``train``; what they do not name keeps its default. Raises as
+    ``load_config``; ``where`` is what it names."""
+    run = _run_type(kind)()
+    return _apply(run, [_changes(run, sections, where)], where)
+
+
+def section_from_table(section: type[Section], values: Any, where: str) -> Section:
+    """A dataclass from a TOML table whose keys are its fields; what it does not name keeps its default."""
+    types = typing.get_type_hints(section)
+    items = _named(values, section, where, "key")
+    return section(**{key: _convert(value, types[key], f"{where}: {key}") for key, value in items})
 
 
 def to_dict(run: Run) -> dict[str, dict[str, Any]]:
@@ -271,9 +305,10 @@ def _run_type(kind: str) -> type[Run]:
     return _RUNS[kind]
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """A TOML document; InputError that names the file if there is none, or it is malformed."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such config file") from None
     except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors

@@ -86,10 +86,11 @@ def embed(
 ) -> dict[str, Any]:
     """Write an embedding of every image: ``<out>/<shard>.npy`` float16 [n, D] beside a table of keys.
 
-    Embeddings are L2-normalised, except those of FID's Inception, see ``models.inception.inception_features``.
-    ``model``: a folder or hub id of CLIP, OpenCLIP, SigLIP, DINOv2 or DINOv3, ``efficientnet-lite0``, ``vqvae:PATH``,
-    ``inception@SIZE:PATH``, or ``package.module:function``; see docs/embedding.md. Images are prepared as the model was
-    published with. ``clip-retrieval:PATH`` computes nothing: it takes the embeddings that clip-retrieval wrote, by key.
+    Embeddings are L2-normalised, except those of FID's Inception, see ``models.inception.inception_features``, and of
+    a classifier. ``model``: a folder or hub id of CLIP, OpenCLIP, SigLIP, DINOv2 or DINOv3, ``efficientnet-lite0``,
+    ``vqvae:PATH``, ``classifier:PATH``, ``inception@SIZE:PATH``, or ``package.module:function``; see
+    docs/embedding.md. Images are prepared as the model was published with. ``clip-retrieval:PATH`` computes nothing:
+    it takes the embeddings that clip-retrieval wrote, by key.
     ``precision``: "float32", "bf16", or "auto": bf16 on a GPU. Failed images as in ``encode``; an embedding that is not
     finite, or all zero, is a failed row too. ``workers``, ``part``, ``ray`` and ``max_failures`` as in
     ``encode``.
@@ -125,15 +126,21 @@ def vqvae_network(vqvae: str | Path, device: torch.device) -> Network:
     return Network(latents, model.image_size, model.in_channels, head, str(vqvae), device)
 
 
+def with_twins(network: Network) -> Network:
+    """The same for each image and for its mirror image: [B, 2, ...]."""
+    latents = network.function
+
+    def both(images: torch.Tensor) -> torch.Tensor:
+        return torch.stack([latents(images), latents(images.flip(-1))], dim=1)
+
+    return replace(network, function=both, head={**network.head, "flip_twins": True})
+
+
 def _latents_network(vqvae: str | Path, flip_twins: bool, device: str) -> Network:
     network = vqvae_network(vqvae, pick_device(device))
     if flip_twins:
-        network = replace(network, function=_with_twin(network.function), head={**network.head, "flip_twins": True})
+        network = with_twins(network)
     return network
-
-
-def _with_twin(latents: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda images: torch.stack([latents(images), latents(images.flip(-1))], dim=1)
 
 
 def _embedding_network(model: str, device: str, precision: str) -> Network:

@@ -70,13 +70,13 @@ def prune(
         raise InputError(f"shard_size: expected at least 1 sample, got {shard_size}")
     if workers is not None and workers < 1:
         raise InputError(f"workers: expected at least 1, got {workers}")
+    kept, out = as_path(kept), as_path(out)
     sources = list_shards(shards)
     listing = [_state(path) for path in sources]
     selection = _Selection.read(kept, sources)
     sizes = _check_samples(kept, selection, sources)
     shard_size = shard_size or max(sizes)
     number = -(-len(selection.keys) // shard_size)
-    out = as_path(out)
     paths = [out / name for name in _names(sources, prefix, number)]
     plan = {
         "selection": selection.digest(),

@@ -72,6 +72,7 @@ def select(
             missing scores, more samples asked for than there are (in all, in a group, or without near-duplicates) or
             none, or an ``out`` that is no selection.
     """
+    out = as_path(out)
     folders = [scores] if isinstance(scores, (str, Path)) else list(scores)
     table = read_tables(folders)
     quota = None if quota is None else read_quota(quota)
@@ -84,7 +85,7 @@ def select(
     if points_folder is not None:
         inputs.append(points_folder.fingerprint)
     about = {"stage": "select", "version": __version__, **_settings(request), "total": total}
-    _check_out(as_path(out))
+    _check_out(out)
     report = {
         **about,
         "count": count,

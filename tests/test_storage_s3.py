@@ -326,7 +326,7 @@ def test_the_command_line_takes_urls(s3, small_run):
     upload(s3, small_run.scores, "scores")
     arguments = ["select", "s3://bucket/scores", "--by", "grand", "--prune", "0.5", "-o", "s3://bucket/kept.parquet"]
     result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0 and "s3://bucket/kept.parquet" in result.output, result.output
     upload(s3, small_run.shards, "shards")
     arguments = ["prune", "s3://bucket/kept.parquet", "s3://bucket/shards", "-o", "s3://bucket/pruned"]
     result = CliRunner().invoke(app, arguments)

@@ -98,9 +98,10 @@ def judge(error: BaseException) -> tuple[str, str]:
 
 
 def answer(error: BaseException) -> tuple[int | None, str]:
-    """The HTTP status and the error code that a server gave, from botocore's or aiohttp's exception behind this one."""
+    """The HTTP status and the error code that a server gave, from the exception of a package behind this one."""
     for one in _causes(error):
-        response, status = getattr(one, "response", None), getattr(one, "status", None)
+        response = getattr(one, "response", None)
+        status = getattr(one, "status", None) or getattr(one, "code", None)  # aiohttp's, gcsfs's
         if isinstance(response, dict) and "Error" in response:
             code = str(response["Error"].get("Code", ""))
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
