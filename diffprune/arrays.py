@@ -44,6 +44,8 @@ class ArrayFolder:
         self.folder = as_path(folder)
         stage = read_stage(self.folder)
         self.metadata: dict[str, Any] = {**stage.get("config", {}), **stage.get("metadata", {})}
+        if "fingerprint" not in stage:
+            raise InputError(f"{self.folder}: its stage.json has no fingerprint; make the folder again")
         self.fingerprint: str = stage["fingerprint"]
         self.stems: list[str] = stage["shards"]
         self._check_kind(kind, self.metadata.get("kind") or stage.get("stage"))
@@ -151,7 +153,7 @@ def load_array(path: AnyPath, remedy: str, by_rows: bool = False) -> np.ndarray:
 
             array = RemoteArray(path)
             return array if by_rows else array.whole()
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        return np.lib.format.open_memmap(path, mode="r")  # not `np.load`, which opens zip files as well
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path}: not a readable .npy file ({error}); {remedy}") from error
 

@@ -76,7 +76,7 @@ class ClipRetrievalFolder(ArrayFolder):
         path = self._metadata_path(stem)
         names = column_names(path)
         source = "image_path" if "key" not in names and "image_path" in names else "key"
-        found = read_table(path, [source, *(["uid"] if "uid" in names else [])])
+        found = read_table(path, [source, *(["uid"] if "uid" in names else [])], foreign=True)
         keys = self._strings(found[source], path, source)
         if keys.null_count:
             raise InputError(f"{path}: {source}: row {pc.index(pc.is_null(keys), True).as_py()} has no key")

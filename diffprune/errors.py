@@ -34,6 +34,12 @@ class RemoteError(DiffpruneError):
         return RemoteError, (str(self), self.kind)
 
 
+def short(value: object) -> str:
+    """The value as a message shows it: a key from a stranger may be as long as it likes."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}… ({len(text):,} characters)"
+
+
 class BusyError(DiffpruneError):
     """Another run is at work in the output folder, or on the same shard."""
 

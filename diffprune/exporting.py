@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from diffprune.errors import InputError
+from diffprune.errors import InputError, short
 from diffprune.files import atomic_path, open_file
 from diffprune.progress import progress
 from diffprune.shards import ShardIndex, ShardSpec, index_shards
@@ -99,7 +99,7 @@ class _Source:
         there = {sample.key for index in self.indexes for sample in index.samples}
         if lost := [key for key in self.keys if key not in there]:
             raise InputError(
-                f"{self.kept}: {len(lost)} of {self.count} keys, {lost[0]!r} first, are not in the shards given; "
+                f"{self.kept}: {len(lost)} of {self.count} keys, {short(lost[0])} first, are not in the shards given; "
                 "give the shards of this selection"
             )
 
@@ -128,7 +128,7 @@ def _datacomp(source: _Source) -> bytes:
     uids = table["uid"].to_pylist()
     for key, uid in zip(source.keys, uids, strict=True):
         if uid is None or not re.fullmatch(r"[0-9a-fA-F]{32}", uid):
-            raise InputError(f"{source.kept}: key {key!r}: expected a uid of 32 hex digits, found {uid!r}")
+            raise InputError(f"{source.kept}: key {short(key)}: expected a uid of 32 hex digits, found {uid!r}")
     halves = [(int(uid[:16], 16), int(uid[16:], 16)) for uid in uids]
     array = np.sort(np.array(halves, dtype="u8,u8"))
     if len(twice := np.flatnonzero(array[1:] == array[:-1])):

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from diffprune.copying import copy_ranges, write_all
-from diffprune.errors import InputError
+from diffprune.errors import InputError, short
 from diffprune.files import atomic_file, atomic_path, fingerprint, write_json
 from diffprune.locks import folder_lock
 from diffprune.packing import BLOCK, brace_pattern, check_prefix
@@ -166,7 +166,7 @@ class _Selection:
         keys = table["key"].take(pa.array(order)).to_pylist()
         if len(set(keys)) != len(keys):
             [(twice, _)] = Counter(keys).most_common(1)
-            raise InputError(f"{kept}: key {twice!r} stands in it twice; select again")
+            raise InputError(f"{kept}: key {short(twice)} stands in it twice; select again")
         return cls(keys, shards[order], offsets[order], sizes[order])
 
     def digest(self) -> str:
@@ -228,13 +228,13 @@ def _check_samples(kept: str | Path, selection: _Selection, sources: Sequence[An
 def _misplaced(
     kept: str | Path, path: AnyPath, key: str, offset: int, size: int, sample: Sample | None, samples: list[Sample]
 ) -> InputError:
-    there = next((f"key {other.key!r}" for other in samples if other.offset == offset), "no sample")
+    there = next((f"key {short(other.key)}" for other in samples if other.offset == offset), "no sample")
     where = (
         "and the key nowhere in it" if sample is None else f"and the key at byte {sample.offset} ({sample.size} bytes)"
     )
     return InputError(
-        f"{path}: expected key {key!r} at byte {offset} ({size} bytes), as {kept} says; found {there} there {where}; "
-        "the selection is of another data set: give the shards that it was made from"
+        f"{path}: expected key {short(key)} at byte {offset} ({size} bytes), as {kept} says; found {there} there "
+        f"{where}; the selection is of another data set: give the shards that it was made from"
     )
 
 

@@ -141,7 +141,10 @@ def score(
             precision=precision,
         )
         surrogate = load_surrogate()
-        surrogate.check(source.metadata["shape"], source.metadata.get("model_sha256"), str(latents))
+        shape = source.metadata.get("shape")
+        if not isinstance(shape, (list, tuple)) or not all(isinstance(side, int) for side in shape):
+            raise InputError(f"{latents}: expected the shape of a latent in its stage.json, found {shape!r}")
+        surrogate.check(shape, source.metadata.get("model_sha256"), str(latents))
         if "monotonicity" in names:
             monotonicity(torch.zeros(len(surrogate.paths), 0))  # refuses too few
         config |= {"draws": draws, "weights": weights, **surrogate.describe()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -83,20 +84,49 @@ def table_metadata(table: pa.Table | str | Path) -> dict[str, Any]:
     raw = (schema.metadata or {}).get(METADATA_KEY)
     if raw is None:
         raise InputError(f"{where}: not a table of diffprune's (its schema metadata has no 'diffprune')")
-    return json.loads(raw)
+    try:
+        metadata = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: its metadata is no JSON ({error}); make the table again") from error
+    if not isinstance(metadata, dict):
+        raise InputError(f"{where}: expected metadata that is a JSON object, found a {type(metadata).__name__}")
+    return metadata
 
 
-def read_table(path: str | Path, columns: list[str] | None = None, *, threads: bool = True) -> pa.Table:
+def read_table(
+    path: str | Path, columns: list[str] | None = None, *, threads: bool = True, foreign: bool = False
+) -> pa.Table:
     """Read one parquet file; InputError that names it if it is missing, malformed or lacks a column.
 
-    ``threads``: decode columns in parallel; where many small files are read at once, that costs more than it saves.
+    Base columns must be of their types, and keys not null, unless the file is ``foreign``. ``threads``: decode columns
+    in parallel; where many small files are read at once, that costs more than it saves.
     """
     with _readable(path) as file:
-        names = file.schema_arrow.names
-        missing = [name for name in columns or [] if name not in names]
+        schema = file.schema_arrow
+        missing = [name for name in columns or [] if name not in schema.names]
         if not missing:
-            return file.read(columns=columns, use_threads=threads)
-    raise InputError(f"{as_path(path)}: no column {missing[0]!r}; it has {', '.join(names)}")
+            _check_columns(path, schema, foreign)
+            table = file.read(columns=columns, use_threads=threads)
+            if not foreign and "key" in table.column_names and table["key"].null_count:
+                raise InputError(f"{as_path(path)}: key: {table['key'].null_count} rows have no key")
+            return table
+    raise InputError(f"{as_path(path)}: no column {missing[0]!r}; it has {', '.join(schema.names)}")
+
+
+def _check_columns(path: str | Path, schema: pa.Schema, foreign: bool) -> None:
+    twice = [name for name, count in Counter(schema.names).items() if count > 1]
+    if twice:
+        raise InputError(f"{as_path(path)}: column {twice[0]!r} stands in it twice")
+    for field in () if foreign else BASE_SCHEMA:
+        found = schema.field(field.name).type if field.name in schema.names else field.type
+        fits = pa.types.is_integer if pa.types.is_integer(field.type) else _is_text
+        if not (fits(found) or (pa.types.is_null(found) and field.name != "key")):
+            what = "integers" if pa.types.is_integer(field.type) else "strings"
+            raise InputError(f"{as_path(path)}: {field.name}: expected {what}, found {found}")
+
+
+def _is_text(dtype: pa.DataType) -> bool:
+    return pa.types.is_string(dtype) or pa.types.is_large_string(dtype)
 
 
 def column_names(path: str | Path) -> list[str]:
@@ -174,6 +204,9 @@ def read_stage(folder: str | Path) -> dict[str, Any]:
     shards = stage.get("shards") if isinstance(stage, dict) else None
     if not isinstance(shards, list) or not all(isinstance(s, str) and s == os.path.basename(s) and s for s in shards):
         raise InputError(f"{path}: expected a JSON object with a list of shard names, found something else")
+    for name, kind in (("config", dict), ("metadata", dict), ("fingerprint", str), ("stage", str)):
+        if not isinstance(stage.get(name, kind()), kind):
+            raise InputError(f"{path}: {name}: expected {kind.__name__}, found {type(stage[name]).__name__}")
     return stage
 
 
