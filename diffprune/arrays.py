@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +154,14 @@ def load_array(path: AnyPath, remedy: str, by_rows: bool = False) -> np.ndarray:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path}: not a readable .npy file ({error}); {remedy}") from error
+
+
+def sha256_rows(keys: Sequence[str], *arrays: np.ndarray) -> str:
+    """Of the keys in order and of the arrays' bytes; float16 ones as if they were float32."""
+    digest = hashlib.sha256("\0".join(keys).encode())
+    for array in arrays:
+        dtype = np.dtype(np.float32) if array.dtype == np.float16 else array.dtype
+        digest.update(str((array.shape, dtype.str)).encode())
+        for start in range(0, len(array), 4096):
+            digest.update(np.ascontiguousarray(array[start : start + 4096], dtype).data)
+    return digest.hexdigest()

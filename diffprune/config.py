@@ -162,11 +162,25 @@ class TrainConfig:
     """Mirror half of the samples, drawn anew each time: images, or latents that `encode --flip-twins` wrote."""
     explosion_factor: float = 20.0
     """Stop when the loss is this many times the median of the last 100 steps; 0 never does."""
+    noise: Literal["generator", "counter"] = "generator"
+    """Where a DiT's noise comes from: drawn for the whole batch ahead of the step, or made on the device, in each pass
+    over it, from a counter (``kernels.philox``), which is never stored and which `flow_matching_loss` needs."""
+    ops: Literal["auto", "torch", "diffprune", "reference", "triton"] = "auto"
+    """Form of a DiT's attention, adaLN and loss, see ``models.ops``: PyTorch's, this package's ops, or one
+    implementation of those by name; auto is what measured faster. The same step but for rounding."""
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes: each has all weights, or its part of them (FSDP2, block by block): less memory, more
+    traffic, the same step but for rounding."""
+    sample_every: int = 0
+    """Steps between grids of images that a DiT draws, samples/step_*.png; the last step then has one too. Needs the
+    VQ-VAE of its latents. 0 draws none."""
+    tensorboard: bool = False
+    """Also write the log for TensorBoard, into the folder tensorboard/."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "checkpoint_every", "log_every", "accumulate"):
             _expect(getattr(self, name) >= 1, self, name, "at least 1")
-        for name in ("warmup_steps", "weight_decay", "grad_clip"):
+        for name in ("warmup_steps", "weight_decay", "grad_clip", "sample_every"):
             _expect(getattr(self, name) >= 0, self, name, "at least 0")
         _expect(self.accumulate <= self.batch_size, self, "accumulate", f"at most batch_size {self.batch_size}")
         factor = self.explosion_factor
@@ -194,6 +208,10 @@ class VqvaeRun:
                 raise InputError(f"train.{name}: expected false for a VQ-VAE: it is done by a DiT's blocks")
         if self.train.timesteps != "uniform":
             raise InputError(f"train.timesteps: a VQ-VAE draws no times, got {self.train.timesteps!r}")
+        plain = {"noise": ("generator",), "ops": ("auto", "torch"), "sharding": ("ddp",), "sample_every": (0,)}
+        for name, values in plain.items():
+            if getattr(self.train, name) not in values:
+                raise InputError(f"train.{name}: is a DiT's, got {getattr(self.train, name)!r} for a VQ-VAE")
 
 
 @dataclass(frozen=True)
@@ -210,7 +228,8 @@ Changes = dict[tuple[str, str], Any]
 _RUNS = {"vqvae": VqvaeRun, "dit": DitRun}
 # Fields that came after the first checkpoints, and what those were made with.
 _TRAIN_BEFORE = {"accumulate": 1, "activation_checkpointing": False, "compile": False, "timesteps": "uniform"}
-_TRAIN_BEFORE |= {"flip": False, "explosion_factor": 0.0}
+_TRAIN_BEFORE |= {"flip": False, "explosion_factor": 0.0, "noise": "generator", "ops": "torch", "sharding": "ddp"}
+_TRAIN_BEFORE |= {"sample_every": 0, "tensorboard": False}
 _MODEL_BEFORE = {"vqvae": {"normalize_codes": False}, "dit": {"qk_norm": False, "rope": False}}
 
 

@@ -126,15 +126,21 @@ def vqvae_network(vqvae: str | Path, device: torch.device) -> Network:
     return Network(latents, model.image_size, model.in_channels, head, str(vqvae), device)
 
 
+def with_twins(network: Network) -> Network:
+    """The same for each image and for its mirror image: [B, 2, ...]."""
+    latents = network.function
+
+    def both(images: torch.Tensor) -> torch.Tensor:
+        return torch.stack([latents(images), latents(images.flip(-1))], dim=1)
+
+    return replace(network, function=both, head={**network.head, "flip_twins": True})
+
+
 def _latents_network(vqvae: str | Path, flip_twins: bool, device: str) -> Network:
     network = vqvae_network(vqvae, pick_device(device))
     if flip_twins:
-        network = replace(network, function=_with_twin(network.function), head={**network.head, "flip_twins": True})
+        network = with_twins(network)
     return network
-
-
-def _with_twin(latents: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda images: torch.stack([latents(images), latents(images.flip(-1))], dim=1)
 
 
 def _embedding_network(model: str, device: str, precision: str) -> Network:

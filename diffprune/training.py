@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +12,21 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 
-from diffprune.arrays import ArrayFolder
+from diffprune.arrays import ArrayFolder, sha256_rows
 from diffprune.checkpoints import load_start
-from diffprune.config import DitRun, TrainConfig, VqvaeRun
+from diffprune.config import DitRun, VqvaeRun
 from diffprune.decode import load_images
+from diffprune.dit_objective import DitObjective
 from diffprune.errors import DiffpruneError, InputError
-from diffprune.flow import interpolate, velocity_loss, velocity_target
 from diffprune.learner import Objective
-from diffprune.models.dit import DiT
+from diffprune.live_latents import LiveLatents
 from diffprune.models.vqvae import VQVAE, VqvaeOutput
 from diffprune.ranks import Ranks, training_ranks
+from diffprune.requests import read_quota
+from diffprune.run_pictures import SampleGrids
 from diffprune.shards import ShardSpec
 from diffprune.tables import read_folder
 from diffprune.training_loop import run_training
-from diffprune.training_order import BalancedOrder
 
 LATENT_SCALE_IMAGES = 10_000
 
@@ -47,9 +46,9 @@ def train_vqvae(
     their codes. Images are decoded once and kept in memory as bytes (uint8). One that cannot be decoded is left out
     and counted. ``latent_scale`` is set at every checkpoint, from at most 10,000 images.
 
-    ``out`` gets ``step_*`` folders (see ``checkpoints``) and ``log.jsonl``. A run that was stopped goes on from its
-    last checkpoint and ends in the same bytes (on a CPU, with as many processes and parts of a batch) as one that was
-    not; ``resume=False`` refuses a folder that holds checkpoints.
+    ``out`` gets ``step_*`` folders (see ``checkpoints``), ``log.jsonl`` and ``loss.png``. A run that was stopped goes
+    on from its last checkpoint and ends in the same bytes (on a CPU, with as many processes and parts of a batch) as
+    one that was not; ``resume=False`` refuses a folder that holds checkpoints.
 
     Under torchrun every process computes its share of each batch; draws are those of the whole batch, so the training
     curve is the same but for rounding, for any number of processes. A run may be resumed with another number.
@@ -81,12 +80,14 @@ def train_vqvae(
 
 def train_dit(
     config: DitRun,
-    latents: str | Path,
+    latents: str | Path | LiveLatents,
     out: str | Path,
     *,
     kept: str | Path | None = None,
     oversample_balanced: str | Path | None = None,
+    group_weights: str | Path | Mapping[str, int] | None = None,
     start_from: str | Path | None = None,
+    decode_with: str | Path | None = None,
     resume: bool = True,
     dry_run: bool = False,
 ) -> dict[str, Any]:
@@ -97,41 +98,53 @@ def train_dit(
     label is replaced by the null label with probability ``class_dropout_prob``. Latents are kept in memory in float16,
     as they are on disk. A data set smaller than a batch is gone through more than once per step.
 
+    ``latents`` may be ``LiveLatents``: shards (pruned ones too) whose images are encoded once, before the first step,
+    by every process of the run; with ``kept`` its samples alone. The training is that on the folder, to the bit.
     ``oversample_balanced``: "label", or a folder of `diffprune cluster`: each label or cluster is seen equally often
-    (``BalancedOrder``). ``start_from``: initial weights: a checkpoint or run folder (its moving average), or a
-    published DiT's or SiT's state dict, ``.pt`` or ``.safetensors``; see ``checkpoints.load_start``.
+    (``BalancedOrder``), or in proportion to ``group_weights``, whole numbers by group as in ``select``'s ``quota``
+    ("0=3,*=1", a mapping, or a JSON file). ``start_from``: initial weights: a checkpoint or run folder (its moving
+    average), or a published DiT's or SiT's state dict, ``.pt`` or ``.safetensors``; see ``checkpoints.load_start``.
+    ``decode_with``: the VQ-VAE of the latents, for the grids of ``train.sample_every``; ``LiveLatents`` know theirs.
 
-    What ``out`` holds, how a run is resumed, what is returned and raised: as ``train_vqvae``. InputError too where
-    latents, labels, clusters or ``start_from`` do not fit the model.
+    What ``out`` holds, how a run is resumed, what is returned and raised: as ``train_vqvae``, and ops in the report
+    ("torch", or the ``impl`` of this package's). InputError too where latents, labels, clusters, ``start_from`` or
+    ``decode_with`` do not fit the model.
     """
-    folder = ArrayFolder(latents, kind="latents")
+    folder = latents if isinstance(latents, LiveLatents) else ArrayFolder(latents, kind="latents")
+    where, expected = folder.folder, (config.model.in_channels, config.model.input_size, config.model.input_size)
     missing = [name for name in ("model_sha256", "latent_scale") if name not in folder.metadata]
     if missing:
-        raise InputError(f"{latents}: its metadata lacks {missing[0]}; make the latents again with `diffprune encode`")
-    table, values = folder.load(kept, np.float16)
-    keys = table["key"].to_pylist()
-    if not keys:
-        raise InputError(f"{kept or latents}: expected samples to train on, found none")
-    expected = (config.model.in_channels, config.model.input_size, config.model.input_size)
-    if values.shape[1:] != expected:
-        raise InputError(
-            f"{latents}: expected latents {list(expected)} (model.in_channels, input_size, input_size), "
-            f"found {list(values.shape[1:])}"
-        )
-    twins = folder.load_twins(kept, np.float16) if config.train.flip else None
-    if twins is not None and twins.shape != values.shape:
-        raise InputError(f"{latents}: expected mirrored latents {list(expected)}, found {list(twins.shape[1:])}")
-    labels = _checked_labels(keys, table["label"].to_pylist(), config.model.num_classes, latents)
-    groups = None if oversample_balanced is None else _groups(oversample_balanced, table, latents)
+        raise InputError(f"{where}: its metadata lacks {missing[0]}; make the latents again with `diffprune encode`")
+    _check_shape(where, tuple(folder.metadata.get("shape", expected)), expected)  # before images are encoded
     source = {name: folder.metadata[name] for name in ("model_sha256", "latent_scale")}
+    decoder = folder.vqvae if isinstance(folder, LiveLatents) and decode_with is None else decode_with
+    if config.train.sample_every and decoder is None:
+        raise InputError("train.sample_every: needs decode_with, the VQ-VAE of the latents: they are no images yet")
+    if group_weights is not None and oversample_balanced is None:
+        raise InputError("group_weights: of which groups? give oversample_balanced too: label, or a folder of clusters")
     start = None if start_from is None else load_start(start_from, config.model, source)
     ranks, device = training_ranks(config.train.device, config.train.batch_size)
+    grids = None
+    if config.train.sample_every:
+        grids = SampleGrids(config.model, source, decoder, device, config.train.seed)
+    table, values, twins = _load(folder, kept, config.train.flip)
+    keys = table["key"].to_pylist()
+    if not keys:
+        raise InputError(f"{kept or where}: expected samples to train on, found none")
+    _check_shape(where, values.shape[1:], expected)
+    if twins is not None:
+        _check_shape(f"{where}: mirrored", twins.shape[1:], expected)
+    labels = _checked_labels(keys, table["label"].to_pylist(), config.model.num_classes, where)
     objective = DitObjective(config, ranks, device, keys, values, twins, labels, source)
-    if groups is not None:
-        objective.balance(groups, str(oversample_balanced))
+    if oversample_balanced is not None:
+        groups = _groups(oversample_balanced, table, where)
+        weights = None if group_weights is None else _group_weights(read_quota(group_weights), groups)
+        objective.balance(groups, str(oversample_balanced), weights)
     if start is not None:
         objective.start(*start)
-    return run_training(objective, config, out, resume=resume, dry_run=dry_run)
+    report = run_training(objective, config, out, resume=resume, dry_run=dry_run, grids=grids)
+    # With a selection a sample that fails is an error.
+    return {**report, "failed": folder.samples - len(keys)} if isinstance(folder, LiveLatents) and not kept else report
 
 
 class _VqvaeObjective(Objective):
@@ -147,7 +160,7 @@ class _VqvaeObjective(Objective):
         self.model = VQVAE(run.model, seed=run.train.seed).to(device)
         self.keys = keys
         self.images = torch.from_numpy(images)
-        self.data = {"samples": len(keys), "sha256": _sha256(keys, images)}
+        self.data = {"samples": len(keys), "sha256": sha256_rows(keys, images)}
         self.outputs: list[VqvaeOutput] = []  # of the parts of this step's batch
         self.codes = self.errors = torch.empty(0)
         self.codebook_use = float("nan")  # until a checkpoint is saved
@@ -209,74 +222,37 @@ class _VqvaeObjective(Objective):
         VQVAE(config)(torch.zeros(1, config.in_channels, config.image_size, config.image_size))
 
 
-class DitObjective(Objective):
-    """Predict the velocity of latents on the linear path."""
+def _load(
+    folder: ArrayFolder | LiveLatents, kept: str | Path | None, flip: bool
+) -> tuple[pa.Table, np.ndarray, np.ndarray | None]:
+    """Base columns, float16 latents, and those of the mirrored images if wanted, row-aligned."""
+    if isinstance(folder, LiveLatents):
+        return folder.load(kept, twins=flip)
+    table, values = folder.load(kept, np.float16)
+    return table, values, folder.load_twins(kept, np.float16) if flip else None
 
-    kind = "dit"
 
-    def __init__(
-        self,
-        run: DitRun,
-        ranks: Ranks,
-        device: torch.device,
-        keys: Sequence[str],
-        values: np.ndarray,
-        twins: np.ndarray | None,
-        labels: Tensor | None,
-        source: dict[str, Any],
-    ) -> None:
-        self.ranks, self.device, self.train = ranks, device, run.train
-        self.model = DiT(**asdict(run.model), seed=run.train.seed).to(device)
-        self.keys = keys
-        self.values, self.labels = torch.from_numpy(values), labels
-        self.twins = None if twins is None else torch.from_numpy(twins)
-        self.latents = source
-        self.order: BalancedOrder | None = None
-        parts = [values] if labels is None else [values, labels.numpy()]
-        if twins is not None:
-            parts.append(twins)
-        self.data = {"samples": len(keys), "sha256": _sha256(keys, *parts)}
+def _check_shape(where: str | Path, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if found != expected:
+        raise InputError(
+            f"{where}: expected latents {list(expected)} (model.in_channels, input_size, input_size), found "
+            f"{list(found)}"
+        )
 
-    def balance(self, groups: Tensor, name: str) -> None:
-        """See each of these groups [N] equally often."""
-        self.order = BalancedOrder(groups, self.train.seed)
-        self.data["balanced_by"] = "label" if name == "label" else "cluster"
-        self.data["balanced_sha256"] = _sha256([], groups.numpy())
 
-    def start(self, weights: dict[str, Tensor], sha256: str) -> None:
-        """Begin with these weights."""
-        self.model.load_state_dict(weights)
-        self.data["start_sha256"] = sha256
-
-    def rows(self, step: int, train: TrainConfig) -> Tensor:
-        return super().rows(step, train) if self.order is None else self.order.batch(train.batch_size, step)
-
-    def draw(self, rows: Tensor, share: slice, generator: torch.Generator) -> tuple[Tensor, ...]:
-        count = len(rows)
-        if self.train.timesteps == "lognormal":
-            t = torch.randn(count, generator=generator).sigmoid()
-        else:
-            t = torch.rand(count, generator=generator)
-        x0 = torch.randn((count, *self.values.shape[1:]), generator=generator)
-        dropped = torch.rand(count, generator=generator) < self.model.config.class_dropout_prob
-        x1 = self.values[rows[share]]
-        if self.twins is not None:
-            mirrored = torch.rand(count, generator=generator)[share] < 0.5
-            x1 = torch.where(mirrored[:, None, None, None], self.twins[rows[share]], x1)
-        inputs = (x1.float(), x0[share], t[share])
-        if self.labels is None:
-            return inputs
-        return (*inputs, torch.where(dropped, self.model.num_classes, self.labels[rows])[share])
-
-    def losses(self, model: nn.Module, x1: Tensor, x0: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        velocity = model(interpolate(x1, x0, t), t, labels)
-        return velocity_loss(velocity.float(), velocity_target(x1, x0))
-
-    def forward_of_one(self) -> None:
-        config = self.model.config
-        labels = torch.zeros(1, dtype=torch.int64) if config.num_classes else None
-        latent = torch.zeros(1, config.in_channels, config.input_size, config.input_size)
-        DiT(**asdict(config))(latent, torch.zeros(1), labels)
+def _group_weights(given: Mapping[str, int], groups: Tensor) -> dict[int, int]:
+    """The weight of each group; "*" stands for those not named, else they have 0."""
+    known = [str(value) for value in groups.unique().tolist()]
+    unknown = sorted(given.keys() - {"*", *known})
+    if unknown:
+        raise InputError(
+            f"group_weights: no group {unknown[0]!r} among the samples; there are {len(known)}: "
+            f"{', '.join(known[:10])}{', …' if len(known) > 10 else ''}"
+        )
+    weights = {int(name): given.get(name, given.get("*", 0)) for name in known}
+    if not any(weights.values()):
+        raise InputError("group_weights: all are 0, expected one above it")
+    return weights
 
 
 def _groups(by: str | Path, table: pa.Table, latents: str | Path) -> Tensor:
@@ -306,14 +282,3 @@ def _checked_labels(keys: list[str], labels: list[int | None], num_classes: int,
                 "set model.num_classes (0 trains without labels)"
             )
     return torch.tensor(labels, dtype=torch.int64)
-
-
-def _sha256(keys: Sequence[str], *arrays: np.ndarray) -> str:
-    """Of the keys in order and of the arrays' bytes; float16 ones as if they were float32."""
-    digest = hashlib.sha256("\0".join(keys).encode())
-    for array in arrays:
-        dtype = np.dtype(np.float32) if array.dtype == np.float16 else array.dtype
-        digest.update(str((array.shape, dtype.str)).encode())
-        for start in range(0, len(array), 4096):
-            digest.update(np.ascontiguousarray(array[start : start + 4096], dtype).data)
-    return digest.hexdigest()

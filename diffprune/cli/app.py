@@ -185,14 +185,25 @@ def train_vqvae(
 
 @train.command("dit")
 def train_dit(
-    latents: Annotated[Path, typer.Argument(help="The latents: a folder of `diffprune encode`.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The run folder: checkpoints and log.jsonl.")],
+    latents: Annotated[
+        Path, typer.Argument(help="The latents: a folder of `diffprune encode`; or shards, with --vqvae.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The run folder: checkpoints, log.jsonl and loss.png.")],
     config: Config = None,
     overrides: Set = None,
     kept: Kept = None,
+    vqvae: Annotated[
+        Path | None, typer.Option(help="Train on shards: encode their images by this VQ-VAE first, in memory.")
+    ] = None,
     oversample_balanced: Annotated[
         str | None,
         typer.Option(help="See each group equally often: label, or a folder of `diffprune cluster`."),
+    ] = None,
+    group_weights: Annotated[
+        str | None, typer.Option(help="Instead in these proportions: 0=3,1=1,*=2, or a JSON file of the same.")
+    ] = None,
+    decode_with: Annotated[
+        Path | None, typer.Option(help="The VQ-VAE of the latents, for the grids of train.sample_every.")
     ] = None,
     start_from: Annotated[
         Path | None,
@@ -202,14 +213,21 @@ def train_dit(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Train a DiT by flow matching on latents: all of them, or those of a kept.parquet."""
+    """Train a DiT by flow matching: on latents or shards, all of them or those of a kept.parquet."""
 
     def call(**options: object) -> dict:
         from diffprune.config import load_config
 
-        return diffprune.train_dit(load_config(config, "dit", overrides or []), latents, out, **options)
+        settings = load_config(config, "dit", overrides or [])
+        source: object = latents
+        if vqvae is not None:
+            from diffprune.ranks import local_device
 
-    options = {"oversample_balanced": oversample_balanced, "start_from": start_from}
+            source = diffprune.LiveLatents(str(latents), vqvae, device=local_device(settings.train.device))
+        return diffprune.train_dit(settings, source, out, **options)
+
+    options = {"oversample_balanced": oversample_balanced, "group_weights": group_weights}
+    options |= {"start_from": start_from, "decode_with": decode_with}
     run(call, kept=kept, **options, resume=resume, dry_run=dry_run, as_json=as_json)
 
 
