@@ -22,7 +22,7 @@ from diffprune.decode import read_batches
 from diffprune.errors import InputError, RemoteError, ResumeError
 from diffprune.files import atomic_file
 from diffprune.shards import ShardReader, index_shard, index_shards, list_shards
-from diffprune.storage import as_path, clients, reading, retries, spool, writing
+from diffprune.storage import as_path, clients, folders, reading, retries, writing
 
 METHODS = ("loss", "el2n", "grand", "moso", "monotonicity", "random")
 
@@ -43,12 +43,12 @@ def s3(server, monkeypatch, tmp_path):
     monkeypatch.setenv("DIFFPRUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("DIFFPRUNE_SPOOL", str(tmp_path / "spool"))
     monkeypatch.setattr(retries, "RETRIES", retries.Retries(attempts=12, first=0.002, most=0.02))
-    spool._spool.cache_clear()
+    folders.forget_spool_folder()
     yield server
-    spool._spool.cache_clear()
+    folders.forget_spool_folder()
     left = [path for path in (tmp_path / "spool").rglob("*") if path.is_file()]
     shutil.rmtree(tmp_path / "spool", ignore_errors=True)
-    assert all("diffprune-spool-" in str(path) for path in left), "a temporary file was left"
+    assert all(path.name == "lock" or path.stem.isdigit() for path in left), "a temporary file was left"
 
 
 def upload(server: S3Server, folder: Path, name: str) -> str:
@@ -455,6 +455,30 @@ def test_expired_credentials_are_told_at_once_and_new_ones_go_on(s3, small_run, 
     assert s3.count("PUT", "images-000000.parquet") == 1
 
 
+def test_failures_are_judged_by_what_the_server_or_the_package_said():
+    class HttpError(Exception):  # as gcsfs has it
+        code = 503
+
+    class ContentLengthError(type("ClientPayloadError", (Exception,), {})):  # as aiohttp has it, of a body that was cut
+        code = 400
+
+    assert retries.judge(HttpError())[0] == "passing" and retries.judge(ContentLengthError())[0] == "passing"
+    for error, kind in (
+        (ConnectionResetError(), "passing"),
+        (TimeoutError(), "passing"),
+        (FileNotFoundError(), "missing"),
+        (PermissionError(), "denied"),
+        (ValueError("what"), "refused"),
+    ):
+        assert retries.judge(error)[0] == kind
+        wrapped = OSError("wrapped")
+        wrapped.__cause__ = error
+        assert retries.judge(wrapped)[0] == (kind if kind == "passing" else "refused")
+    unavailable = FileNotFoundError()  # what fsspec makes of any failure of a HEAD over http
+    unavailable.__cause__ = type("ClientResponseError", (Exception,), {"status": 500})()
+    assert retries.judge(unavailable)[0] == "passing"
+
+
 def test_denied_and_missing_credentials_are_not_tried_again(s3, monkeypatch):
     s3.objects["bucket/x"] = Object(b"abc")
     s3.faults.denied = True
@@ -643,6 +667,15 @@ def test_arrays_that_are_none_are_refused(s3, kind):
     for by_rows in (True, False):
         with pytest.raises(InputError, match=r"s3://bucket/a.npy: not a readable .npy file .*make it again"):
             load_array(as_path("s3://bucket/a.npy"), "make it again", by_rows)
+
+
+def test_a_small_table_costs_two_requests(s3, small_run):
+    from diffprune.tables import read_table
+
+    upload(s3, small_run.scores, "scores")
+    name = "images-000000.parquet"
+    assert read_table(f"s3://bucket/scores/{name}", ["key"]) == read_table(small_run.scores / name, ["key"])
+    assert [method for method, _, _ in s3.requests] == ["HEAD", "GET"]
 
 
 def test_large_tables_are_read_by_columns(s3, tmp_path, monkeypatch):

@@ -211,8 +211,8 @@ class HeaderReads:
 class _Stream(io.RawIOBase):
     """A remote file as Python and pyarrow know files."""
 
-    def __init__(self, path: RemotePath) -> None:
-        self._file = RemoteFile(path)
+    def __init__(self, file: RemoteFile) -> None:
+        self._file = file
         self._at = 0
 
     def readable(self) -> bool:
@@ -237,7 +237,7 @@ class _Stream(io.RawIOBase):
 
 def open_remote(path: RemotePath) -> BinaryIO:
     """An object as a file: whole in memory if it is no larger than a block, else read by ranges of 1 MiB and more."""
-    stream = _Stream(path)
-    if stream._file.size <= BLOCK:
-        return io.BytesIO(stream.read())
-    return io.BufferedReader(stream, SKIP)
+    file = RemoteFile(path)
+    if file.size <= BLOCK:
+        return io.BytesIO(file.read_at(0, file.size))
+    return io.BufferedReader(_Stream(file), SKIP)

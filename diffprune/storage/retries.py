@@ -101,7 +101,7 @@ def answer(error: BaseException) -> tuple[int | None, str]:
     """The HTTP status and the error code that a server gave, from the exception of a package behind this one."""
     for one in _causes(error):
         response = getattr(one, "response", None)
-        status = getattr(one, "status", None) or getattr(one, "code", None)  # aiohttp's, gcsfs's
+        status = getattr(one, "code" if type(one).__name__ == "HttpError" else "status", None)  # gcsfs's, or aiohttp's
         if isinstance(response, dict) and "Error" in response:
             code = str(response["Error"].get("Code", ""))
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")

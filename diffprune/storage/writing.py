@@ -40,7 +40,7 @@ def writing(path: RemotePath) -> Iterator[Writer]:
         with _Upload(client, path) as upload:
             yield upload
         return
-    with tempfile.NamedTemporaryFile(prefix="diffprune-", dir=spool_folder()) as file:
+    with tempfile.NamedTemporaryFile(dir=spool_folder()) as file:
         yield file
         file.flush()
         client.put(path, Path(file.name))
@@ -50,7 +50,7 @@ def writing(path: RemotePath) -> Iterator[Writer]:
 def writing_file(path: RemotePath) -> Iterator[Path]:
     """As ``writing``, for what can only write to a local path: yield one, in a temporary folder."""
     refuse_writing(path)
-    with tempfile.TemporaryDirectory(prefix="diffprune-", dir=spool_folder()) as folder:
+    with tempfile.TemporaryDirectory(dir=spool_folder()) as folder:
         local = Path(folder) / path.name
         yield local
         with open(local, "rb") as file, writing(path) as target:
