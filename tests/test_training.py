@@ -283,6 +283,17 @@ def test_other_latent_values_under_the_same_keys_are_other_data(small_run, tmp_p
         diffprune.train_dit(dit_config("train.steps=2"), latents, tmp_path / "run")
 
 
+def test_latents_of_another_scale_or_vqvae_are_other_data(small_run, tmp_path):
+    diffprune.train_dit(dit_config("train.steps=1"), small_run.latents, tmp_path / "run")
+    stage = (small_run.latents / "stage.json").read_text()
+    metadata = ArrayFolder(small_run.latents).metadata
+    for name, other in (("latent_scale", metadata["latent_scale"] * 2), ("model_sha256", "0" * 64)):
+        latents = Path(shutil.copytree(small_run.latents, tmp_path / name))
+        (latents / "stage.json").write_text(stage.replace(json.dumps(metadata[name]), json.dumps(other)))
+        with pytest.raises(ResumeError, match=rf"latents.{name}: .* there, .* now"):
+            diffprune.train_dit(dit_config("train.steps=2"), latents, tmp_path / "run")
+
+
 def test_a_damaged_checkpoint_is_not_gone_on_from(small_run, tmp_path):
     diffprune.train_dit(dit_config("train.steps=1"), small_run.latents, tmp_path / "run")
     path = tmp_path / "run" / "step_00000001" / "optimizer.safetensors"
