@@ -34,7 +34,7 @@ TESTS = {
 NAMES = "n k d dimensions padded count columns rows tiles items end wide high tokens clusters row_tiles strips elements"
 SIZE = rf"(?:shape\.\w+|matrix\.\w+|[xw]\.rows|{'|'.join(NAMES.split())}|steps|ceil_div\([^()]*\)|kAgainRows|Cluster)"
 VALUE = r"(?:int\([\w.]+\)|int64_t\([\w.]+\)|[\w.]+(?:\[[\w.]+\])?)(?: [+*] (?:\w+|int\([\w.]+\)))*"
-COMPARISON = re.compile(rf"(?<![\w.\])] )({VALUE}) (<|>=) ({SIZE})\b(?!\()")
+COMPARISON = re.compile(rf"(?<![\w.\])] )({VALUE}) (<|>=) ({SIZE})\b(?![(\[])")
 MINIMUM = re.compile(r"\bmin\(([\w.]+), ([^()]+)\)")
 LEAVES = re.compile(r"if \(([^;{}]*)\) (return|continue);")
 
