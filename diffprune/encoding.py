@@ -84,8 +84,9 @@ def embed(
 
     Embeddings are L2-normalised, except those of FID's Inception, see ``models.inception.inception_features``, and of
     a classifier. ``model``: a folder or hub id of CLIP, OpenCLIP, SigLIP, DINOv2 or DINOv3, ``efficientnet-lite0``,
-    ``vqvae:PATH``, ``classifier:PATH``, ``inception@SIZE:PATH``, or ``package.module:function``; see docs/embedding.md. Images are prepared as the model was
-    published with. ``clip-retrieval:PATH`` computes nothing: it takes the embeddings that clip-retrieval wrote, by key.
+    ``vqvae:PATH``, ``classifier:PATH``, ``inception@SIZE:PATH``, or ``package.module:function``; see
+    docs/embedding.md. Images are prepared as the model was published with. ``clip-retrieval:PATH`` computes nothing: it
+    takes the embeddings that clip-retrieval wrote, by key.
     ``precision``: "float32", "bf16", or "auto": bf16 on a GPU. Failed images as in ``encode``; an embedding that is not
     finite, or all zero, is a failed row too. ``workers``, ``part`` and ``max_failures`` as in ``encode``.
     """
