@@ -20,7 +20,16 @@ from diffprune.reporting.build import render
 from diffprune.reporting.images import data_uri, thumbnails
 from diffprune.reporting.inputs import read_scores
 from diffprune.reporting.palette import Palette
-from diffprune.reporting.ratio_figures import DASHES, INK, Panel, RatioLine, light_color, panel_svg, panels_png
+from diffprune.reporting.ratio_figures import (
+    DASHES,
+    INK,
+    Panel,
+    RatioLine,
+    light_color,
+    panel_svg,
+    panels_png,
+    save_png,
+)
 
 STRIP_IMAGES = 20
 PNG_METRICS = (
@@ -204,8 +213,7 @@ def _samples_png(path: Path, rows: Sequence[Line], strips: dict[tuple[str, float
     axes.spines[:].set_visible(False)
     ratio = max(line.prune for line in shown)
     axes.set_title(f"{title}, {100 * ratio:.10g} % pruned: a column is one noise and class", fontsize=9, loc="left")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", metadata={"Software": None})
+    save_png(figure, path)
 
 
 def _agreement(folders: dict[str, Path]) -> dict[str, Any] | None:

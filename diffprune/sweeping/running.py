@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import multiprocessing
 import os
 import threading
@@ -19,6 +18,7 @@ import torch
 from diffprune._version import __version__
 from diffprune.errors import DiffpruneError, InputError, ResumeError
 from diffprune.files import read_json, write_json
+from diffprune.locks import folder_lock
 from diffprune.progress import progress, quiet
 from diffprune.sweeping.cells import Cell, find_cell, list_cells, read_result, run_cell
 from diffprune.sweeping.estimates import estimate
@@ -180,17 +180,11 @@ def _quietly(settings: SweepConfig, cell: Cell, out: Path, device: str) -> str |
 
 def _attempt(settings: SweepConfig, cell: Cell, out: Path, device: str) -> str | None:
     """Run a cell that no other process is at; why it failed, or None."""
-    folder = out / "cells" / cell.name
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return "another process is at it"
-        try:
+    try:
+        with folder_lock(out / "cells" / cell.name):
             run_cell(settings, cell, out, device)
-        except DiffpruneError as error:
-            return str(error)
+    except DiffpruneError as error:
+        return str(error)
     return None
 
 

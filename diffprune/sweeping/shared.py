@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diffprune.clustering import cluster
 from diffprune.encoding import embed, encode
+from diffprune.errors import BusyError
 from diffprune.files import read_json, write_json
+from diffprune.locks import folder_lock
 from diffprune.models.classifier import train_classifier
 from diffprune.packing import pack
 from diffprune.pruning import prune
@@ -21,6 +22,7 @@ from diffprune.sweeping.splits import split_samples
 from diffprune.training import train_dit, train_vqvae
 
 DONE_FILE = "shared.json"
+WAIT_SECONDS = 5.0
 # Score columns that one pass over the last checkpoint gives, and those that need every checkpoint.
 _GROUPS = {"last": ("loss", "el2n", "grand"), "moso": ("moso",), "monotonicity": ("monotonicity",)}
 
@@ -99,12 +101,14 @@ def prepare(shared: Shared, device: str) -> dict[str, Any]:
     """Compute what the sweep's methods need and is not there yet; one process at a time. Returns what was done."""
     steps = list(_steps(shared, device))
     names = [name for name, _ in steps]
-    if _missing(shared, names):
-        with _lock(shared.root / ".lock"):
-            if _missing(shared, names):  # nobody else did it meanwhile
-                for _, step in steps:  # each skips what it finished before
+    while not set(names) <= set(_done(shared)):
+        try:
+            with folder_lock(shared.root):
+                for _, step in steps:  # each skips what was finished before
                     step()
                 write_json(shared.root / DONE_FILE, {"stages": sorted({*names, *_done(shared)})})
+        except BusyError:  # another process of this sweep is at it
+            time.sleep(WAIT_SECONDS)
     return {"stages": names}
 
 
@@ -176,16 +180,3 @@ def _scores(shared: Shared, group: str, device: str) -> Callable[[], Any]:
 def _done(shared: Shared) -> list[str]:
     path = shared.root / DONE_FILE
     return read_json(path)["stages"] if path.is_file() else []
-
-
-def _missing(shared: Shared, names: list[str]) -> bool:
-    return not set(names) <= set(_done(shared))
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Wait until no other process of this machine, or of a file system with locks, is in here."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
