@@ -26,6 +26,17 @@ def set_enabled(enabled: bool) -> None:
 
 
 @contextmanager
+def quiet() -> Iterator[None]:
+    """No progress output inside: of the parts of something whose own progress is shown."""
+    global _enabled
+    before, _enabled = _enabled, False
+    try:
+        yield
+    finally:
+        _enabled = before
+
+
+@contextmanager
 def progress(title: str, *, total: int, unit: str) -> Iterator[Progress]:
     """Show how far a loop over ``total`` units is, on stderr."""
     if not _enabled:

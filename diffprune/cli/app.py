@@ -9,6 +9,8 @@ import typer
 
 import diffprune
 from diffprune.cli.output import run, show_doctor, show_evaluation
+from diffprune.cli.reconstruct_verb import reconstruct
+from diffprune.cli.sweep_verb import sweep
 
 app = typer.Typer(
     name="diffprune",
@@ -20,6 +22,8 @@ app = typer.Typer(
 )
 train = typer.Typer(help="Train the VQ-VAE or the DiT, from a TOML config and overrides.", no_args_is_help=True)
 app.add_typer(train, name="train", rich_help_panel="Models")
+app.command(rich_help_panel="Models")(reconstruct)
+app.command(rich_help_panel="Proof")(sweep)
 
 # diffprune.pixels.MAX_PIXELS and diffprune.failures.MAX_FAILURES: those modules import what --help need not wait for
 MAX_PIXELS = 100_000_000
@@ -45,6 +49,9 @@ Workers = Annotated[int, typer.Option(min=1, help="Processes that take the shard
 Part = Annotated[
     str | None,
     typer.Option(help="Only the I-th of N parts of the shards, as 3/64, for a job array."),
+]
+Ray = Annotated[
+    str | None, typer.Option(help="A Ray cluster's address, or auto: its actors take the shards, --workers of them.")
 ]
 MaxFailures = Annotated[int, typer.Option(min=0, help="Stop after so many failures in a row; 0: never.")]
 Resume = Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")]
@@ -164,30 +171,49 @@ def train_vqvae(
     config: Config = None,
     overrides: Set = None,
     kept: Kept = None,
+    frechet_encoder: Annotated[
+        str | None,
+        typer.Option(help="Whose features reconstructions are told by in the end, as embed's --model; else pixels."),
+    ] = None,
+    strict_decode: StrictDecode = True,
+    max_pixels: MaxPixels = MAX_PIXELS,
     resume: Resume = True,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Train a VQ-VAE on the images of shards."""
+    """Train a VQ-VAE, or a KL autoencoder, on the images of shards."""
 
     def call(**options: object) -> dict:
         from diffprune.config import load_config
 
         return diffprune.train_vqvae(load_config(config, "vqvae", overrides or []), shards, out, **options)
 
-    run(call, kept=kept, resume=resume, dry_run=dry_run, as_json=as_json)
+    options = {"kept": kept, "frechet_encoder": frechet_encoder}
+    options |= {"strict_decode": strict_decode, "max_pixels": max_pixels}
+    run(call, **options, resume=resume, dry_run=dry_run, as_json=as_json)
 
 
 @train.command("dit")
 def train_dit(
-    latents: Annotated[Path, typer.Argument(help="The latents: a folder of `diffprune encode`.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The run folder: checkpoints and log.jsonl.")],
+    latents: Annotated[
+        Path, typer.Argument(help="The latents: a folder of `diffprune encode`; or shards, with --vqvae.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The run folder: checkpoints, log.jsonl and loss.png.")],
     config: Config = None,
     overrides: Set = None,
     kept: Kept = None,
+    vqvae: Annotated[
+        Path | None, typer.Option(help="Train on shards: encode their images by this VQ-VAE first, in memory.")
+    ] = None,
     oversample_balanced: Annotated[
         str | None,
         typer.Option(help="See each group equally often: label, or a folder of `diffprune cluster`."),
+    ] = None,
+    group_weights: Annotated[
+        str | None, typer.Option(help="Instead in these proportions: 0=3,1=1,*=2, or a JSON file of the same.")
+    ] = None,
+    decode_with: Annotated[
+        Path | None, typer.Option(help="The VQ-VAE of the latents, for the grids of train.sample_every.")
     ] = None,
     start_from: Annotated[
         Path | None,
@@ -197,39 +223,57 @@ def train_dit(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Train a DiT by flow matching on latents: all of them, or those of a kept.parquet."""
+    """Train a DiT by flow matching: on latents or shards, all of them or those of a kept.parquet."""
 
     def call(**options: object) -> dict:
         from diffprune.config import load_config
 
-        return diffprune.train_dit(load_config(config, "dit", overrides or []), latents, out, **options)
+        settings = load_config(config, "dit", overrides or [])
+        source: object = latents
+        if vqvae is not None:
+            from diffprune.ranks import local_device
 
-    options = {"oversample_balanced": oversample_balanced, "start_from": start_from}
+            source = diffprune.LiveLatents(str(latents), vqvae, device=local_device(settings.train.device))
+        return diffprune.train_dit(settings, source, out, **options)
+
+    options = {"oversample_balanced": oversample_balanced, "group_weights": group_weights}
+    options |= {"start_from": start_from, "decode_with": decode_with}
     run(call, kept=kept, **options, resume=resume, dry_run=dry_run, as_json=as_json)
 
 
 @app.command(rich_help_panel="Features")
 def encode(
     shards: Shards,
-    vqvae: Annotated[Path, typer.Option(help="A VQ-VAE checkpoint or run folder.")],
+    vqvae: Annotated[
+        Path,
+        typer.Option(
+            help="A checkpoint or run folder; a folder of diffusers' AutoencoderKL or VQModel; or a state dict of "
+            "taming-transformers, latent diffusion or LlamaGen. PATH@512 for images of 512 pixels."
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The latents folder.")],
     flip_twins: Annotated[
         bool, typer.Option("--flip-twins", help="Also of the images mirrored left to right, for train.flip.")
     ] = False,
+    posterior_seed: Annotated[
+        int | None, typer.Option(min=0, help="Of a KL autoencoder: draw by this seed and the key, not the mean.")
+    ] = None,
     batch_size: BatchSize = 256,
     device: Device = "auto",
     strict_decode: StrictDecode = True,
     max_pixels: MaxPixels = MAX_PIXELS,
     workers: Workers = 1,
     part: Part = None,
+    ray: Ray = None,
     max_failures: MaxFailures = MAX_FAILURES,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Write the latents of every image, one fp16 .npy per shard."""
     options = {"batch_size": batch_size, "device": device, "strict_decode": strict_decode, "max_pixels": max_pixels}
-    options |= {"workers": workers, "part": part, "max_failures": max_failures}
-    run(diffprune.encode, shards, vqvae, out, flip_twins=flip_twins, **options, dry_run=dry_run, as_json=as_json)
+    options |= {"workers": workers, "part": part, "ray": ray, "max_failures": max_failures}
+    options |= {"flip_twins": flip_twins, "posterior_seed": posterior_seed}
+    run(diffprune.encode, shards, vqvae, out, **options, dry_run=dry_run, as_json=as_json)
 
 
 @app.command(rich_help_panel="Features")
@@ -250,6 +294,7 @@ def embed(
     max_pixels: MaxPixels = MAX_PIXELS,
     workers: Workers = 1,
     part: Part = None,
+    ray: Ray = None,
     max_failures: MaxFailures = MAX_FAILURES,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -257,7 +302,7 @@ def embed(
     """Write an L2-normalised embedding of every image, one fp16 .npy per shard."""
     options = {"model": model, "batch_size": batch_size, "device": device, "precision": precision}
     options |= {"strict_decode": strict_decode, "max_pixels": max_pixels}
-    options |= {"workers": workers, "part": part, "max_failures": max_failures}
+    options |= {"workers": workers, "part": part, "ray": ray, "max_failures": max_failures}
     run(diffprune.embed, shards, out, **options, dry_run=dry_run, as_json=as_json)
 
 
@@ -340,6 +385,12 @@ def score(
         str | None,
         typer.Option(help="Only the I-th of N parts of the shards, as 3/64.", rich_help_panel="How it runs"),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="A Ray cluster's address, or auto: its actors take the shards.", rich_help_panel="How it runs"
+        ),
+    ] = None,
     max_failures: Annotated[
         int,
         typer.Option(min=0, help="Stop after so many failures in a row; 0: never.", rich_help_panel="How it runs"),
@@ -372,7 +423,7 @@ def score(
     options |= {"group_size": group_size, "learning_rates": rates, "weights": weights, "precision": precision}
     options |= {"compile": compile_, "batch_size": batch_size if batch_size == "auto" else int(batch_size)}
     options |= {"memory": memory, "device": device}
-    options |= {"workers": workers, "part": part, "max_failures": max_failures}
+    options |= {"workers": workers, "part": part, "ray": ray, "max_failures": max_failures}
 
     def call(**options: object) -> dict:
         decoding = {"device": device, "strict_decode": strict_decode, "max_pixels": max_pixels}
@@ -518,6 +569,10 @@ def evaluate(
     kept: Annotated[
         Path | None, typer.Option(help="The selection that the model was trained on, for memorization.")
     ] = None,
+    training: Annotated[
+        Path | None,
+        typer.Option(help="Embeddings of what --kept selects from, where --reference is another split."),
+    ] = None,
     same_seed: Annotated[
         Path | None, typer.Option(help="Embeddings of another model's images of the same seed, to compare with.")
     ] = None,
@@ -534,8 +589,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Fréchet and kernel distance, precision, recall, F-score, Vendi score, memorization, class balance."""
-    options = {"kept": kept, "same_seed": same_seed, "name": name, "split": split, "k": k, "limit": limit}
-    options |= {"seed": seed, "device": device}
+    options = {"kept": kept, "training": training, "same_seed": same_seed, "name": name, "split": split, "k": k}
+    options |= {"limit": limit, "seed": seed, "device": device}
     options |= {"vendi_orders": vendi_order} if vendi_order else {}
     run(
         diffprune.evaluate,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -37,6 +38,7 @@ def evaluate(
     out: str | Path,
     *,
     kept: str | Path | None = None,
+    training: str | Path | None = None,
     same_seed: str | Path | None = None,
     name: str | None = None,
     split: str | None = None,
@@ -57,6 +59,9 @@ def evaluate(
         reference: embeddings of the whole data set, before pruning.
         kept: the selection the generator was trained on (kept.parquet): its keys are the training images, the rest of
             the reference is held out. None: it was trained on all of the reference.
+        training: embeddings of the images that selections are made from, where the reference is none of them (a
+            validation split). ``kept`` is then of these, and the reference is what was held out: the same baseline for
+            every model.
         same_seed: embeddings of another model's images, drawn with the same seed and labels, to compare image by image.
         name: what to call this run in tables; by default the file name of ``out``.
         split: what the reference is ("train", "validation", ...); by default the name of its folder.
@@ -86,8 +91,12 @@ def evaluate(
     chosen = pick_device(device)
     made, real = FeatureFolder(samples, chosen), FeatureFolder(reference, chosen)
     embedder = common_embedder(made, real)
+    seen = real if training is None else FeatureFolder(training, chosen)
+    common_embedder(made, seen)
     twins = None if same_seed is None else same_seed_rows(made, FeatureFolder(same_seed, chosen))
-    trained_on = training_rows(real.rows, reference, kept)
+    trained_on = training_rows(seen.rows, training or reference, kept)
+    if training is not None:
+        _check_apart(real, seen)
     for what, rows in (("samples", made), ("reference", real)):
         if min(len(rows), limit) <= k:
             raise InputError(f"{what}: expected at least {k + 1} rows for k = {k}, got {min(len(rows), limit)}")
@@ -97,7 +106,7 @@ def evaluate(
         "samples": len(made),
         "reference": len(real),
         "training": int(trained_on.sum()),
-        "held_out": int((~trained_on).sum()),
+        "held_out": len(real) if training is not None else int((~trained_on).sum()),
         "dry_run": dry_run,
     }
     if dry_run:
@@ -106,7 +115,10 @@ def evaluate(
     x = made.take(torch.arange(len(made)))
     sample_subset, subset = (draw_subset(folder.rows, limit, seed) for folder in (made, real))
     y = real.take(subset)
-    held_out = torch.from_numpy(~trained_on)[subset].to(chosen)
+    held_out = torch.ones(len(y), dtype=torch.bool)
+    if training is None:
+        held_out = torch.from_numpy(~trained_on)[subset]
+    held_out = held_out.to(chosen)
     with progress("evaluate", total=7 if twins is None else 8, unit="metrics") as bar:
         gaussian = Gaussian.of(real)
         metrics: dict[str, Any] = {"frechet_distance": frechet_distance(x, gaussian)}
@@ -124,7 +136,7 @@ def evaluate(
         vendi["reference"] = vendi_scores(real.take(torch.arange(len(real))) if few else real, orders)
         bar.advance(note="Vendi score")
         left_out = None if held_out.any() else left_out_rows(real, trained_on, limit, seed)
-        nearness = memorization(x, real.part(trained_on), y[held_out], left_out=left_out)
+        nearness = memorization(x, seen.part(trained_on), y[held_out], left_out=left_out)
         bar.advance(note="memorization")
         classes = _classes(x, made.rows, sample_subset, y, real.rows, subset, class_k)
         bar.advance(note="classes")
@@ -143,7 +155,7 @@ def evaluate(
         "label_agreement": classes and classes["label_agreement"],
         "same_seed_cosine": alike and alike["cosine"],
     }
-    training_keys = real.rows["key"].filter(pa.array(trained_on))
+    training_keys = seen.rows["key"].filter(pa.array(trained_on))
     nearness["closest_pairs"] = [
         {"sample": made.rows["key"][i].as_py(), "training": training_keys[j].as_py(), "distance": distance}
         for i, j, distance in nearness["closest_pairs"]
@@ -177,6 +189,7 @@ def evaluate(
                 "vendi_score": vendi["reference"][orders.index(1.0)],
             },
             "kept": None if kept is None else str(kept),
+            "training": None if training is None else str(training),
             "training_images": plan["training"],
             "embedder": embedder,
             "k": k,
@@ -191,6 +204,17 @@ def evaluate(
     }
     write_json(out, result)
     return result | {"out": str(out)}
+
+
+def _check_apart(real: FeatureFolder, seen: FeatureFolder) -> None:
+    """InputError if an image is both in the reference and in what could be trained on."""
+    both = pc.is_in(real.rows["key"], value_set=seen.rows["key"].combine_chunks())
+    if pc.any(both).as_py():
+        key = real.rows["key"].filter(both)[0].as_py()
+        raise InputError(
+            f"{real.folder}: key {key!r} is in {seen.folder} too; expected a reference that nothing was trained on, or "
+            "leave out `training`"
+        )
 
 
 def _classes(

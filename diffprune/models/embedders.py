@@ -6,6 +6,7 @@
 a folder, or a hub id      CLIP, SigLIP, DINOv2 or DINOv3 in transformers' format, or OpenCLIP's format
 ``efficientnet-lite0``     a small convolutional network trained on ImageNet, whose weights come with a package
 ``vqvae:PATH``             the encoder of a VQ-VAE that ``diffprune train vqvae`` made
+``classifier:PATH``        a classifier that a sweep trained on the labels; not normalised
 ``inception@SIZE:PATH``    FID's Inception v3, not normalised; see ``models.inception``
 ``package.module:name``    any Python function of a batch of images
 =========================  =================================================================================
@@ -30,6 +31,7 @@ from torch import Tensor
 from diffprune.checkpoints import load_vqvae
 from diffprune.errors import InputError
 from diffprune.files import sha256_file
+from diffprune.models.classifier import load_classifier
 from diffprune.models.inception import inception_features
 from diffprune.models.preprocessing import Preprocessing
 
@@ -85,6 +87,8 @@ def load_embedder(model: str, device: torch.device, precision: str = "auto") -> 
         raise InputError(f"precision: expected auto, float32 or bf16, got {precision!r}")
     if model.startswith("vqvae:"):
         return _vqvae(model.removeprefix("vqvae:"), device)
+    if model.startswith("classifier:"):
+        return _classifier(model.removeprefix("classifier:"), device)
     if model.startswith(("inception:", "inception@")):
         function, size, head, path = inception_features(model, device)
         return Embedder(function, size, 3, head, path, unit_length=False)
@@ -127,6 +131,16 @@ def _vqvae(path: str, device: torch.device) -> Embedder:
         return vqvae.embed(images.float() / 127.5 - 1)
 
     return Embedder(function, vqvae.image_size, vqvae.in_channels, head, path)
+
+
+def _classifier(path: str, device: torch.device) -> Embedder:
+    classifier, about, digest = load_classifier(path, device)
+    head = {"model": "classifier", "model_sha256": digest}
+
+    def function(images: Tensor) -> Tensor:
+        return classifier.features(images.float() / 127.5 - 1)
+
+    return Embedder(function, about["image_size"], about["channels"], head, path, unit_length=False)
 
 
 def _efficientnet(device: torch.device, precision: str) -> Embedder:

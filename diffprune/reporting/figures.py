@@ -47,7 +47,7 @@ def histogram(values: np.ndarray, kept: np.ndarray | None, color: str, alt: str)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, high - low)))
         axes.set_yticks([])
 
-    return _svg(draw, width=330, height=150, margins=(10, 12, 10, 26), alt=alt)
+    return svg_figure(draw, width=330, height=150, margins=(10, 12, 10, 26), alt=alt)
 
 
 def loss_curves(logs: Sequence[Log], colors: Sequence[str], width: int, alt: str) -> Markup:
@@ -68,9 +68,9 @@ def loss_curves(logs: Sequence[Log], colors: Sequence[str], width: int, alt: str
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.margins(x=0.01)
         axes.set_xlabel("training step")
-        _horizontal_grid(axes, ink)
+        horizontal_grid(axes, ink)
 
-    return _svg(draw, width=width, height=260, margins=(44, 14, 10, 42), alt=alt)
+    return svg_figure(draw, width=width, height=260, margins=(44, 14, 10, 42), alt=alt)
 
 
 def cluster_sizes(sizes: np.ndarray, kept: np.ndarray | None, color: str, width: int, alt: str) -> Markup:
@@ -89,9 +89,9 @@ def cluster_sizes(sizes: np.ndarray, kept: np.ndarray | None, color: str, width:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.set_xlabel("clusters, largest first")
-        _horizontal_grid(axes, ink)
+        horizontal_grid(axes, ink)
 
-    return _svg(draw, width=width, height=220, margins=(44, 10, 14, 42), alt=alt)
+    return svg_figure(draw, width=width, height=220, margins=(44, 10, 14, 42), alt=alt)
 
 
 def curve_over_k(
@@ -119,9 +119,9 @@ def curve_over_k(
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel("clusters")
         axes.margins(x=0.04)
-        _horizontal_grid(axes, ink)
+        horizontal_grid(axes, ink)
 
-    return _svg(draw, width=width, height=230, margins=(52, 12, 10, 42), alt=alt)
+    return svg_figure(draw, width=width, height=230, margins=(52, 12, 10, 42), alt=alt)
 
 
 def retention_curves(rows: Sequence[np.ndarray], colors: Sequence[str], width: int, alt: str) -> Markup:
@@ -135,9 +135,9 @@ def retention_curves(rows: Sequence[np.ndarray], colors: Sequence[str], width: i
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
         axes.margins(x=0.01)
-        _horizontal_grid(axes, ink)
+        horizontal_grid(axes, ink)
 
-    return _svg(draw, width=width, height=260, margins=(50, 14, 10, 42), alt=alt)
+    return svg_figure(draw, width=width, height=260, margins=(50, 14, 10, 42), alt=alt)
 
 
 def _tick(value: float, span: float) -> str:
@@ -164,7 +164,7 @@ def _averaged(log: Log) -> tuple[np.ndarray, np.ndarray]:
     return np.array([log.steps[p].mean() for p in parts]), np.array([log.losses[p].mean() for p in parts])
 
 
-def _horizontal_grid(axes: Axes, ink: Callable[[str], str]) -> None:
+def horizontal_grid(axes: Axes, ink: Callable[[str], str]) -> None:
     axes.grid(axis="y", color=ink(LINE), linewidth=1)
     axes.set_axisbelow(True)
 
@@ -179,7 +179,7 @@ class _Inks:
         return self.used.setdefault(css, f"#{0xFACE00 + len(self.used):06x}")
 
 
-def _svg(
+def svg_figure(
     draw: Callable[[Axes, Callable[[str], str]], Any],
     *,
     width: int,
