@@ -378,6 +378,13 @@ def test_the_presets_that_run_here():
     assert longer.dit.train.steps == 4 * config.dit.train.steps
 
 
+def test_torchrun_is_refused(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="start it without torchrun"):
+        diffprune.sweep(tiny, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_gpus_are_taken_in_turn():
     assert [worker_device("auto", number, 2) for number in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
     assert worker_device("auto", 1, 1) == "auto" and worker_device("auto", 1, 0) == "auto"
