@@ -29,6 +29,7 @@ import torch
 
 from benchmarks import gpu_results as results
 from benchmarks.gpu_case import Scale
+from benchmarks.gpu_cases_training import TRAINING
 from benchmarks.gpu_steps import ROOT, build, kernel_tests, run_worker, sanitized_tests, sanitizer
 from benchmarks.gpu_worker import CASES, key, plan, run_op
 from diffprune.files import sha256_file, write_json
@@ -39,6 +40,8 @@ BUILD, TESTS = 150.0, 190.0
 """Seconds at most for these two, so that some are left to measure in."""
 OP, EACH = 75.0, 45.0
 """Seconds at most for one op, and for one way to compute one of its cases, compilation included."""
+STEP, STEP_EACH = 130.0, 80.0
+"""The same for a training step, whose whole model is compiled."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -110,11 +113,12 @@ class Run:
             self.result["records"].append({**row, **record, "key": key(row)})
             self._judge()
 
-        seconds, reason = min(OP, self._left()), None
+        limit, each = (STEP, STEP_EACH) if op in TRAINING else (OP, EACH)
+        seconds, reason = min(limit, self._left()), None
         if seconds <= 0:
             reason = "time was up before"
         elif self.options.device == "cuda":
-            reason = run_worker(op, self._command(op), emit, seconds=seconds, seconds_each=EACH)
+            reason = run_worker(op, self._command(op), emit, seconds=seconds, seconds_each=each)
         else:
             run_op(op, self.scale, lambda r: None if "started" in r else emit(r))
         for row in list(planned.values()):
@@ -226,7 +230,8 @@ def _last_word(command: list[str], after: str) -> str:
 
 def _sources() -> str:
     """Digest of the kernels and benchmarks that ran: two results of one digest measured the same code."""
-    files = [path for folder in ("csrc", "diffprune/kernels", "benchmarks") for path in (ROOT / folder).rglob("*")]
+    folders = ("csrc", "diffprune/kernels", "diffprune/models", "benchmarks")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*")]
     files = [path for path in files if path.suffix in (".py", ".cu", ".cuh", ".cpp", ".h")]
     text = "\n".join(f"{path.relative_to(ROOT)} {sha256_file(path)}" for path in sorted(files))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

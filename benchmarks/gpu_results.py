@@ -28,6 +28,8 @@ def judge(records: list[dict[str, Any]], ceilings: dict[str, float]) -> None:
         seconds, copy = r["median_s"], ceilings.get("copy")
         rate = ceilings.get("matmul_bfloat16" if r["dtype"] == "bfloat16" else "matmul_float16")
         r["bytes_per_s"], r["operations_per_s"] = r["bytes"] / seconds, r["operations"] / seconds
+        if images := r["shape"].get("images"):
+            r["images_per_s"] = images / seconds
         if copy:
             r["share_of_copy"] = r["bytes_per_s"] / copy
         if rate and r["operations"]:
@@ -123,6 +125,9 @@ def _time(r: dict[str, Any]) -> str:
 def _rate(r: dict[str, Any]) -> str:
     if "bytes_per_s" not in r:
         return ""
+    if "images_per_s" in r:
+        peak = f", {r['peak_bytes'] / 2**30:.1f} GiB" if "peak_bytes" in r else ""
+        return f"{r['images_per_s']:,.0f} images/s, MFU {_percent(r.get('share_of_matmul'))}{peak}"
     return f"{r['operations_per_s'] / 1e12:.3g} TFLOP/s" if r["operations"] else f"{r['bytes_per_s'] / 1e9:.4g} GB/s"
 
 

@@ -39,8 +39,7 @@ def build(seconds: float, architectures: str) -> dict[str, Any]:
 
 def sanitizer() -> str | None:
     """NVIDIA's compute-sanitizer, or None: it is a package of its own beside nvcc's."""
-    script = ROOT / "csrc"
-    sys.path.insert(0, str(script))
+    sys.path.insert(0, str(ROOT / "csrc"))
     import cuda_build
 
     nvcc = cuda_build.find_nvcc()

@@ -21,6 +21,7 @@ import torch
 from benchmarks import gpu_cases_models as models
 from benchmarks import gpu_cases_scores as scores
 from benchmarks.gpu_case import Case, Scale, Way, normal
+from benchmarks.gpu_cases_training import TRAINING
 from benchmarks.gpu_timing import Clock, CudaClock, HostClock, measure, set_count
 
 SECONDS = 0.4
@@ -66,6 +67,7 @@ CASES: dict[str, Callable[[Scale], Iterator[Case]]] = {
     "adaln_modulate": models.adaln_modulate_cases,
     "gated_residual": models.gated_residual_cases,
     "pairwise_topk": scores.pairwise_topk_cases,
+    **TRAINING,
 }
 """In the order in which they run."""
 
@@ -120,14 +122,18 @@ def measure_way(way: Way, sets: list[tuple], clock: Clock, budget: float) -> dic
     """Status, error and time of one way. A wrong answer, before the timing or after it, has no time."""
     if way.missing:
         return {"status": "unavailable", "reason": way.missing}
-    found = {} if way.check is None else _checked(way, sets[0])
+    found: dict[str, Any] = {} if way.check is None else _checked(way, sets[0])
     if found.get("status") == "wrong":
         return found
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     timing = measure(clock, way.run, sets, budget=budget, warmup=1 if budget == 0 else 3)
     if way.check is not None:
-        found = _checked(way, sets[-1])
+        found |= _checked(way, sets[-1])
         if found["status"] == "wrong":
             return found | {"reason": "right before the timing, wrong after it: " + found["reason"]}
+    if torch.cuda.is_available():
+        found["peak_bytes"] = torch.cuda.max_memory_allocated()
     times = {"median_s": timing.median, "lower_s": timing.lower, "upper_s": timing.upper}
     return {**found, "status": "ok", **times, "repeats": timing.repeats, "input_sets": len(sets)}
 

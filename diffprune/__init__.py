@@ -32,6 +32,7 @@ _PUBLIC = {
     "select": "diffprune.selection",
     "prune": "diffprune.pruning",
     "export": "diffprune.exporting",
+    "reconstruct": "diffprune.reconstruction",
     "sample": "diffprune.sampling",
     "evaluate": "diffprune.evaluation",
     "report": "diffprune.reporting",

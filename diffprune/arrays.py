@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pyarrow.compute as pc
 
 from diffprune.errors import InputError
 from diffprune.files import atomic_path
+from diffprune.storage import AnyPath, RemotePath, as_path
 from diffprune.tables import kept_keys, read_folder, read_stage, read_table, table_metadata
 
 TWIN_SUFFIX = ".flip.npy"
@@ -39,9 +41,11 @@ class ArrayFolder:
         return (self.folder,)
 
     def __init__(self, folder: str | Path, kind: str | None = None) -> None:
-        self.folder = Path(folder)
+        self.folder = as_path(folder)
         stage = read_stage(self.folder)
         self.metadata: dict[str, Any] = {**stage.get("config", {}), **stage.get("metadata", {})}
+        if "fingerprint" not in stage:
+            raise InputError(f"{self.folder}: its stage.json has no fingerprint; make the folder again")
         self.fingerprint: str = stage["fingerprint"]
         self.stems: list[str] = stage["shards"]
         self._check_kind(kind, self.metadata.get("kind") or stage.get("stage"))
@@ -61,12 +65,15 @@ class ArrayFolder:
             )
         return read_table(path, ["key", "status"])
 
-    def array(self, stem: str) -> np.ndarray:
-        """float16 [n, ...], memory-mapped, row-aligned with ``table(stem)``."""
-        return self._checked(self.folder / f"{stem}.npy", stem)
+    def array(self, stem: str, *, by_rows: bool = False) -> np.ndarray:
+        """float16 [n, ...], memory-mapped, row-aligned with ``table(stem)``.
 
-    def _checked(self, path: Path, stem: str) -> np.ndarray:
-        array = load_array(path, f"delete {stem}.* and make it again")
+        ``by_rows``: of a URL, give a ``storage.arrays.RemoteArray``, of which only the rows asked for are read.
+        """
+        return self._checked(self.folder / f"{stem}.npy", stem, by_rows)
+
+    def _checked(self, path: AnyPath, stem: str, by_rows: bool = False) -> np.ndarray:
+        array = load_array(path, f"delete {stem}.* and make it again", by_rows)
         rows = read_table(self.folder / f"{stem}.parquet", ["status"]).num_rows
         if array.dtype != np.float16 or len(array) != rows:
             raise InputError(f"{path}: expected float16 with {rows} rows, found {array.dtype} {array.shape}")
@@ -135,9 +142,28 @@ class ArrayFolder:
             raise InputError(f"{self.folder}: expected {kind}, found {found}")
 
 
-def load_array(path: Path, remedy: str) -> np.ndarray:
-    """A memory-mapped ``.npy``; InputError that names it and says the remedy if it cannot be read. No pickles."""
+def load_array(path: AnyPath, remedy: str, by_rows: bool = False) -> np.ndarray:
+    """A memory-mapped ``.npy``; InputError that names it and says the remedy if it cannot be read. No pickles.
+
+    Of a URL a local copy is mapped, or, if there is no room for copies, it is read into memory.
+    """
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(path, RemotePath):
+            from diffprune.storage.arrays import RemoteArray
+
+            array = RemoteArray(path)
+            return array if by_rows else array.whole()
+        return np.lib.format.open_memmap(path, mode="r")  # not `np.load`, which opens zip files as well
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path}: not a readable .npy file ({error}); {remedy}") from error
+
+
+def sha256_rows(keys: Sequence[str], *arrays: np.ndarray) -> str:
+    """Of the keys in order and of the arrays' bytes; float16 ones as if they were float32."""
+    digest = hashlib.sha256("\0".join(keys).encode())
+    for array in arrays:
+        dtype = np.dtype(np.float32) if array.dtype == np.float16 else array.dtype
+        digest.update(str((array.shape, dtype.str)).encode())
+        for start in range(0, len(array), 4096):
+            digest.update(np.ascontiguousarray(array[start : start + 4096], dtype).data)
+    return digest.hexdigest()

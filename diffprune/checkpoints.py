@@ -10,7 +10,6 @@ There is no state of a random generator in it: all of training's randomness is a
 
 from __future__ import annotations
 
-import pickle
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -28,7 +27,10 @@ from diffprune.config import DitConfig, from_dict
 from diffprune.errors import DiskFullError, InputError
 from diffprune.files import atomic_dir, read_json, sha256_file, write_json
 from diffprune.models.dit import DiT
+from diffprune.models.kl import KLAutoencoder, build_autoencoder
 from diffprune.models.vqvae import VQVAE
+from diffprune.storage import local_path
+from diffprune.weight_files import check_tensors, in_float32, read_weights
 
 FORMAT_VERSION = 1
 STATE_FILE = "state.json"
@@ -54,9 +56,19 @@ def load_dit(
     return _load(checkpoint, "dit", lambda config: DiT(**asdict(config)), weights, device)
 
 
-def load_vqvae(checkpoint: str | Path, device: torch.device | str = "cpu") -> tuple[VQVAE, dict[str, Any]]:
-    """The VQ-VAE of a checkpoint, or of a run folder's last one, and the checkpoint's state, as ``load_dit``."""
-    return _load(checkpoint, "vqvae", VQVAE, "model", device)
+def load_vqvae(
+    checkpoint: str | Path, device: torch.device | str = "cpu"
+) -> tuple[VQVAE | KLAutoencoder, dict[str, Any]]:
+    """The autoencoder of a checkpoint, of a run folder's last one, or of another program, and its state.
+
+    Another program's is loaded by ``foreign_autoencoders.load_foreign_autoencoder``. The state has "sha256" and "path",
+    and for a checkpoint what ``load_dit`` gives.
+    """
+    from diffprune.foreign_autoencoders import is_foreign_autoencoder, load_foreign_autoencoder
+
+    if is_foreign_autoencoder(checkpoint):
+        return load_foreign_autoencoder(checkpoint, device)
+    return _load(checkpoint, "vqvae", build_autoencoder, "model", device)
 
 
 def load_start(path: str | Path, config: DitConfig, latents: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
@@ -72,7 +84,7 @@ def load_start(path: str | Path, config: DitConfig, latents: Mapping[str, Any]) 
     Raises:
         InputError: nothing readable there, tensors that do not fit ``config``, or latents of another VQ-VAE or scale.
     """
-    path = Path(path)
+    path = local_path(path, "a checkpoint")
     if not path.is_dir():
         return load_foreign_dit(path, config).state_dict(), sha256_file(path)
     folder = list_checkpoints(path)[-1]
@@ -101,36 +113,13 @@ def load_foreign_dit(path: str | Path, config: DitConfig, device: torch.device |
     Raises:
         InputError: no such file, one that holds anything else, or tensors that do not fit ``config``.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    tensors = _foreign_tensors(path)
-    halves = (torch.float16, torch.bfloat16)
-    tensors = {name: value.float() if value.dtype in halves else value for name, value in tensors.items()}
-    return _filled(lambda: DiT(**asdict(config)), tensors, path).to(device)
-
-
-def _foreign_tensors(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise InputError(f"{path}: not a readable safetensors file ({error})") from error
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"{path}: expected a state dict of tensors and nothing else ({reason})") from error
-    if isinstance(tensors, dict) and isinstance(tensors.get("ema"), dict):
-        tensors = tensors["ema"]
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise InputError(f"{path}: expected a state dict of tensors, found {type(tensors).__name__}")
-    return tensors
+    path = local_path(path, "a checkpoint")
+    return filled(lambda: DiT(**asdict(config)), in_float32(read_weights(path, under=("ema",))), path).to(device)
 
 
 def list_checkpoints(path: str | Path) -> list[Path]:
     """The checkpoints of a run folder by step, or the one that ``path`` is; InputError if there is none."""
-    path = Path(path)
+    path = local_path(path, "a checkpoint")
     if (path / STATE_FILE).is_file():
         return [path]
     found = find_checkpoints(path)
@@ -142,7 +131,7 @@ def list_checkpoints(path: str | Path) -> list[Path]:
 
 def find_checkpoints(run_folder: str | Path) -> list[Path]:
     """The checkpoints of a run folder by step; none if there are none."""
-    folder = Path(run_folder)
+    folder = local_path(run_folder, "a run folder")
     names = [entry.name for entry in folder.iterdir() if entry.is_dir()] if folder.is_dir() else []
     steps = sorted((int(match[1]), name) for name in names if (match := _STEP.fullmatch(name)))
     return [folder / name for _, name in steps]
@@ -213,19 +202,6 @@ def read_tensors(checkpoint: Path, state: Mapping[str, Any], name: str) -> dict[
         raise InputError(f"{path}: not a readable safetensors file ({error})") from error
 
 
-def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
-    """Raise InputError, naming the file and tensor, unless names, shapes and dtypes are those of ``expected``."""
-    for name, want in expected.items():
-        if name not in tensors:
-            raise InputError(f"{path}: tensor {name!r} is missing: expected {_describe(want)}")
-        got = tensors[name]
-        if got.shape != want.shape or got.dtype != want.dtype:
-            raise InputError(f"{path}: tensor {name!r}: expected {_describe(want)}, found {_describe(got)}")
-    for name, got in tensors.items():
-        if name not in expected:
-            raise InputError(f"{path}: tensor {name!r} {_describe(got)} is not part of this model's config")
-
-
 def _load(
     checkpoint: str | Path, kind: str, build: Callable[[Any], Model], weights: str, device: torch.device | str
 ) -> tuple[Model, dict[str, Any]]:
@@ -236,17 +212,14 @@ def _load(
     run = from_dict(kind, state["config"], str(folder / STATE_FILE))
     tensors = read_tensors(folder, state, weights)
     file = f"{weights}.safetensors"
-    model = _filled(lambda: build(run.model), tensors, folder / file)
+    model = filled(lambda: build(run.model), tensors, folder / file)
     return model.to(device).eval(), {**state, "sha256": state["files"][file], "path": str(folder)}
 
 
-def _filled(build: Callable[[], Model], tensors: dict[str, Tensor], path: Path) -> Model:
+def filled(build: Callable[[], Model], tensors: dict[str, Tensor], path: Path) -> Model:
+    """The model that ``build`` makes, with these tensors, in eval mode; InputError if they don't fit it."""
     with torch.device("meta"):  # no memory and no time spent on initial weights
         model = build()
     check_tensors(tensors, model.state_dict(), path)
     model.load_state_dict(tensors, assign=True)
     return model.eval()
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"

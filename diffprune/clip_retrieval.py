@@ -21,12 +21,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from diffprune.arrays import ArrayFolder, load_array, write_array
-from diffprune.decode import read_annotations
+from diffprune.decode import annotation_ranges, read_annotations
 from diffprune.engines import run_stage
 from diffprune.errors import InputError
 from diffprune.files import fingerprint, sha256_file
 from diffprune.progress import Progress
 from diffprune.shards import ShardIndex, ShardReader, ShardSpec, index_shards
+from diffprune.storage import AnyPath, as_path
 from diffprune.tables import BASE_SCHEMA, STAGE_FILE, base_table, column_names, read_table
 
 MODEL = "clip-retrieval"
@@ -38,7 +39,7 @@ _STEM = re.compile(r"img_emb_(\d+)")
 
 def is_clip_retrieval(folder: str | Path) -> bool:
     """Whether a folder has clip-retrieval's layout, and not one of diffprune's stages in it."""
-    folder = Path(folder)
+    folder = as_path(folder)
     return (folder / "img_emb").is_dir() and not (folder / STAGE_FILE).is_file()
 
 
@@ -50,7 +51,7 @@ class ClipRetrievalFolder(ArrayFolder):
     """
 
     def __init__(self, folder: str | Path, kind: str | None = None) -> None:
-        self.folder = Path(folder)
+        self.folder = as_path(folder)
         self._check_kind(kind, "embeddings")
         names = [path.stem for path in (self.folder / "img_emb").glob("*.npy")]
         self.stems = sorted((name for name in names if _STEM.fullmatch(name)), key=lambda name: (int(name[8:]), name))
@@ -75,7 +76,7 @@ class ClipRetrievalFolder(ArrayFolder):
         path = self._metadata_path(stem)
         names = column_names(path)
         source = "image_path" if "key" not in names and "image_path" in names else "key"
-        found = read_table(path, [source, *(["uid"] if "uid" in names else [])])
+        found = read_table(path, [source, *(["uid"] if "uid" in names else [])], foreign=True)
         keys = self._strings(found[source], path, source)
         if keys.null_count:
             raise InputError(f"{path}: {source}: row {pc.index(pc.is_null(keys), True).as_py()} has no key")
@@ -94,7 +95,7 @@ class ClipRetrievalFolder(ArrayFolder):
             self.whole_table()
         return self.table(stem).select(["key", "status"])
 
-    def array(self, stem: str) -> np.ndarray:
+    def array(self, stem: str, *, by_rows: bool = False) -> np.ndarray:
         """[n, D] float16 or float32 of length 1, memory-mapped if they are so on disk, row-aligned with the table."""
         array, rows = self._stored(stem), self.table(stem).num_rows
         path = self._array_path(stem)
@@ -136,7 +137,7 @@ class ClipRetrievalFolder(ArrayFolder):
         return table
 
     @staticmethod
-    def _strings(column: pa.ChunkedArray, path: Path, name: str) -> pa.ChunkedArray:
+    def _strings(column: pa.ChunkedArray, path: AnyPath, name: str) -> pa.ChunkedArray:
         try:
             return column.cast(pa.string())
         except pa.ArrowException as error:
@@ -149,10 +150,10 @@ class ClipRetrievalFolder(ArrayFolder):
             raise InputError(f"{path}: expected [n, D] float16 or float32, found {list(array.shape)} {array.dtype}")
         return array
 
-    def _array_path(self, stem: str) -> Path:
+    def _array_path(self, stem: str) -> AnyPath:
         return self.folder / "img_emb" / f"{stem}.npy"
 
-    def _metadata_path(self, stem: str) -> Path:
+    def _metadata_path(self, stem: str) -> AnyPath:
         return self.folder / "metadata" / f"metadata_{stem.removeprefix('img_emb_')}.parquet"
 
 
@@ -188,7 +189,8 @@ def bind_embeddings(source: str | Path, shards: ShardSpec, out: str | Path, dry_
         index = indexes[stem]
         array = np.full((len(index.samples), *folder.metadata["shape"]), np.nan, dtype=np.float16)
         labels, uids, errors = [], [], []
-        with ShardReader(index.path) as reader:
+        with ShardReader(index.path, index.size, index.version) as reader:
+            reader.will_read(annotation_ranges(index.samples))
             for place, (sample, row) in enumerate(zip(index.samples, rows[stem].tolist(), strict=True)):
                 label, uid, error = read_annotations(reader, sample)
                 if error is None and row < 0:
@@ -201,7 +203,7 @@ def bind_embeddings(source: str | Path, shards: ShardSpec, out: str | Path, dry_
                 labels.append(label)
                 uids.append(uid)
                 errors.append(error)
-        write_array(Path(out) / f"{stem}.npy", array)
+        write_array(as_path(out) / f"{stem}.npy", array)
         bar.advance(len(index.samples))
         return base_table(index.path.name, index.samples, labels, uids, errors)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,18 @@ from safetensors.numpy import save_file
 from diffprune.arrays import ArrayFolder
 from diffprune.engines import Engine, run_stage
 from diffprune.errors import InputError
-from diffprune.files import atomic_path
+from diffprune.files import atomic_path, fingerprint
 from diffprune.hierarchical_kmeans import HierarchicalKMeans
 from diffprune.kmeans import KMeans
 from diffprune.kmeans_faiss import faiss_centroids
 from diffprune.kmeans_points import Part
 from diffprune.progress import Progress
+from diffprune.quantities import parse_bytes
 from diffprune.rank_talk import ALONE, RankTalk
-from diffprune.tables import BASE_COLUMNS, read_folder
+from diffprune.storage import AnyPath, as_path
+from diffprune.storage.folders import partials_folder
+from diffprune.storage.spool import local_file
+from diffprune.tables import BASE_COLUMNS, STAGE_FILE, read_folder
 
 CENTROIDS_FILE = "centroids.safetensors"
 ENGINES = ("diffprune", "faiss")
@@ -84,7 +88,7 @@ def cluster(
     if talk.size > 1 and (engine == "faiss" or batch_size or init == "split"):
         raise InputError("cluster: under torchrun it takes no engine faiss, batch_size or init split")
     source = EmbeddingRows(embeddings, talk)
-    out = Path(out)
+    out = as_path(out)
     options = {"max_iter": max_iter, "tol": tol, "metric": metric, "seed": seed}
     config = {
         "method": "cluster",
@@ -101,7 +105,8 @@ def cluster(
     options["memory"] = parse_bytes(memory)
     fitted: dict[str, np.ndarray] = {}
 
-    saved = out / CENTROIDS_FILE
+    partials = partials_folder(out, fingerprint(config))
+    saved, latest = out / CENTROIDS_FILE, partials / "rounds.safetensors"
     about: dict[str, Any] = {}
 
     def fit() -> None:
@@ -123,12 +128,18 @@ def cluster(
                 start = faiss_centroids(source.parts, k, keys=source.keys, **options), {**options, "max_iter": 0}
                 rounds = max_iter
             given = {"n_init": n_init, "batch_size": batch_size, **start[1]}
-            kmeans = KMeans(k, init=start[0], **given).fit(source.parts, keys=source.keys, talk=talk)
+            kmeans = KMeans(k, init=start[0], **given).fit(source.parts, keys=source.keys, talk=talk, rounds=latest)
             fitted.update(cluster=kmeans.assignment_, distance=kmeans.distance_)
             about.update(inertia=kmeans.inertia_, iterations=kmeans.n_iter_ if rounds is None else rounds)
             fitted["centroids"] = kmeans.centroids_
 
-    def keep() -> None:
+    def begin() -> None:
+        try:
+            fit()
+        except InputError:
+            if not talk.rank and not saved.is_file() and not latest.is_file():  # there is nothing to go on with
+                (out / STAGE_FILE).unlink(missing_ok=True)
+            raise
         if talk.rank or "centroids" not in fitted:
             return
         with atomic_path(saved) as temporary:
@@ -152,13 +163,14 @@ def cluster(
         source.stems,
         work,
         total=source.rows * talk.size,
-        prepare=fit,
-        begin=keep,
+        begin=begin,
         dry_run=dry_run,
         engine=Engine(ranks=talk),
     )
     if dry_run:
         return {**summary, "k": k, "dimensions": source.dimensions}
+    if not talk.rank:
+        shutil.rmtree(partials, ignore_errors=True)
     return {**summary, "k": k, **_sizes(out), **_fit_summary(saved)}
 
 
@@ -182,21 +194,21 @@ class EmbeddingRows:
             twice = next(stem for stem in self.stems if self.stems.count(stem) > 1)
             raise InputError(f"cluster: shard {twice!r} is in two of the folders; names of shards must be unique")
         self.parts: list[Part] = []
-        self.spans: dict[str, tuple[int, np.ndarray]] = {}  # stem -> its first row here, and which rows are ok
+        self.spans: dict[str, tuple[int, np.ndarray, int]] = {}  # its first row here, which rows are ok, of how many
         self.rows, keys = 0, []
         for stem in Engine(ranks=talk).mine(self.stems):
             folder = self.folders[stem]
             table = folder.keys(stem)
             ok = pc.equal(table["status"], "ok")
             rows = np.flatnonzero(ok.to_numpy())
-            array = folder.array(stem)
+            array = folder.array(stem, by_rows=True)
             self.parts.append(Part(array, None if len(rows) == len(array) else rows))
-            self.spans[stem] = (self.rows, rows)
+            self.spans[stem] = (self.rows, rows, len(array))
             keys.append(table["key"].filter(ok))
             self.rows += len(rows)
         self.keys = pa.chunked_array([chunk for column in keys for chunk in column.chunks], pa.string())
         if not self.parts and self.stems:  # more processes than shards: this one has none of their rows
-            array = self.folders[self.stems[0]].array(self.stems[0])
+            array = self.folders[self.stems[0]].array(self.stems[0], by_rows=True)
             self.parts.append(Part(array, np.zeros(0, dtype=np.int64)))
         self.dimensions = self.parts[0].array.shape[1] if self.parts else 0
         self.fingerprint = opened[0].fingerprint if len(opened) == 1 else [folder.fingerprint for folder in opened]
@@ -212,8 +224,7 @@ class EmbeddingRows:
 
     def column(self, stem: str, values: np.ndarray, dtype: pa.DataType) -> pa.Array:
         """The part of ``values`` [rows] that is of one shard, null for failed samples."""
-        first, rows = self.spans[stem]
-        total = len(self.folders[stem].array(stem))
+        first, rows, total = self.spans[stem]
         column, missing = np.zeros(total, values.dtype), np.ones(total, bool)
         column[rows], missing[rows] = values[first : first + len(rows)], False
         return pa.array(column.astype(dtype.to_pandas_dtype()), dtype, mask=missing)
@@ -241,17 +252,6 @@ def _twice(keys: pa.ChunkedArray, talk: RankTalk) -> str | None:
     return "a key of other processes stands in it twice" if key is None else f"key {key!r} stands in it twice"
 
 
-def parse_bytes(size: int | str | None) -> int | None:
-    """A number of bytes: 1000, "500MB", "2GiB"."""
-    if size is None or isinstance(size, int):
-        return size
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", size.strip(), re.IGNORECASE)
-    if not found:
-        raise InputError(f"memory: expected bytes such as 500MB or 2GiB, got {size!r}")
-    number, prefix, binary = found.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
-
-
 def _same_model(first: ArrayFolder, other: ArrayFolder) -> None:
     for name in ("model", "model_sha256", "shape"):
         one, another = first.metadata.get(name), other.metadata.get(name)
@@ -262,20 +262,20 @@ def _same_model(first: ArrayFolder, other: ArrayFolder) -> None:
             )
 
 
-def load_centroids(path: Path) -> np.ndarray:
+def load_centroids(path: AnyPath) -> np.ndarray:
     """float32 [k, D] of a file that ``cluster`` wrote; InputError if it is damaged."""
     try:
-        with safe_open(path, framework="numpy") as file:
+        with local_file(path) as local, safe_open(local, framework="numpy") as file:
             return file.get_tensor("centroids")
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a readable safetensors file ({error}); delete it and run again") from error
 
 
-def _fit_summary(centroids: Path) -> dict[str, float]:
-    with safe_open(centroids, framework="numpy") as file:
+def _fit_summary(centroids: AnyPath) -> dict[str, float]:
+    with local_file(centroids) as local, safe_open(local, framework="numpy") as file:
         return json.loads(file.metadata()["fit"])
 
 
-def _sizes(out: Path) -> dict[str, int]:
+def _sizes(out: AnyPath) -> dict[str, int]:
     counts = pc.value_counts(pc.drop_null(read_folder(out, ["cluster"])["cluster"])).field("counts").to_numpy(False)
     return {"smallest_cluster": int(counts.min()), "largest_cluster": int(counts.max())}

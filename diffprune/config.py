@@ -2,6 +2,8 @@
 
     [model]              # VqvaeConfig or DitConfig
     hidden_size = 128
+    [loss]               # LossConfig, of a VQ-VAE
+    lpips_weight = 1.0
     [train]              # TrainConfig
     steps = 1000
 
@@ -19,52 +21,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from diffprune.config_autoencoder import LossConfig, VqvaeConfig
+from diffprune.config_checks import expect
 from diffprune.errors import InputError
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-
-@dataclass(frozen=True)
-class VqvaeConfig:
-    """A VQ-VAE's architecture: the arguments of ``models.vqvae.VQVAE``."""
-
-    image_size: int = 32
-    """Height and width in pixels, a multiple of 2 ** len(channel_multipliers)."""
-    in_channels: int = 1
-    """1 for luminance, 3 for RGB."""
-    base_channels: int = 8
-    """Channels at full resolution."""
-    channel_multipliers: tuple[int, ...] = (2, 6)
-    """One entry per halving of the resolution: channels there, over base_channels."""
-    blocks_per_level: int = 1
-    """Residual blocks at each of these resolutions, in the encoder and in the decoder."""
-    latent_channels: int = 2
-    """Channels of a latent, which is also the length of a code."""
-    codebook_size: int = 512
-    """Number of codes."""
-    commitment_weight: float = 0.25
-    """β of the VQ-VAE paper, equation 3."""
-    codebook_decay: float = 0.99
-    """γ of the codebook's moving average, per step."""
-    normalize_codes: bool = False
-    """Latents and codes of unit length, so that the nearest code is the one of the largest cosine (arXiv 2110.04627);
-    a large codebook of short codes is used better so. Needs at least 2 latent_channels."""
-
-    def __post_init__(self) -> None:
-        for name in ("image_size", "base_channels", "blocks_per_level", "latent_channels", "codebook_size"):
-            _expect(getattr(self, name) >= 1, self, name, "at least 1")
-        _expect(self.in_channels in (1, 3), self, "in_channels", "1 or 3")
-        multipliers = self.channel_multipliers
-        _expect(multipliers and min(multipliers) >= 1, self, "channel_multipliers", "numbers of at least 1")
-        halvings = 2 ** len(multipliers)
-        _expect(self.image_size % halvings == 0, self, "image_size", f"a multiple of {halvings}")
-        _expect(self.commitment_weight >= 0, self, "commitment_weight", "at least 0")
-        _expect(0 < self.codebook_decay < 1, self, "codebook_decay", "between 0 and 1")
-        if self.normalize_codes:
-            _expect(self.latent_channels >= 2, self, "latent_channels", "at least 2 with normalize_codes")
 
 
 @dataclass(frozen=True)
@@ -105,18 +69,18 @@ class DitConfig:
 
     def __post_init__(self) -> None:
         for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads"):
-            _expect(getattr(self, name) >= 1, self, name, "at least 1")
+            expect(getattr(self, name) >= 1, self, name, "at least 1")
         patch, heads = self.patch_size, self.num_heads
-        _expect(self.input_size % patch == 0, self, "input_size", f"a multiple of patch_size {patch}")
-        _expect(self.hidden_size % heads == 0, self, "hidden_size", f"a multiple of num_heads {heads}")
-        _expect(self.hidden_size % 4 == 0, self, "hidden_size", "a multiple of 4")
+        expect(self.input_size % patch == 0, self, "input_size", f"a multiple of patch_size {patch}")
+        expect(self.hidden_size % heads == 0, self, "hidden_size", f"a multiple of num_heads {heads}")
+        expect(self.hidden_size % 4 == 0, self, "hidden_size", "a multiple of 4")
         if self.rope:
-            _expect(self.hidden_size // heads % 4 == 0, self, "hidden_size", f"a multiple of {4 * heads} with rope")
-        _expect(self.hidden_size * self.mlp_ratio >= 1, self, "mlp_ratio", "a positive number")
-        _expect(0 <= self.class_dropout_prob < 1, self, "class_dropout_prob", "at least 0 and below 1")
-        _expect(self.num_classes >= 0, self, "num_classes", "at least 0")
-        _expect(0 < self.time_scale < math.inf, self, "time_scale", "a positive number")
-        _expect(0 <= self.label_init_std < math.inf, self, "label_init_std", "at least 0")
+            expect(self.hidden_size // heads % 4 == 0, self, "hidden_size", f"a multiple of {4 * heads} with rope")
+        expect(self.hidden_size * self.mlp_ratio >= 1, self, "mlp_ratio", "a positive number")
+        expect(0 <= self.class_dropout_prob < 1, self, "class_dropout_prob", "at least 0 and below 1")
+        expect(self.num_classes >= 0, self, "num_classes", "at least 0")
+        expect(0 < self.time_scale < math.inf, self, "time_scale", "a positive number")
+        expect(0 <= self.label_init_std < math.inf, self, "label_init_std", "at least 0")
 
 
 @dataclass(frozen=True)
@@ -162,18 +126,32 @@ class TrainConfig:
     """Mirror half of the samples, drawn anew each time: images, or latents that `encode --flip-twins` wrote."""
     explosion_factor: float = 20.0
     """Stop when the loss is this many times the median of the last 100 steps; 0 never does."""
+    noise: Literal["generator", "counter"] = "generator"
+    """Where a DiT's noise comes from: drawn for the whole batch ahead of the step, or made on the device, in each pass
+    over it, from a counter (``kernels.philox``), which is never stored and which `flow_matching_loss` needs."""
+    ops: Literal["auto", "torch", "diffprune", "reference", "triton"] = "auto"
+    """Form of a DiT's attention, adaLN and loss, see ``models.ops``: PyTorch's, this package's ops, or one
+    implementation of those by name; auto is what measured faster. The same step but for rounding."""
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes: each has all weights, or its part of them (FSDP2, block by block): less memory, more
+    traffic, the same step but for rounding."""
+    sample_every: int = 0
+    """Steps between grids of images that a DiT draws, samples/step_*.png; the last step then has one too. Needs the
+    VQ-VAE of its latents. 0 draws none."""
+    tensorboard: bool = False
+    """Also write the log for TensorBoard, into the folder tensorboard/."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "checkpoint_every", "log_every", "accumulate"):
-            _expect(getattr(self, name) >= 1, self, name, "at least 1")
-        for name in ("warmup_steps", "weight_decay", "grad_clip"):
-            _expect(getattr(self, name) >= 0, self, name, "at least 0")
-        _expect(self.accumulate <= self.batch_size, self, "accumulate", f"at most batch_size {self.batch_size}")
+            expect(getattr(self, name) >= 1, self, name, "at least 1")
+        for name in ("warmup_steps", "weight_decay", "grad_clip", "sample_every"):
+            expect(getattr(self, name) >= 0, self, name, "at least 0")
+        expect(self.accumulate <= self.batch_size, self, "accumulate", f"at most batch_size {self.batch_size}")
         factor = self.explosion_factor
-        _expect(factor == 0 or 1 < factor < math.inf, self, "explosion_factor", "0, or a number above 1")
-        _expect(0 < self.lr < math.inf, self, "lr", "a positive number")
-        _expect(0 <= self.ema_decay < 1, self, "ema_decay", "at least 0 and below 1")
-        _expect(0 <= self.seed < 2**32, self, "seed", "at least 0 and below 2**32")
+        expect(factor == 0 or 1 < factor < math.inf, self, "explosion_factor", "0, or a number above 1")
+        expect(0 < self.lr < math.inf, self, "lr", "a positive number")
+        expect(0 <= self.ema_decay < 1, self, "ema_decay", "at least 0 and below 1")
+        expect(0 <= self.seed < 2**32, self, "seed", "at least 0 and below 2**32")
 
 
 @dataclass(frozen=True)
@@ -181,6 +159,7 @@ class VqvaeRun:
     """All that ``train_vqvae`` needs to know beside the data."""
 
     model: VqvaeConfig = field(default_factory=VqvaeConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(ema_decay=0.0))
 
     def __post_init__(self) -> None:
@@ -194,6 +173,22 @@ class VqvaeRun:
                 raise InputError(f"train.{name}: expected false for a VQ-VAE: it is done by a DiT's blocks")
         if self.train.timesteps != "uniform":
             raise InputError(f"train.timesteps: a VQ-VAE draws no times, got {self.train.timesteps!r}")
+        plain = {"noise": ("generator",), "ops": ("auto", "torch"), "sharding": ("ddp",), "sample_every": (0,)}
+        for name, values in plain.items():
+            if getattr(self.train, name) not in values:
+                raise InputError(f"train.{name}: is a DiT's, got {getattr(self.train, name)!r} for a VQ-VAE")
+        if self.loss.adversarial_weight and self.train.accumulate > 1:
+            raise InputError(
+                f"train.accumulate: expected 1 with loss.adversarial_weight, got {self.train.accumulate}: the adaptive "
+                "weight is one of the whole batch"
+            )
+        # Below: 2 more convolutions of kernel 4, stride 1, padding 1, each of which takes a row and a column away.
+        patches = self.model.image_size // 2**self.loss.discriminator_layers - 2
+        if self.loss.adversarial_weight and patches < 1:
+            raise InputError(
+                f"loss.discriminator_layers: {self.loss.discriminator_layers} halvings leave no patch of images of "
+                f"{self.model.image_size} pixels; use fewer"
+            )
 
 
 @dataclass(frozen=True)
@@ -210,8 +205,14 @@ Changes = dict[tuple[str, str], Any]
 _RUNS = {"vqvae": VqvaeRun, "dit": DitRun}
 # Fields that came after the first checkpoints, and what those were made with.
 _TRAIN_BEFORE = {"accumulate": 1, "activation_checkpointing": False, "compile": False, "timesteps": "uniform"}
-_TRAIN_BEFORE |= {"flip": False, "explosion_factor": 0.0}
-_MODEL_BEFORE = {"vqvae": {"normalize_codes": False}, "dit": {"qk_norm": False, "rope": False}}
+_TRAIN_BEFORE |= {"flip": False, "explosion_factor": 0.0, "noise": "generator", "ops": "torch", "sharding": "ddp"}
+_TRAIN_BEFORE |= {"sample_every": 0, "tensorboard": False}
+_VQVAE_BEFORE = {"normalize_codes": False, "kind": "vq", "backbone": "compact", "attention_levels": ()}
+_VQVAE_BEFORE |= {"mid_attention": True, "norm_groups": 32, "z_channels": 0, "latent_shift": 0.0}
+_MODEL_BEFORE = {"vqvae": _VQVAE_BEFORE, "dit": {"qk_norm": False, "rope": False}}
+_LOSS_BEFORE = {"pixel": "l2", "kl_weight": 1e-6, "lpips_weight": 0.0, "adversarial_weight": 0.0}
+_LOSS_BEFORE |= {"lpips_linear": "vgg.pth", "lpips_vgg16": "vgg16-397923af.pth", "adversarial_start": 0}
+_LOSS_BEFORE |= {"discriminator_channels": 64, "discriminator_layers": 3}
 
 
 def load_config(path: str | Path | None, kind: Literal["vqvae", "dit"], overrides: Iterable[str] = ()) -> Run:
@@ -255,7 +256,7 @@ def section_from_table(section: type[Section], values: Any, where: str) -> Secti
 
 
 def to_dict(run: Run) -> dict[str, dict[str, Any]]:
-    """A run as JSON-able ``{"model": {...}, "train": {...}}``; ``from_dict`` turns it back."""
+    """A run as JSON-able ``{"model": {...}, "train": {...}, ...}``; ``from_dict`` turns it back."""
     sections = dataclasses.asdict(run)
     return {
         section: {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
@@ -272,6 +273,8 @@ def from_dict(kind: Literal["vqvae", "dit"], sections: Any, where: str) -> Run:
     run = _run_type(kind)()
     before = {("model", key): value for key, value in _MODEL_BEFORE[kind].items()}
     before |= {("train", key): value for key, value in _TRAIN_BEFORE.items()}
+    if kind == "vqvae":
+        before |= {("loss", key): value for key, value in _LOSS_BEFORE.items()}
     changes = before | _changes(run, sections, where)
     for section, values in to_dict(run).items():
         for key in values:
@@ -355,8 +358,3 @@ def _described(expected: Any) -> str:
     if typing.get_origin(expected) is tuple:
         return f"a list of {typing.get_args(expected)[0].__name__}"
     return f"a{'n' if expected is int else ''} {expected.__name__}"
-
-
-def _expect(condition: Any, config: Any, name: str, expected: str) -> None:
-    if not condition:
-        raise InputError(f"{type(config).__name__}.{name}: expected {expected}, got {getattr(config, name)!r}")

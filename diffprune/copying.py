@@ -5,21 +5,31 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterable
-from pathlib import Path
+from typing import TYPE_CHECKING, Union
 
 from diffprune.errors import InputError
+from diffprune.shards import ShardReader
+from diffprune.storage import AnyPath, RemotePath
+
+if TYPE_CHECKING:
+    from diffprune.storage.writing import Writer
+
+Target = Union[int, "Writer"]  # a file descriptor, or an upload
 
 _COPY_BYTES = 4 << 20
 # What a kernel or file system that cannot do it answers: then the next way is tried.
 _UNABLE = {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ENOTSOCK}
 
 
-def copy_ranges(source: Path, ranges: Iterable[tuple[int, int]], target: int) -> None:
-    """Append the bytes [begin, end) of each range of ``source`` to the file descriptor ``target``.
+def copy_ranges(source: AnyPath, ranges: Iterable[tuple[int, int]], target: Target) -> None:
+    """Append the bytes [begin, end) of each range of ``source`` to ``target``.
 
-    By ``copy_file_range``, which some file systems do without moving a byte, else ``sendfile``, else through memory.
-    Raises InputError if ``source`` ends before a range does.
+    Between two local files by ``copy_file_range``, which some file systems do without moving a byte, else ``sendfile``,
+    else through memory; from or to a URL through memory. Raises InputError if ``source`` ends before a range does.
     """
+    if isinstance(source, RemotePath) or not isinstance(target, int):
+        _copy_through_memory(source, list(ranges), target)
+        return
     ways = [way for name, way in _WAYS.items() if name == "read" or hasattr(os, name)]
     with open(source, "rb", buffering=0) as file:
         for begin, end in ranges:
@@ -42,11 +52,22 @@ def copy_ranges(source: Path, ranges: Iterable[tuple[int, int]], target: int) ->
                     ways = ways[1:]
 
 
-def write_all(target: int, data: bytes) -> None:
-    """Append ``data`` to the file descriptor ``target``, all of it."""
+def write_all(target: Target, data: bytes) -> None:
+    """Append ``data`` to ``target``, all of it."""
+    if not isinstance(target, int):
+        target.write(data)
+        return
     view = memoryview(data)
     while view:
         view = view[os.write(target, view) :]
+
+
+def _copy_through_memory(source: AnyPath, ranges: list[tuple[int, int]], target: Target) -> None:
+    with ShardReader(source) as reader:
+        reader.will_read(ranges)
+        for begin, end in ranges:
+            for at in range(begin, end, _COPY_BYTES):
+                write_all(target, reader.span(at, min(_COPY_BYTES, end - at)))
 
 
 def _copy_file_range(source: int, target: int, begin: int, size: int) -> int:

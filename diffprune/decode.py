@@ -34,13 +34,16 @@ __all__ = [
     "Resizer",
     "center_crop",
     "decode_image",
+    "decoding_threads",
     "load_images",
     "read_annotations",
     "read_batches",
+    "read_image",
 ]
 
 MAX_IMAGE_BYTES = 256 << 20
 MAX_JSON_BYTES = 16 << 20
+_MAX_CLS_BYTES = 64
 MAX_THREADS = 16
 
 
@@ -87,8 +90,9 @@ def read_batches(
     decoding = Decoding(size, channels, strict, max_pixels)
     samples = [sample for sample in index.samples if keys is None or sample.key in keys]
     rows = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
-    threads = threads or _cores()
-    with ShardReader(index.path, index.size) as reader:
+    threads = threads or decoding_threads()
+    with ShardReader(index.path, index.size, index.version) as reader:
+        reader.will_read(_ranges(samples))
         if threads == 1:
             for batch in rows:
                 yield _Pending(reader, batch, decoding, None).batch()
@@ -197,7 +201,7 @@ class _Pending:
             if error is None:
                 room = None if self.images is None else self.images[place]
                 try:
-                    pixels, note = self.decoding.decode(_read_image(self.reader, sample), room)
+                    pixels, note = self.decoding.decode(read_image(self.reader, sample), room)
                 except DecodeError as failure:
                     error = str(failure)
                     if room is not None:
@@ -227,12 +231,30 @@ def _size(shape: tuple[int, ...]) -> str:
     return f"{shape[2]}×{shape[1]}"
 
 
-def _cores() -> int:
+def annotation_ranges(samples: Iterable[Sample]) -> Iterator[tuple[int, int]]:
+    """What ``read_annotations`` reads of these samples, as ``ShardReader.will_read`` wants it."""
+    for sample in samples:
+        for name, limit in (("cls", _MAX_CLS_BYTES), ("json", MAX_JSON_BYTES)):
+            if (member := sample.member(name)) is not None and (name == "cls" or member.size <= limit):
+                yield member.data_offset, member.data_offset + min(member.size, limit)
+
+
+def _ranges(samples: Iterable[Sample]) -> Iterator[tuple[int, int]]:
+    """What a batch reads of these samples."""
+    for sample in samples:
+        yield from annotation_ranges([sample])
+        if len(images := sample.images()) == 1 and images[0].size <= MAX_IMAGE_BYTES:
+            yield images[0].data_offset, images[0].data_offset + images[0].size
+
+
+def decoding_threads() -> int:
+    """As many as there are cores, at most 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, MAX_THREADS)
 
 
-def _read_image(reader: ShardReader, sample: Sample) -> bytes:
+def read_image(reader: ShardReader, sample: Sample) -> bytes:
+    """The bytes of a sample's one image; DecodeError if it has none, several, or one that is too long."""
     images = sample.images()
     if len(images) != 1:
         names = ", ".join(member.name for member in (images or sample.members))
@@ -246,7 +268,7 @@ def _read_label(reader: ShardReader, sample: Sample) -> int | None:
     member = sample.member("cls")
     if member is None:
         return None
-    text = reader.read(member, limit=64)
+    text = reader.read(member, limit=_MAX_CLS_BYTES)
     try:
         label = int(text)
     except ValueError:
@@ -260,8 +282,9 @@ def _read_uid(reader: ShardReader, sample: Sample) -> str | None:
     member = sample.member("json")
     if member is None or member.size > MAX_JSON_BYTES:
         return None
+    text = reader.read(member)
     try:
-        fields = json.loads(reader.read(member))
+        fields = json.loads(text)
     except (ValueError, RecursionError):
         return None
     uid = fields.get("uid") if isinstance(fields, dict) else None

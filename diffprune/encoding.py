@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,16 +16,20 @@ from diffprune.checkpoints import load_vqvae
 from diffprune.clip_retrieval import bind_embeddings
 from diffprune.decode import MAX_PIXELS, Batch
 from diffprune.device import full_float32, pick_device
+from diffprune.draws import draw_noise
 from diffprune.engines import TableWriter, open_workers, run_stage
 from diffprune.errors import InputError
 from diffprune.failures import MAX_FAILURES, Tally
 from diffprune.files import read_json
 from diffprune.image_maps import ImageMap, Indexed, Network, Reading
+from diffprune.latent_scales import missing_latent_scale
 from diffprune.local_workers import Advance, Relay, Task
 from diffprune.models.embedders import load_embedder
+from diffprune.models.kl import KLAutoencoder
 from diffprune.prefetch import Prefetch
 from diffprune.progress import Progress
 from diffprune.shards import ShardIndex, ShardSpec
+from diffprune.storage import AnyPath, as_path, existing
 
 
 def encode(
@@ -34,35 +38,43 @@ def encode(
     out: str | Path,
     *,
     flip_twins: bool = False,
+    posterior_seed: int | None = None,
     batch_size: int = 256,
     device: str = "auto",
     strict_decode: bool = True,
     max_pixels: int = MAX_PIXELS,
     workers: int = 1,
     part: str | None = None,
+    ray: str | None = None,
     max_failures: int = MAX_FAILURES,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Write the VQ-VAE latents of every image: ``<out>/<shard>.npy`` float16 [n, C, H, W] beside a table of keys.
 
-    ``vqvae`` is a checkpoint or a run folder of ``train vqvae``. Latents are the encoder's output before quantisation,
-    times the checkpoint's ``latent_scale``. An image that cannot be decoded is a failed row, NaN in the array.
+    ``vqvae`` is a checkpoint or a run folder of ``train vqvae``, or an autoencoder of another program, see
+    ``foreign_autoencoders.load_foreign_autoencoder``. Latents are the encoder's output before quantisation, times the
+    checkpoint's ``latent_scale``; where a file has none, it is measured here, see ``latent_scales``. Of a KL
+    autoencoder they are the posterior's means, or with ``posterior_seed`` a draw from it by (seed, sample key).
+    An image that cannot be decoded is a failed row, NaN in the array.
     ``flip_twins``: also write the latents of the images mirrored left to right, ``<shard>.flip.npy``, which training
     with ``train.flip`` takes half of the time.
     ``strict_decode`` and ``max_pixels``: see ``diffprune.decode.Decoding``. The next shard is read while this
     one is encoded. Returns counts (samples, failed, ...); shards that are done are skipped.
     ``workers``: so many processes take the shards, each with the model in its memory. ``part``: "3/64", only the third
-    of 64 parts of the shards; parts may run at once, on several machines. ``max_failures``: stop after so many images
-    in a row that fail; 0: never. See docs/scale.md.
+    of 64 parts of the shards; parts may run at once, on several machines. ``ray``: the address of a Ray cluster, or
+    "auto": its actors take the shards, as many as ``workers`` if given. ``max_failures``: stop after so many images in
+    a row that fail; 0: never. See docs/scale.md.
     """
+    reading = Reading(strict_decode, max_pixels)
+    scale = missing_latent_scale(vqvae, shards, pick_device(device), reading)
     images = _Images(
         "encode",
-        partial(_latents_network, vqvae, flip_twins, device),
-        Path(out),
+        partial(_latents_network, vqvae, flip_twins, device, scale, posterior_seed),
+        as_path(out),
         batch_size,
-        Reading(strict_decode, max_pixels),
+        reading,
     )
-    return _map_images(images, shards, workers, part, max_failures, dry_run)
+    return _map_images(images, shards, dry_run, workers=workers, part=part, ray=ray, max_failures=max_failures)
 
 
 def embed(
@@ -77,6 +89,7 @@ def embed(
     max_pixels: int = MAX_PIXELS,
     workers: int = 1,
     part: str | None = None,
+    ray: str | None = None,
     max_failures: int = MAX_FAILURES,
     dry_run: bool = False,
 ) -> dict[str, Any]:
@@ -85,51 +98,76 @@ def embed(
     Embeddings are L2-normalised, except those of FID's Inception, see ``models.inception.inception_features``, and of
     a classifier. ``model``: a folder or hub id of CLIP, OpenCLIP, SigLIP, DINOv2 or DINOv3, ``efficientnet-lite0``,
     ``vqvae:PATH``, ``classifier:PATH``, ``inception@SIZE:PATH``, or ``package.module:function``; see
-    docs/embedding.md. Images are prepared as the model was published with. ``clip-retrieval:PATH`` computes nothing: it
-    takes the embeddings that clip-retrieval wrote, by key.
+    docs/embedding.md. Images are prepared as the model was published with. ``clip-retrieval:PATH`` computes nothing:
+    it takes the embeddings that clip-retrieval wrote, by key.
     ``precision``: "float32", "bf16", or "auto": bf16 on a GPU. Failed images as in ``encode``; an embedding that is not
-    finite, or all zero, is a failed row too. ``workers``, ``part`` and ``max_failures`` as in ``encode``.
+    finite, or all zero, is a failed row too. ``workers``, ``part``, ``ray`` and ``max_failures`` as in
+    ``encode``.
     """
     if model.startswith("clip-retrieval:"):
-        if workers > 1 or part:
-            raise InputError("clip-retrieval: its embeddings are only copied; give no workers and no part")
+        if workers > 1 or part or ray:
+            raise InputError("clip-retrieval: its embeddings are only copied; give no workers, part or ray")
         return bind_embeddings(model.removeprefix("clip-retrieval:"), shards, out, dry_run)
     images = _Images(
         "embed",
         partial(_embedding_network, model, device, precision),
-        Path(out),
+        as_path(out),
         batch_size,
         Reading(strict_decode, max_pixels),
     )
-    return _map_images(images, shards, workers, part, max_failures, dry_run)
+    return _map_images(images, shards, dry_run, workers=workers, part=part, ray=ray, max_failures=max_failures)
 
 
-def vqvae_network(vqvae: str | Path, device: torch.device) -> Network:
-    """Images -> latents, by a VQ-VAE checkpoint or run folder."""
+def vqvae_network(
+    vqvae: str | Path, device: torch.device, scale: float | None = None, posterior_seed: int | None = None
+) -> Network:
+    """Images -> latents, by an autoencoder as ``encode`` takes it; ``scale``: of its latents if its file has none."""
     model, state = load_vqvae(vqvae, device)
+    is_kl = isinstance(model, KLAutoencoder)
+    if posterior_seed is not None and not is_kl:
+        raise InputError(f"posterior_seed: {vqvae} is a VQ-VAE, which draws nothing")
+    if posterior_seed is not None and not 0 <= posterior_seed < 2**32:
+        raise InputError(f"posterior_seed: expected a number from 0 to 2**32 - 1, got {posterior_seed}")
+    if scale is not None:
+        model.latent_scale.fill_(scale)
     head = {
         "kind": "latents",
-        "model": "vqvae",
+        "model": "kl-autoencoder" if is_kl else "vqvae",
         "model_sha256": state["sha256"],
         "latent_scale": float(model.latent_scale),
     }
+    if posterior_seed is not None:
+        head["posterior_seed"] = posterior_seed
 
-    def latents(images: torch.Tensor) -> torch.Tensor:
+    def latents(images: torch.Tensor, keys: Sequence[str] = (), draw: int = 0) -> torch.Tensor:
+        images = images.float() / 127.5 - 1
         with full_float32():
-            return model.encode(images.float() / 127.5 - 1)
+            if posterior_seed is None:
+                return model.encode(images)
+            noise = draw_noise(posterior_seed, keys, draw, model.latent_shape, device)
+            return model.scaled(model.drawn(images, noise))
 
-    return Network(latents, model.image_size, model.in_channels, head, str(vqvae), device)
-
-
-def _latents_network(vqvae: str | Path, flip_twins: bool, device: str) -> Network:
-    network = vqvae_network(vqvae, pick_device(device))
-    if flip_twins:
-        network = replace(network, function=_with_twin(network.function), head={**network.head, "flip_twins": True})
-    return network
+    return Network(
+        latents, model.image_size, model.in_channels, head, str(vqvae), device, keyed=posterior_seed is not None
+    )
 
 
-def _with_twin(latents: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda images: torch.stack([latents(images), latents(images.flip(-1))], dim=1)
+def with_twins(network: Network) -> Network:
+    """The same for each image and for its mirror image: [B, 2, ...]. Where latents are drawn, by draws 0 and 1."""
+    latents = network.function
+
+    def both(images: torch.Tensor, *keys: Sequence[str]) -> torch.Tensor:
+        mirrored = latents(images.flip(-1), *keys, draw=1)
+        return torch.stack([latents(images, *keys), mirrored], dim=1)
+
+    return replace(network, function=both, head={**network.head, "flip_twins": True})
+
+
+def _latents_network(
+    vqvae: str | Path, flip_twins: bool, device: str, scale: float | None, posterior_seed: int | None
+) -> Network:
+    network = vqvae_network(vqvae, pick_device(device), scale, posterior_seed)
+    return with_twins(network) if flip_twins else network
 
 
 def _embedding_network(model: str, device: str, precision: str) -> Network:
@@ -145,7 +183,7 @@ class _Images:
 
     stage: str
     network: Callable[[], Network]
-    out: Path
+    out: AnyPath
     batch_size: int
     reading: Reading
 
@@ -156,7 +194,7 @@ class _Images:
 class _Worker:
     """A network in memory, and what it makes of shards."""
 
-    def __init__(self, images: ImageMap, out: Path) -> None:
+    def __init__(self, images: ImageMap, out: AnyPath) -> None:
         self.images, self.out = images, out
         self.twins = images.network.head.get("flip_twins", False)  # each row is an image's and its mirror image's
 
@@ -180,21 +218,19 @@ class _Worker:
         return table
 
 
-def _map_images(
-    recipe: _Images, shards: ShardSpec, workers: int, part: str | None, max_failures: int, dry_run: bool
-) -> dict[str, Any]:
-    with open_workers(recipe, workers, part=part, max_failures=max_failures) as engine:
+def _map_images(recipe: _Images, shards: ShardSpec, dry_run: bool, **how: Any) -> dict[str, Any]:
+    """``how``: as ``open_workers``."""
+    with open_workers(recipe, **how) as engine:
         worker = recipe(shards)
         images, out = worker.images, recipe.out
         stems = list(images.indexes)
         if worker.twins:
             images.config["shape"] = list(images.row_shape[1:])
-        mine = set(engine.mine(stems))
+        mine = engine.mine(stems)
+        done = existing(out / f"{stem}.parquet" for stem in mine)
+        asked_for = {stem for stem in mine if out / f"{stem}.parquet" not in done}
 
-        def is_not_asked_for(stem: str) -> bool:
-            return stem not in mine or (out / f"{stem}.parquet").is_file()
-
-        with Prefetch(images.batches, stems, skip=is_not_asked_for) as batches:
+        with Prefetch(images.batches, stems, skip=lambda stem: stem not in asked_for) as batches:
             return run_stage(
                 recipe.stage,
                 out,

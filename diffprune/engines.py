@@ -2,8 +2,8 @@
 
 Every stage that walks over shards goes through ``run_stage``: it writes one table per shard, skips the shards that
 are done, refuses to go on with the work of another run, and leaves nothing half-written behind. The map runs in this
-process, in processes of this machine (``local_workers``), in several processes that torchrun started (``ranks``), or
-in several runs of a part each; the files are the same.
+process, in processes of this machine (``local_workers``), on a Ray cluster (``ray_workers``), in several processes that
+torchrun started (``rank_talk``), or in several runs of a part each; the files are the same.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from diffprune.local_workers import LocalWorkers, Task
 from diffprune.locks import folder_lock, is_lock, shard_claim
 from diffprune.progress import Progress, progress
 from diffprune.rank_talk import ALONE, RankTalk
+from diffprune.storage import AnyPath, as_path, existing
 from diffprune.tables import STAGE_FILE, read_stage, read_table, write_table
 
 Found = pa.Table | tuple[pa.Table, list[bool]]
@@ -73,7 +74,7 @@ class Engine:
         whole, rank, size = self.whole(shards), self.ranks.rank, self.ranks.size
         return whole[rank * len(whole) // size : (rank + 1) * len(whole) // size]
 
-    def lock(self, out: Path) -> AbstractContextManager[int | None]:
+    def lock(self, out: AnyPath) -> AbstractContextManager[int | None]:
         """Of the folder; the other ranks of a run leave it to the first."""
         if self.ranks.rank:
             return nullcontext()
@@ -84,7 +85,7 @@ class Engine:
 class TableWriter:
     """Writes the table of a shard, in whatever process: once, unless too many of its samples failed."""
 
-    out: Path
+    out: AnyPath
     about: dict[str, Any]  # in every table
     max_failures: int
     claim: bool  # other runs may be at work in the folder
@@ -100,6 +101,8 @@ class TableWriter:
             found = work()
             table, counts = found if isinstance(found, tuple) else (found, None)
             tally = Tally.of(table, counts)
+            if path.is_file():  # a copy of this shard came first
+                return tally
             (streaks or Streaks([stem], self.max_failures)).add(stem, tally)
             write_table(path, table, self.about)
             return tally
@@ -115,7 +118,6 @@ def run_stage(
     total: int,
     unit: str = "images",
     metadata: dict[str, Any] | None = None,
-    prepare: Callable[[], None] | None = None,
     begin: Callable[[], None] | None = None,
     dry_run: bool = False,
     engine: Engine | None = None,
@@ -126,8 +128,8 @@ def run_stage(
 
     ``config`` is everything that the result depends on (inputs included, JSON-able): its fingerprint goes into the
     folder and into each table, and a folder with another one is refused with a ResumeError that names what differs.
-    ``metadata`` is told to readers but not compared. ``prepare`` runs once, if any shard is to be done, before anything
-    is written; ``begin`` runs after it, when ``out`` is there and this stage's, and may keep files of its own in it.
+    ``metadata`` is told to readers but not compared. ``begin`` runs once, if any shard is to be done, when ``out`` is
+    there and this stage's; it may keep files of its own in it.
     ``work`` advances the progress itself; ``total`` counts ``unit``s to do here. With the engine's ``workers``
     they do ``task(stem, writer)`` instead, which has to end in ``writer.run``. ``told`` hears how each shard fared.
     Returns counts: shards, shards_done_before, samples, failed, first_error, out; of a part, where there is one.
@@ -135,7 +137,7 @@ def run_stage(
     Raises: BusyError where another run is at work in ``out``; StoppedError after too many failures in a row;
     WorkerError; DiskFullError; InputError for a folder that cannot be written to. What is finished is kept.
     """
-    out, engine = Path(out), engine or Engine()
+    out, engine = as_path(out), engine or Engine()
     stage = {
         "stage": name,
         "version": __version__,
@@ -150,7 +152,7 @@ def run_stage(
     whole = engine.whole(shards)
     if dry_run:
         check_resume(out, stage)
-        done = sum((out / f"{stem}.parquet").is_file() for stem in whole)
+        done = len(existing(out / f"{stem}.parquet" for stem in whole))
         plan = {"stage": name, "shards": len(whole), "shards_done_before": done, "out": str(out)}
         return {**plan, "dry_run": True, f"{unit}_in_all": total}
     check_resume(out, stage)  # before a folder is made
@@ -159,8 +161,6 @@ def run_stage(
         plan = {"stage": name, "shards": len(whole), "shards_done_before": len(whole) - len(todo), "out": str(out)}
         if engine.workers and lock is not None:
             engine.workers.hold(lock)
-        if todo and prepare:
-            prepare()
         if not engine.ranks.rank:
             with shard_claim(out, STAGE_FILE) if engine.part else nullcontext():
                 if not (out / STAGE_FILE).is_file():
@@ -202,7 +202,7 @@ def _map(
         yield stem, writer.run(stem, lambda stem=stem: work(stem, bar), streaks)
 
 
-def check_resume(out: Path, stage: dict[str, Any]) -> None:
+def check_resume(out: AnyPath, stage: dict[str, Any]) -> None:
     """Raise ResumeError if ``out`` holds the work of another stage, config or data set."""
     if not (out / STAGE_FILE).is_file():
         if out.is_dir() and any(not path.name.startswith(TEMPORARY_PREFIX) for path in out.iterdir()):
@@ -218,7 +218,7 @@ def check_resume(out: Path, stage: dict[str, Any]) -> None:
     )
 
 
-def count_rows(out: Path, shards: Sequence[str]) -> dict[str, Any]:
+def count_rows(out: AnyPath, shards: Sequence[str]) -> dict[str, Any]:
     """How many samples the tables of a stage hold, how many failed, and the first failure."""
     samples, failed, first_error = 0, 0, None
     for stem in shards:
@@ -242,7 +242,12 @@ def parse_part(part: str | None) -> tuple[int, int] | None:
 
 @contextmanager
 def open_workers(
-    recipe: Callable[[], Any], workers: int, *, part: str | None = None, max_failures: int = MAX_FAILURES
+    recipe: Callable[[], Any],
+    workers: int,
+    *,
+    part: str | None = None,
+    ray: str | None = None,
+    max_failures: int = MAX_FAILURES,
 ) -> Iterator[Engine]:
     """The engine that these options of a verb mean; ``recipe`` makes what each worker process holds."""
     if max_failures < 0:
@@ -250,8 +255,16 @@ def open_workers(
     if workers < 1:
         raise InputError(f"workers: expected 1 or more, got {workers}")
     ranks, parts = RankTalk.of_torchrun(), parse_part(part)
-    if ranks.size > 1 and (workers > 1 or parts):
-        raise InputError("torchrun's processes are the workers: give no --workers and no --part with it")
+    if ranks.size > 1 and (workers > 1 or parts or ray):
+        raise InputError("torchrun's processes are the workers: give no --workers, --part or --ray with it")
+    if ray and parts:
+        raise InputError("ray: a cluster does all parts; give no --part with it")
+    if ray:
+        from diffprune.ray_workers import RayWorkers
+
+        with RayWorkers(recipe, ray, workers if workers > 1 else None) as actors:
+            yield Engine(actors, parts, ranks, max_failures)
+        return
     if workers == 1:
         yield Engine(None, parts, ranks, max_failures)
         return
@@ -259,23 +272,24 @@ def open_workers(
         yield Engine(pool, parts, ranks, max_failures)
 
 
-def sweep(out: Path, stem: str | None = None) -> None:
+def sweep(out: AnyPath, stem: str | None = None) -> None:
     """Remove what a killed run left half-written: of one shard, or of all, if nobody else is at work in ``out``."""
     for leftover in out.glob(f"{TEMPORARY_PREFIX}*"):
         if not is_lock(leftover) and leftover.name.startswith(f"{TEMPORARY_PREFIX}{f'{stem}.' if stem else ''}"):
             leftover.unlink(missing_ok=True)
 
 
-def _claimed(out: Path, stage: dict[str, Any], whole: list[str], engine: Engine) -> list[str]:
+def _claimed(out: AnyPath, stage: dict[str, Any], whole: list[str], engine: Engine) -> list[str]:
     """The shards to do, the same list for all ranks."""
     if not engine.ranks.rank:
         check_resume(out, stage)  # again: before the lock was there, another run may have been
-    finished = engine.ranks.first([(out / f"{stem}.parquet").is_file() for stem in whole])
+    there = existing(out / f"{stem}.parquet" for stem in whole)
+    finished = engine.ranks.first([out / f"{stem}.parquet" in there for stem in whole])
     return [stem for stem, is_done in zip(whole, finished, strict=True) if not is_done]
 
 
 @contextmanager
-def _swept(out: Path, engine: Engine, whole: list[str]) -> Iterator[None]:
+def _swept(out: AnyPath, engine: Engine, whole: list[str]) -> Iterator[None]:
     """No leftovers before and after: of a run that was killed, and of this one's workers that were."""
 
     def sweep_ours() -> None:
@@ -298,21 +312,21 @@ def _swept(out: Path, engine: Engine, whole: list[str]) -> Iterator[None]:
 
 
 @contextmanager
-def _explained(out: Path, shards: list[str]) -> Iterator[None]:
+def _explained(out: AnyPath, shards: list[str]) -> Iterator[None]:
     """A full disk as a DiskFullError."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        done = sum((out / f"{stem}.parquet").is_file() for stem in shards)
+        done = len(existing(out / f"{stem}.parquet" for stem in shards))
         raise DiskFullError(
             f"{out}: no space left on the disk ({error}). {done} of {len(shards)} shards are finished and kept; free "
             "some space and run the same command again"
         ) from error
 
 
-def _rows(path: Path) -> int:
+def _rows(path: AnyPath) -> int:
     return read_table(path, ["status"]).num_rows
 
 

@@ -19,6 +19,27 @@ class DiskFullError(DiffpruneError):
     """A stage ran out of disk; what it had finished is kept."""
 
 
+class RemoteError(DiffpruneError):
+    """An object behind a URL could not be read or written; what was finished is kept.
+
+    ``kind``: "failed" (storage kept failing, however often it was asked), "denied", "expired" (credentials), "changed"
+    (the object is not the one that was indexed), "refused" (anything else that storage will not do).
+    """
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+    def __reduce__(self) -> tuple[type[RemoteError], tuple[str, str]]:
+        return RemoteError, (str(self), self.kind)
+
+
+def short(value: object) -> str:
+    """The value as a message shows it: a key from a stranger may be as long as it likes."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}… ({len(text):,} characters)"
+
+
 class BusyError(DiffpruneError):
     """Another run is at work in the output folder, or on the same shard."""
 

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from diffprune.errors import InputError
-from diffprune.files import atomic_path
+from diffprune.errors import InputError, short
+from diffprune.files import atomic_path, open_file
 from diffprune.progress import progress
 from diffprune.shards import ShardIndex, ShardSpec, index_shards
+from diffprune.storage import AnyPath, as_path
 from diffprune.tables import read_table
 
 
@@ -59,10 +60,10 @@ def export(
         raise InputError(f"format {format!r} describes shards: give those that {needs_shards}")
     if shards is not None and not needs_shards:
         raise InputError(f"format {format!r} needs no shards, got {shards}; leave them out")
-    out = Path(out)
+    out = as_path(out)
     if out.is_dir():
         raise InputError(f"{out}: expected a file to write, found a folder")
-    source = _Source(Path(kept), index_shards(shards) if shards is not None else [], out, split)
+    source = _Source(as_path(kept), index_shards(shards) if shards is not None else [], out, split)
     content = writes(source)
     report = {"format": format, "count": source.count, "out": str(out), "dry_run": dry_run}
     if shards is not None:
@@ -77,9 +78,9 @@ def export(
 class _Source:
     """What an export is made from."""
 
-    kept: Path
+    kept: AnyPath
     indexes: list[ShardIndex]
-    out: Path
+    out: AnyPath
     split: str
 
     @cached_property
@@ -98,7 +99,7 @@ class _Source:
         there = {sample.key for index in self.indexes for sample in index.samples}
         if lost := [key for key in self.keys if key not in there]:
             raise InputError(
-                f"{self.kept}: {len(lost)} of {self.count} keys, {lost[0]!r} first, are not in the shards given; "
+                f"{self.kept}: {len(lost)} of {self.count} keys, {short(lost[0])} first, are not in the shards given; "
                 "give the shards of this selection"
             )
 
@@ -127,7 +128,7 @@ def _datacomp(source: _Source) -> bytes:
     uids = table["uid"].to_pylist()
     for key, uid in zip(source.keys, uids, strict=True):
         if uid is None or not re.fullmatch(r"[0-9a-fA-F]{32}", uid):
-            raise InputError(f"{source.kept}: key {key!r}: expected a uid of 32 hex digits, found {uid!r}")
+            raise InputError(f"{source.kept}: key {short(key)}: expected a uid of 32 hex digits, found {uid!r}")
     halves = [(int(uid[:16], 16), int(uid[16:], 16)) for uid in uids]
     array = np.sort(np.array(halves, dtype="u8,u8"))
     if len(twice := np.flatnonzero(array[1:] == array[:-1])):
@@ -200,14 +201,15 @@ FORMATS: dict[str, tuple[Callable[[_Source], bytes], str]] = {  # what writes it
 }
 
 
-def _relative(path: Path, folder: Path) -> str:
+def _relative(path: AnyPath, folder: AnyPath) -> str:
     path, folder = path.resolve(), folder.resolve()
-    return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
+    below = type(path) is type(folder) and path.is_relative_to(folder)
+    return str(path.relative_to(folder)) if below else str(path)
 
 
-def _md5(path: Path) -> str:
+def _md5(path: AnyPath) -> str:
     digest = hashlib.md5(usedforsecurity=False)
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

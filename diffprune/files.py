@@ -9,11 +9,22 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from diffprune.errors import InputError
+from diffprune.storage import AnyPath, RemotePath, as_path, local_path
+
+if TYPE_CHECKING:
+    from diffprune.storage.writing import Writer
 
 TEMPORARY_PREFIX = ".tmp-"
+_writer = ""
+
+
+def set_writer(name: str) -> None:
+    """Put ``name`` into this process's temporary names: another one may be writing the same file, the same bytes."""
+    global _writer
+    _writer = name
 
 
 @contextmanager
@@ -22,11 +33,17 @@ def atomic_path(path: str | Path, *, sync_folder: bool = True) -> Iterator[Path]
 
     The temporary name is a function of ``path``, so a run that was killed leaves at most one such file, which
     the next run overwrites. ``sync_folder=False`` leaves it to the next file of the folder to make the name, not the
-    content, last through a power cut.
+    content, last through a power cut. A URL becomes an object in the same way; the temporary file is local then.
     """
-    path = Path(path)
+    path = as_path(path)
+    if isinstance(path, RemotePath):
+        from diffprune.storage.writing import writing_file
+
+        with writing_file(path) as temporary:
+            yield temporary
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(TEMPORARY_PREFIX + path.name)
+    temporary = path.with_name(TEMPORARY_PREFIX + _writer + path.name)
     try:
         yield temporary
         _fsync(temporary)
@@ -38,12 +55,25 @@ def atomic_path(path: str | Path, *, sync_folder: bool = True) -> Iterator[Path]
 
 
 @contextmanager
+def atomic_file(path: AnyPath, *, buffering: int = -1, sync_folder: bool = True) -> Iterator[Writer]:
+    """As ``atomic_path``, but yield what to write to: a file of the temporary path, or an upload to a URL."""
+    if isinstance(path, RemotePath):
+        from diffprune.storage.writing import writing
+
+        with writing(path) as target:
+            yield target
+        return
+    with atomic_path(path, sync_folder=sync_folder) as temporary, open(temporary, "wb", buffering=buffering) as file:
+        yield file
+
+
+@contextmanager
 def atomic_dir(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder beside ``path``; it becomes ``path`` if the block ends without an exception.
 
     A folder already at ``path`` is replaced.
     """
-    path = Path(path)
+    path = local_path(path, "checkpoints")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(TEMPORARY_PREFIX + path.name)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -71,17 +101,27 @@ def write_json(path: str | Path, value: Any) -> None:
 def read_json(path: str | Path) -> Any:
     """Read a JSON file; raises InputError that names it if it is missing or malformed."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(as_path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from error
 
 
+def open_file(path: str | os.PathLike) -> BinaryIO:
+    """Open a file, or the object behind a URL, to read its bytes from front to back or anywhere."""
+    path = as_path(path)
+    if isinstance(path, RemotePath):
+        from diffprune.storage.reading import open_remote
+
+        return open_remote(path)
+    return open(path, "rb")
+
+
 def sha256_file(path: str | Path) -> str:
     """SHA-256 of a file's bytes, as 64 hex digits."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -17,6 +17,7 @@ from diffprune.checkpoints import load_dit, load_vqvae
 from diffprune.draws import draw_noise
 from diffprune.errors import DiffpruneError, InputError
 from diffprune.flow import FIXED_STEP_METHODS, guided_velocity, sample_ode
+from diffprune.models.autoencoder import Autoencoder
 from diffprune.models.dit import DiT
 from diffprune.ode import solve_adaptive
 
@@ -70,24 +71,26 @@ class Sampler:
 
     def __init__(
         self,
-        checkpoint: str | Path,
-        vqvae: str | Path,
-        coarse: str | Path | None,
+        dit: tuple[DiT, dict[str, Any]],
+        vqvae: tuple[Autoencoder, dict[str, Any]],
+        coarse: tuple[DiT, dict[str, Any]] | None,
         coarse_until: float | None,
-        weights: str,
         device: torch.device,
     ) -> None:
+        """Models with their checkpoints' states, as ``load_dit`` and ``load_vqvae`` give them."""
         self.device = device
-        self.dit, self.dit_state = load_dit(checkpoint, weights, device)
-        self.vqvae, self.vqvae_state = load_vqvae(vqvae, device)
+        self.dit, self.dit_state = dit
+        self.vqvae, self.vqvae_state = vqvae
         self._check_latents(self.dit_state)
+        if not self.vqvae.latent_scale.isfinite():  # measured when the latents were made
+            self.vqvae.latent_scale.fill_(self.dit_state["latents"]["latent_scale"])
         if (coarse is None) != (coarse_until is None):
             raise InputError("coarse and coarse_until: expected both or neither")
-        self.coarse, self.coarse_state, self.coarse_until = None, None, coarse_until
+        self.coarse, self.coarse_state = coarse or (None, None)
+        self.coarse_until = coarse_until
         if coarse is not None:
             if not 0 < coarse_until < 1:
                 raise InputError(f"coarse_until: expected a time between 0 (noise) and 1 (data), got {coarse_until}")
-            self.coarse, self.coarse_state = load_dit(coarse, weights, device)
             self._check_latents(self.coarse_state)
             for name in ("in_channels", "input_size", "num_classes", "null_label"):
                 large, small = getattr(self.dit, name), getattr(self.coarse, name)
@@ -96,6 +99,20 @@ class Sampler:
                         f"{self.coarse_state['path']}: {name} is {small}, but {large} in {self.dit_state['path']}; "
                         "expected two models of the same latents and labels"
                     )
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: str | Path,
+        vqvae: str | Path,
+        coarse: str | Path | None,
+        coarse_until: float | None,
+        weights: str,
+        device: torch.device,
+    ) -> Sampler:
+        """From checkpoints or run folders."""
+        small = None if coarse is None else load_dit(coarse, weights, device)
+        return cls(load_dit(checkpoint, weights, device), load_vqvae(vqvae, device), small, coarse_until, device)
 
     def _check_latents(self, state: dict[str, Any]) -> None:
         trained_on = (state.get("latents") or {}).get("model_sha256")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ class ImageMap:
         self.indexes = {index.path.stem: index for index in index_shards(paths)} if paths else {}
         with torch.inference_mode():
             blank = torch.zeros(1, network.channels, *network.size, dtype=torch.uint8, device=network.device)
-            self.row_shape = tuple(network.function(blank).shape[1:])
+            self.row_shape = tuple(network.values(blank, [""]).shape[1:])
         height, width = network.size
         self.config = {
             **network.head,
@@ -71,7 +71,7 @@ class ImageMap:
             raise _gone(path) from error
         if found != self._stamps[stem]:
             raise InputError(
-                f"{path}: changed since it was indexed (another size or time); what is finished is kept. If this is "
+                f"{path}: changed after it was indexed (another size or time); what is finished is kept. If this is "
                 "another data set now, write into another folder; if not, run the command again"
             )
 
@@ -88,7 +88,7 @@ class ImageMap:
             with torch.inference_mode():
                 # contiguous: a convolution rounds otherwise for another memory layout
                 images = torch.from_numpy(batch.images).to(network.device).contiguous()
-                values = network.function(images).float().cpu().numpy().astype(np.float16)
+                values = network.values(images, batch.keys).float().cpu().numpy().astype(np.float16)
             for row, error in enumerate(batch.errors):
                 if error is None and not np.isfinite(values[row]).all():
                     error = f"the {network.head['model']} gave NaN, only zeros, or a value too large for float16"
@@ -118,14 +118,22 @@ class Reading:
 
 @dataclass(frozen=True)
 class Network:
-    """A function of uint8 images [B, C, H, W] made by ``resize``, with what identifies it."""
+    """A function of uint8 images [B, C, H, W] made by ``resize``, with what identifies it.
 
-    function: Callable[[torch.Tensor], torch.Tensor]
+    ``keyed``: the function also takes the images' sample keys, which what it draws at random depends on.
+    """
+
+    function: Callable[..., torch.Tensor]
     resize: int | Resizer
     channels: int
     head: dict[str, Any]
     path: str
     device: torch.device
+    keyed: bool = False
+
+    def values(self, images: torch.Tensor, keys: Sequence[str]) -> torch.Tensor:
+        """The function's value for each image, [B, ...]."""
+        return self.function(images, keys) if self.keyed else self.function(images)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -146,6 +154,26 @@ def _gone(path: Path) -> InputError:
         f"{path}: no such shard any more; it was there when it was indexed. What is finished is kept: bring it back "
         "and run the same command again"
     )
+
+
+def spread_images(
+    indexes: list[ShardIndex], count: int, *, size: int, channels: int, batch_size: int, reading: Reading
+) -> Iterator[np.ndarray]:
+    """Batches uint8 [b, channels, size, size] of ``count`` images spread evenly over the shards, or of all if fewer.
+
+    Those that cannot be decoded are left out.
+    """
+    total, start = sum(len(index.samples) for index in indexes), 0
+    chosen = {row * total // min(total, count) for row in range(min(total, count))}
+    options = {"size": size, "channels": channels, "batch_size": batch_size}
+    options |= {"strict": reading.strict, "max_pixels": reading.max_pixels}
+    for index in indexes:
+        keys = frozenset(sample.key for row, sample in enumerate(index.samples, start) if row in chosen)
+        start += len(index.samples)
+        for batch in read_batches(index, keys=keys, **options) if keys else ():
+            whole = [row for row, error in enumerate(batch.errors) if error is None]
+            if whole:
+                yield np.ascontiguousarray(batch.images[whole])
 
 
 def describe(indexes: list[ShardIndex]) -> dict[str, list[int]]:

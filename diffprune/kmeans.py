@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from diffprune.kmeans_init import parallel, plus_plus, random_rows
 from diffprune.kmeans_lloyd import Fit, Lloyd, too_few
 from diffprune.kmeans_minibatch import minibatch
 from diffprune.kmeans_points import Points, open_points, refuse_rows
+from diffprune.kmeans_rounds import Rounds
 from diffprune.kmeans_split import split_start
 from diffprune.kmeans_sums import ClusterSums, total
 from diffprune.rank_talk import ALONE, RankTalk
@@ -107,6 +109,7 @@ class KMeans:
         *,
         keys: Sequence[str] | None = None,
         talk: RankTalk = ALONE,
+        rounds: str | Path | None = None,
     ) -> KMeans:
         """Cluster ``points``; returns self.
 
@@ -118,6 +121,9 @@ class KMeans:
             keys: [N] names of the points, for errors: strings, or a column of pyarrow.
             talk: the processes that share the points, each having its own, in the order of ranks. All get the same
                 centroids, and the labels of their points: the bytes that one process gets for all points.
+            rounds: a file to keep the latest round in: a fit that is killed goes on from there. It must be of the same
+                points and options, which is for you to know; it stays, and with ``n_init`` or ``batch_size`` there is
+                none.
 
         Raises InputError for fewer distinct points than k; for NaN, infinity and, with "cosine", zero vectors, naming
         the points; for weights that are negative, not finite, all 0 or of another length.
@@ -137,8 +143,10 @@ class KMeans:
         generator = torch.Generator().manual_seed(self.seed)
         lloyd = Lloyd(data, self.k, largest, masses, self.algorithm)
         best: Fit | None = None
+        kept = Rounds(Path(rounds), talk) if rounds and self.n_init == 1 and self.batch_size is None else None
         for _ in range(self.n_init):
-            fit = self._run(lloyd, self._start(data, generator, largest, masses), tolerance, generator)
+            start = None if kept and kept.is_there() else self._start(data, generator, largest, masses)
+            fit = self._run(lloyd, start, tolerance, generator, kept)
             if best is None or fit.inertia < best.inertia:
                 best = fit
         self._centroids = best.centroids
@@ -195,9 +203,11 @@ class KMeans:
             return start(points, self.k, generator, largest, weights)
         return (plus_plus if self.init == "k-means++" else random_rows)(points, self.k, generator, weights)
 
-    def _run(self, lloyd: Lloyd, start: Tensor, tolerance: float, generator: torch.Generator) -> Fit:
+    def _run(
+        self, lloyd: Lloyd, start: Tensor | None, tolerance: float, generator: torch.Generator, kept: Rounds | None
+    ) -> Fit:
         if self.batch_size is None:
-            return lloyd.run(start, self.max_iter, tolerance)
+            return lloyd.run(start, self.max_iter, tolerance, kept)
         learnt, rounds = minibatch(
             lloyd.points, start, self.batch_size, self.max_iter, tolerance, generator, lloyd.weights
         )

@@ -12,6 +12,7 @@ from diffprune.errors import InputError
 from diffprune.kernels import kmeans_assign
 from diffprune.kmeans_bounds import GroupBounds
 from diffprune.kmeans_points import Points
+from diffprune.kmeans_rounds import Rounds
 from diffprune.kmeans_sums import ClusterSums, total
 
 GPU_CHECK_EVERY = 8
@@ -41,11 +42,11 @@ class Lloyd:
         self.sums = ClusterSums(k, points, largest, weights)
         self.check_every = GPU_CHECK_EVERY if points.device.type == "cuda" else 1
 
-    def run(self, centroids: Tensor, max_iter: int, tolerance: float) -> Fit:
+    def run(self, centroids: Tensor | None, max_iter: int, tolerance: float, rounds_kept: Rounds | None = None) -> Fit:
         """Assign and update until the centroids move no more than ``tolerance``, no label changes, or ``max_iter``.
 
         ``tolerance`` is that of the sum of squared shifts. Ends with an assignment, so that labels are of the centroids
-        that are returned.
+        that are returned. With ``rounds_kept`` it goes on from a round that is there, instead of ``centroids``.
         """
         self.assignment = torch.full((self.points.rows,), -1, dtype=torch.int32, device=self.points.device)
         self.sqdistance = torch.empty(self.points.rows, device=self.points.device)
@@ -56,6 +57,11 @@ class Lloyd:
         still = torch.zeros((), dtype=torch.bool, device=self.points.device)
         moves: list[int] = []
         rounds = 0
+        if rounds_kept and rounds_kept.is_there():
+            kept = rounds_kept.load(self.points.device)
+            self._sweep(kept.last)  # its labels, and their sums
+            centroids, moves, rounds = kept.following, kept.moved, len(kept.moved)
+            still = self._shift(kept.last, centroids) <= tolerance
         while True:
             self._sweep(centroids)
             look = rounds % self.check_every == 0 or rounds == max_iter
@@ -68,10 +74,17 @@ class Lloyd:
             updated = torch.where(still, centroids, self._means(centroids))
             if self.bounds:
                 self.bounds.shift(centroids, updated)
-            squares = (updated.double() - centroids.double()).square().sum(dim=1)
-            self.shifts, still = squares.sqrt(), squares.sum() <= tolerance
+            still = self._shift(centroids, updated) <= tolerance
+            if rounds_kept and look:
+                rounds_kept.keep(centroids, updated, moves)
             centroids, rounds = updated, rounds + 1
         return Fit(centroids, self.assignment, self.sqdistance, rounds, self._inertia(), moves)
+
+    def _shift(self, old: Tensor, new: Tensor) -> Tensor:
+        """The sum of squared shifts."""
+        squares = (new.double() - old.double()).square().sum(dim=1)
+        self.shifts = squares.sqrt()
+        return squares.sum()
 
     def _sweep(self, centroids: Tensor) -> None:
         """One pass over the points: labels, distances and sums for ``centroids``."""

@@ -259,7 +259,7 @@ def _open_part(name: str, part: Any) -> Part:
         return part
     if isinstance(part, (str, Path)):
         try:
-            part = np.load(part, mmap_mode="r", allow_pickle=False)
+            part = np.lib.format.open_memmap(part, mode="r")
         except (OSError, ValueError, EOFError) as error:
             raise InputError(f"{part}: not a readable .npy file ({error})") from error
     if not isinstance(part, np.ndarray):

@@ -102,7 +102,7 @@ def total(values: Tensor, talk: RankTalk = ALONE, rows: int | None = None) -> fl
     grids = [2.0**high, 2.0 ** max(high + bits - MANTISSA, SMALLEST64)]
     bins = torch.zeros(2, dtype=torch.float64)
     for piece in values.split(CHUNK):
-        rest = piece.cpu().double()
+        rest = piece.to("cpu", torch.float64, copy=True)
         for number, grid in enumerate(grids):
             part = (rest / grid).round_().mul_(grid)
             bins[number] += part.sum()

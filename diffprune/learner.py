@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from diffprune.checkpoints import check_tensors, read_tensors
 from diffprune.config import TrainConfig
 from diffprune.errors import DiffpruneError
-from diffprune.ranks import Ranks, without_sync
+from diffprune.ranks import Ranks
+from diffprune.sharding import all_finite, fill, full_norm, is_sharded, own, whole, without_sync, wrapped
 from diffprune.training_order import batch_rows, step_generator
 
 # Steps that the loss is compared with, to tell an explosion; fewer than the least say too little.
@@ -59,9 +60,20 @@ class Objective:
         """More numbers of the last step, for the log."""
         return {}
 
+    def report(self) -> dict[str, Any]:
+        """How it is computed, for the report."""
+        return {}
+
     def summary(self) -> dict[str, float]:
         """Of the run's last checkpoint, for the report."""
         return {}
+
+    def more_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint has to keep beside the model: file name without suffix -> tensor name -> tensor."""
+        return {}
+
+    def restore(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        """Put back what ``more_tensors`` gave."""
 
     def forward_of_one(self) -> None:
         """A forward pass of one image, on the meta device: to count operations."""
@@ -94,12 +106,14 @@ class Learner:
             self.model.activation_checkpointing = True
         if train.compile:
             self.model.compile_blocks()
-        self.forward = objective.ranks.wrapped(self.model)
+        self.forward = wrapped(self.model, objective.ranks, train.sharding)
         self.trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.trainable.values(), lr=train.lr, weight_decay=train.weight_decay, fused=True
         )
         self.ema = {name: p.detach().clone() for name, p in self.trainable.items()} if train.ema_decay else {}
+        # What is averaged, in this process's memory: the tensors never change, their values do.
+        self.averaged = own(self.ema.values()), own(self.trainable.values())
         self.history: deque[float] = deque(maxlen=HISTORY)
 
     def draw(self, step: int) -> Draw:
@@ -117,19 +131,20 @@ class Learner:
         train, objective = self.train, self.objective
         losses = self._backward(draw)
         loss = losses.mean()
-        limit = train.grad_clip or float("inf")
-        grad_norm = nn.utils.clip_grad_norm_(self.trainable.values(), limit)
+        gradients = [p.grad for p in self.trainable.values() if p.grad is not None]
+        grad_norm = nn.utils.get_total_norm(gradients)
         # One wait for the device per step: a step that is not finite must not reach the weights.
-        loss_value, norm_value = torch.stack([loss, grad_norm]).tolist()
+        loss_value, norm_value = torch.stack([loss, full_norm(grad_norm)]).tolist()
         self._check(draw, losses, loss_value, norm_value)
+        if train.grad_clip and norm_value + 1e-6 > train.grad_clip:  # else clipping is a product with 1
+            nn.utils.clip_grads_with_norm_(self.trainable.values(), train.grad_clip, grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(train, draw.step)
         self.optimizer.step()
         objective.after_step(draw.generator)
         if self.ema:
             decay = min(train.ema_decay, (1 + draw.step) / (10 + draw.step))
-            averages = list(self.ema.values())
-            torch._foreach_lerp_(averages, [p.detach() for p in self.trainable.values()], 1 - decay)
+            torch._foreach_lerp_(*self.averaged, 1 - decay)
         return loss_value, norm_value
 
     def _backward(self, draw: Draw) -> Tensor:
@@ -154,22 +169,38 @@ class Learner:
         return objective.ranks.gathered(torch.cat(found))
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint holds. DiffpruneError if a weight is not finite: such a checkpoint is not good."""
-        model = self.model.state_dict()
-        norms = torch.stack(torch._foreach_norm([p.detach() for p in self.trainable.values()]))
-        if not norms.isfinite().all():
-            names = [name for name, norm in zip(self.trainable, norms.tolist(), strict=True) if not norm < float("inf")]
+        """What a checkpoint holds. Every process has to ask, though only the first gets it where weights are sharded.
+
+        DiffpruneError if a weight is not finite: such a checkpoint is not good.
+        """
+        finite = all_finite(self.trainable.values(), self.objective.ranks)
+        if not all(finite):
+            first = next(name for name, good in zip(self.trainable, finite, strict=True) if not good)
             raise DiffpruneError(
-                f"weights are not finite, {names[0]} first, and were not saved; checkpoints before stand; use a lower "
+                f"weights are not finite, {first} first, and were not saved; checkpoints before stand; use a lower "
                 f"train.lr (now {self.train.lr:g}) or a train.grad_clip"
             )
-        files = {"model": model, "optimizer": {}}
+        files = {"model": self.model.state_dict(), "optimizer": {}, **self.objective.more_tensors()}
         if self.ema:
-            files["ema"] = {**model, **self.ema}
+            files["ema"] = {**files["model"], **self.ema}
         for name, parameter in self.trainable.items():
             for moment, value in self.optimizer.state[parameter].items():
                 files["optimizer"][f"{moment}.{name}"] = value
-        return files
+        return {name: self._whole(tensors) for name, tensors in files.items()}
+
+    def averages(self) -> dict[str, Tensor]:
+        """The weights to sample with, by name: moving averages, or without them the last ones. As ``tensors``."""
+        return self._whole({**self.model.state_dict(), **self.ema})
+
+    def _whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not any(map(is_sharded, tensors.values())):
+            return tensors
+        found = {}
+        for name, tensor in tensors.items():  # one at a time, and kept on the CPU: all together may not fit a device
+            value = whole(tensor)
+            if self.objective.ranks.rank == 0:
+                found[name] = value.cpu()
+        return found
 
     def restore(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Put back what ``tensors`` gave."""
@@ -178,21 +209,24 @@ class Learner:
             found["ema"] = read_tensors(checkpoint, state, "ema")
         model = self.model.state_dict()
         moments = {
-            f"{moment}.{name}": torch.zeros_like(p, dtype=torch.float32) if moment != "step" else torch.zeros(())
+            f"{moment}.{name}": torch.empty(p.shape if moment != "step" else (), device="meta")
             for name, p in self.trainable.items()
             for moment in ("step", "exp_avg", "exp_avg_sq")
         }
         for name, expected in {"model": model, "ema": model, "optimizer": moments}.items():
             if name in found:
                 check_tensors(found[name], expected, checkpoint / f"{name}.safetensors")
-        self.model.load_state_dict(found["model"])
+        for name, tensor in model.items():
+            fill(tensor, found["model"][name])
         for name, average in self.ema.items():
-            average.copy_(found["ema"][name])
+            fill(average, found["ema"][name])
         for name, parameter in self.trainable.items():
-            self.optimizer.state[parameter] = {
-                moment: found["optimizer"][f"{moment}.{name}"].to(parameter.device)
-                for moment in ("step", "exp_avg", "exp_avg_sq")
-            }
+            values = {moment: found["optimizer"][f"{moment}.{name}"] for moment in ("step", "exp_avg", "exp_avg_sq")}
+            averages = {moment: torch.zeros_like(parameter) for moment in ("exp_avg", "exp_avg_sq")}
+            for moment, tensor in averages.items():
+                fill(tensor, values[moment])
+            self.optimizer.state[parameter] = {"step": values["step"].to(parameter.device), **averages}
+        self.objective.restore(checkpoint, state)
 
     def _check(self, draw: Draw, losses: Tensor, loss: float, grad_norm: float) -> None:
         usual, factor = median(self.history or [0.0]), self.train.explosion_factor

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from copy import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from diffprune.decode import MAX_PIXELS, read_annotations
+from diffprune.decode import MAX_PIXELS, annotation_ranges, read_annotations
 from diffprune.device import pick_device
-from diffprune.encoding import vqvae_network
+from diffprune.encoding import vqvae_network, with_twins
+from diffprune.errors import InputError
 from diffprune.files import fingerprint
 from diffprune.image_maps import ImageMap, Reading
+from diffprune.latent_scales import missing_latent_scale
+from diffprune.prefetch import Prefetch
+from diffprune.progress import progress
 from diffprune.shards import ShardReader, ShardSpec
-from diffprune.tables import base_table
+from diffprune.tables import base_table, kept_keys
 
 _SHARDS_KEPT = 2  # in memory: the one that is scored and the one that is read ahead
 
@@ -25,11 +32,11 @@ _SHARDS_KEPT = 2  # in memory: the one that is scored and the one that is read a
 class LiveLatents:
     """Shards and a VQ-VAE, with ``ArrayFolder``'s interface.
 
-    ``metadata``, ``fingerprint``, ``stems``, ``table(stem)`` and ``array(stem)`` are those of the folder that
-    ``encode`` would write with the same arguments, to the bit; so scores are the same, and a folder of scores begun
-    with the one can be finished with the other. Every pass over the shards decodes and encodes again: with several
-    passes (MoSo, several checkpoints) ``encode`` once is cheaper. The last two shards that were asked for are kept in
-    memory. May be called by several threads, such as ``Prefetch``'s.
+    ``metadata``, ``fingerprint``, ``stems``, ``load()``, ``table(stem)`` and ``array(stem)`` are those of the folder
+    that ``encode`` would write with the same arguments, to the bit; so scores are the same, and a folder of scores
+    begun with the one can be finished with the other. Every pass over the shards decodes and encodes again: with
+    several passes (MoSo, several checkpoints) ``encode`` once is cheaper. The last two shards that were asked for are
+    kept in memory. May be called by several threads, such as ``Prefetch``'s.
 
     Raises InputError as ``encode`` does: a missing or damaged shard, no VQ-VAE, a batch of nothing.
     """
@@ -46,12 +53,15 @@ class LiveLatents:
     ) -> None:
         options = {"device": device, "strict_decode": strict_decode, "max_pixels": max_pixels}
         self._arguments = (shards, vqvae), {"batch_size": batch_size, **options}
-        network = vqvae_network(vqvae, pick_device(device))
-        self._images = ImageMap(network, shards, batch_size, Reading(strict_decode, max_pixels))
+        reading, chosen = Reading(strict_decode, max_pixels), pick_device(device)
+        network = vqvae_network(vqvae, chosen, missing_latent_scale(vqvae, shards, chosen, reading))
+        self._images = ImageMap(network, shards, batch_size, reading)
+        self.vqvae = vqvae
         self.folder = shards if isinstance(shards, (str, Path)) else ", ".join(map(str, shards))  # for messages
         self.metadata: dict[str, Any] = {**self._images.config, "model_path": network.path}
         self.fingerprint: str = fingerprint(self._images.config)
         self.stems: list[str] = list(self._images.indexes)
+        self.samples: int = sum(len(index.samples) for index in self._images.indexes.values())
         self._kept: OrderedDict[str, tuple[pa.Table, np.ndarray]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -67,10 +77,39 @@ class LiveLatents:
         """float16 [n, C, H, W], row-aligned with ``table(stem)``, NaN where a sample failed."""
         return self._shard(stem)[1]
 
+    def load(
+        self, kept: str | Path | None = None, *, twins: bool = False
+    ) -> tuple[pa.Table, np.ndarray, np.ndarray | None]:
+        """All rows that are ok, in memory, in shard order: (table, float16 [N, C, H, W], with ``twins`` their mirrors).
+
+        The first two are those of ``ArrayFolder.load``. ``kept`` (a kept.parquet) restricts them to its keys, and what
+        is read and encoded to these. Raises InputError if one of them is not here or fails.
+        """
+        images, wanted = copy(self._images), None if kept is None else kept_keys(kept)
+        if wanted is not None:
+            samples = {stem: [s for s in index.samples if s.key in wanted] for stem, index in images.indexes.items()}
+            images.indexes = {stem: replace(images.indexes[stem], samples=rows) for stem, rows in samples.items()}
+        if twins:
+            images.network = with_twins(images.network)
+            images.row_shape = (2, *images.row_shape)
+        total = sum(len(index.samples) for index in images.indexes.values())
+        with Prefetch(images.batches, self.stems) as batches, progress("encode", total=total, unit="images") as bar:
+            parts = [images.run(stem, batches.parts(stem), bar) for stem in self.stems]
+        table = pa.concat_tables([table for table, _ in parts])
+        good = pc.equal(table["status"], "ok")
+        values = np.concatenate([array for _, array in parts])[good.to_numpy()]
+        if wanted is not None and (found := set(table["key"].filter(good).to_pylist())) != wanted:
+            raise InputError(
+                f"{kept}: {len(wanted - found)} of {len(wanted)} keys, {min(wanted - found)!r} first, are not in "
+                f"{self.folder} or cannot be decoded there; is this a selection of another data set?"
+            )
+        return table.filter(good), values[:, 0] if twins else values, values[:, 1] if twins else None
+
     def unread_table(self, stem: str) -> pa.Table:
         """As ``table``, but without a look at the images: labels are read, and a sample fails for its label only."""
         index = self._images.indexes[stem]
-        with ShardReader(index.path, index.size) as reader:
+        with ShardReader(index.path, index.size, index.version) as reader:
+            reader.will_read(annotation_ranges(index.samples))
             rows = [read_annotations(reader, sample) for sample in index.samples]
         labels, uids, errors = ([row[column] for row in rows] for column in range(3))
         return base_table(index.path.name, index.samples, labels, uids, errors)

@@ -1,7 +1,8 @@
 """One run at a time in a folder. The system lets go of a lock when its holder dies: none is ever stale.
 
 Locks are ``flock``s on files of their own, which are removed when they are let go; one that a killed run left behind
-is nobody's lock. On NFS they hold between machines. Where a file system has no locks, a warning says so.
+is nobody's lock. On NFS they hold between machines. Where a file system has no locks, a warning says so. A URL is
+locked for this machine only, in the cache folder.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from pathlib import Path
 
 from diffprune.errors import BusyError, InputError
 from diffprune.files import TEMPORARY_PREFIX
+from diffprune.storage import AnyPath, RemotePath, as_path
+from diffprune.storage.folders import lock_folder
 
 LOCK_FILE = TEMPORARY_PREFIX + "lock"
 WAIT_SECONDS = 3.0  # workers of a run that was killed end within milliseconds
@@ -32,7 +35,9 @@ def folder_lock(out: str | Path, *, shared: bool = False) -> Iterator[int]:
     duplicate of the descriptor holds the lock too. Raises BusyError that names the holder, or InputError for a folder
     that cannot be written to.
     """
-    out = Path(out)
+    out, given = lock_folder(out), as_path(out)
+    if isinstance(given, RemotePath):
+        given.mkdir()
     is_new = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -41,7 +46,7 @@ def folder_lock(out: str | Path, *, shared: bool = False) -> Iterator[int]:
     except OSError as error:
         raise _unwritable(out, error) from error
     other = "a run of the whole" if shared else "another run, or a part of one,"
-    message = f"{out}: {other} is at work there: %s; wait for its end, or give another folder"
+    message = f"{given}: {other} is at work there: %s; wait for its end, or give another folder"
     try:
         with _lock(out / LOCK_FILE, shared, message) as descriptor:
             yield descriptor
@@ -58,11 +63,11 @@ def shard_claim(out: str | Path, stem: str) -> Iterator[None]:
         f"{out}: shard {stem} is being done by %s: parts of one run must not overlap; what is finished is kept, and "
         f"this part can be run again"
     )
-    with _lock(Path(out) / f"{LOCK_FILE}-{stem}", False, message):
+    with _lock(lock_folder(out) / f"{LOCK_FILE}-{stem}", False, message):
         yield
 
 
-def is_lock(path: Path) -> bool:
+def is_lock(path: AnyPath) -> bool:
     """Whether a file is a lock, held or left behind."""
     return path.name.startswith(LOCK_FILE)
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from diffprune.errors import InputError
-from diffprune.files import atomic_path, write_json
+from diffprune.files import atomic_file, write_json
 from diffprune.local_workers import Advance, LocalWorkers, Task
 from diffprune.locks import folder_lock
 from diffprune.pixels import MAX_PIXELS, DecodeError, Decoding
@@ -29,6 +29,7 @@ from diffprune.progress import progress
 from diffprune.sources import open_source
 from diffprune.sources.base import Source, SourceImage, image_extension
 from diffprune.sources.mnist import encode_png
+from diffprune.storage import AnyPath, as_path
 
 BLOCK = 512
 _UNSAFE_KEY = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
@@ -131,7 +132,7 @@ def pack(
         report |= {"written": len(missing), "present": len(paths) - len(missing), "dry_run": dry_run}
         if dry_run:
             return report
-        write_json(Path(out) / "classes.json", list(opened.class_names))
+        write_json(as_path(out) / "classes.json", list(opened.class_names))
         order = opened.order(shuffle_seed)
         rows = [order[i * shard_size : (i + 1) * shard_size] for i in range(len(paths))]
         tasks = [
@@ -151,7 +152,7 @@ class _Packer:
     def __call__(self) -> _Packer:
         return self
 
-    def write(self, path: Path, rows: np.ndarray, advance: Advance) -> None:
+    def write(self, path: AnyPath, rows: np.ndarray, advance: Advance) -> None:
         if path.exists():  # by a process that died right after it
             return
         write_shard(path, self._samples(rows, advance))
@@ -181,7 +182,7 @@ def write_shards(
     prefix: str,
     shard_size: int = 1000,
     count: int | None = None,
-) -> list[Path]:
+) -> list[AnyPath]:
     """Write samples, in the order they come, into ``<out>/<prefix>-000000.tar``, ... and return the paths.
 
     Plain ustar headers with a fixed time, owner and mode: the same samples give the same bytes. Each shard is there
@@ -196,10 +197,10 @@ def write_shards(
             ``out`` already holding shards of that prefix.
     """
     shard_paths(out, prefix, count or 0, shard_size)
-    if there := sorted(Path(out).glob(f"{prefix}-[0-9]*.tar")):
+    if there := sorted(as_path(out).glob(f"{prefix}-[0-9]*.tar")):
         raise InputError(f"{there[0]}: already there; write into another folder or with another prefix")
     checked = _checked(samples, out, prefix, shard_size, count)
-    paths: list[Path] = []
+    paths: list[AnyPath] = []
     for first in checked:
         path = _shard_path(out, prefix, len(paths))
         write_shard(path, chain([first], islice(checked, shard_size - 1)))
@@ -209,7 +210,7 @@ def write_shards(
 
 def write_shard(path: str | Path, samples: Iterable[PackedSample]) -> None:
     """Write one tar, atomically. Keys must differ: that is the caller's to check."""
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+    with atomic_file(as_path(path)) as file:
         for sample in samples:
             check_key(sample.key)
             if not sample.members:
@@ -221,7 +222,7 @@ def write_shard(path: str | Path, samples: Iterable[PackedSample]) -> None:
         file.write(bytes(2 * BLOCK))
 
 
-def shard_paths(out: str | Path, prefix: str, count: int, shard_size: int) -> list[Path]:
+def shard_paths(out: str | Path, prefix: str, count: int, shard_size: int) -> list[AnyPath]:
     """The shards that ``count`` samples fill; raises InputError if the prefix or size cannot be used."""
     check_prefix(prefix)
     if shard_size < 1:
@@ -266,7 +267,7 @@ def resize_image(data: bytes, decoding: Decoding, origin: str) -> bytes:
     return encode_png(np.ascontiguousarray(pixels[0] if gray else pixels.transpose(1, 2, 0)))
 
 
-def brace_pattern(paths: Sequence[Path]) -> str:
+def brace_pattern(paths: Sequence[AnyPath]) -> str:
     """One brace pattern that names all of a run's shards: ``out/digits-{000000..000004}.tar``."""
     if not paths:
         return ""
@@ -320,8 +321,8 @@ def _encoder() -> str:
     return f"pillow {PIL.__version__}, zlib {zlib.ZLIB_RUNTIME_VERSION}"
 
 
-def _shard_path(out: str | Path, prefix: str, number: int) -> Path:
-    return Path(out) / f"{prefix}-{number:06d}.tar"
+def _shard_path(out: str | Path, prefix: str, number: int) -> AnyPath:
+    return as_path(out) / f"{prefix}-{number:06d}.tar"
 
 
 def _tar_header(key: str, extension: str, size: int) -> bytes:

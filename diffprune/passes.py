@@ -38,6 +38,7 @@ from diffprune.scores.normalise import normalised, strata, strata_count, stratum
 from diffprune.scores.random import random_scores
 from diffprune.scores.support import Support
 from diffprune.scores.visit import visit
+from diffprune.storage import AnyPath, existing
 from diffprune.surrogates import Surrogate
 from diffprune.tables import BASE_COLUMNS
 
@@ -106,9 +107,11 @@ class Passes:
         batch_size: int | str,
         memory: int | None,
         rows: int,
+        tables: AnyPath,
         engine: Engine | None = None,
     ) -> None:
         self.source, self.surrogate, self.plan, self.folder, self.rows = source, surrogate, plan, folder, rows
+        self._tables = tables  # the folder of those that are done
         self.engine = engine or Engine()
         self.sums: dict[str, Tensor] = {}  # for `normalise_t`: of all samples' values, by stratum of t
         self._batch_size, self._memory = batch_size, memory
@@ -154,9 +157,9 @@ class Passes:
                     self._mean_gradient(number, trial).remove()
         if self.plan.normalise_t:
             self.sums = self._stratum_sums()
-        tables = self.folder.parent
         mine = self.engine.mine(self.source.stems)
-        self._wanted = {stem for stem in mine if not (tables / f"{stem}.parquet").is_file()}
+        done = existing(self._tables / f"{stem}.parquet" for stem in mine)
+        self._wanted = {stem for stem in mine if self._tables / f"{stem}.parquet" not in done}
 
     def reading_no_further(self, sums: dict[str, Tensor]) -> None:
         """In a worker, which does not know the shard that comes next; ``sums`` are those of the driver's `begin`."""

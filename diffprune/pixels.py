@@ -75,17 +75,21 @@ class Decoding:
         the time. It may hold anything after a DecodeError. Raises DecodeError.
         """
         pixels, note = self._decode(data, room)
-        if callable(self.size) or (self.size is not None and pixels.shape[:2] != (self.size, self.size)):
-            from PIL import Image
+        return self.fit(pixels).transpose(2, 0, 1), note
 
-            image = Image.fromarray(pixels[..., 0] if self.channels == 1 else pixels)
-            if callable(self.size):
-                image = self.size(image)
-            else:
-                self._check_resized(image)
-                image = center_crop(image, self.size)
-            pixels = np.asarray(image).reshape(image.height, image.width, self.channels)
-        return pixels.transpose(2, 0, 1), note
+    def fit(self, pixels: np.ndarray) -> np.ndarray:
+        """Decoded pixels uint8 [H, W, channels], cropped and resized as ``size`` says; DecodeError if too thin."""
+        if not callable(self.size) and (self.size is None or pixels.shape[:2] == (self.size, self.size)):
+            return pixels
+        from PIL import Image
+
+        image = Image.fromarray(pixels[..., 0] if self.channels == 1 else pixels)
+        if callable(self.size):
+            image = self.size(image)
+        else:
+            self._check_resized(image)
+            image = center_crop(image, self.size)
+        return np.asarray(image).reshape(image.height, image.width, self.channels)
 
     def _decode(self, data: bytes, room: np.ndarray | None) -> tuple[np.ndarray, str | None]:
         if data[:3] != b"\xff\xd8\xff":

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from diffprune.errors import InputError, ResumeError
 from diffprune.files import TEMPORARY_PREFIX, fingerprint, read_json, write_json
 from diffprune.locks import is_lock
+from diffprune.storage import AnyPath, as_path, existing
 
 
 def claim_folder(
-    out: str | Path, manifest: str, plan: dict[str, Any], paths: Sequence[Path], *, extra: Sequence[str], dry_run: bool
-) -> set[Path]:
+    out: str | os.PathLike,
+    manifest: str,
+    plan: dict[str, Any],
+    paths: Sequence[AnyPath],
+    *,
+    extra: Sequence[str],
+    dry_run: bool,
+) -> set[AnyPath]:
     """Reserve ``out`` for one plan by a manifest file in it, and say which of ``paths`` are not there yet.
 
     Raises:
         InputError: ``out`` holds files that are not this plan's.
         ResumeError: ``out`` holds the manifest of another plan; the settings that differ are named.
     """
-    out = Path(out)
-    if out.exists() and not out.is_dir():
+    out = as_path(out)
+    is_folder = out.is_dir()
+    if not is_folder and out.exists():
         raise InputError(f"{out}: expected a folder, found a file")
-    there = [path for path in out.iterdir() if not is_lock(path)] if out.exists() else []
+    there = [path for path in out.iterdir() if not is_lock(path)] if is_folder else []
     found = {path.name.removeprefix(TEMPORARY_PREFIX) for path in there}
     if (out / manifest).exists():
         theirs = read_json(out / manifest)
@@ -46,4 +54,4 @@ def claim_folder(
         )
     if not dry_run:
         write_json(out / manifest, {"fingerprint": fingerprint(plan), "plan": plan})
-    return {path for path in paths if not path.exists()}
+    return set(paths) - existing(paths)

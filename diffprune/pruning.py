@@ -17,13 +17,14 @@ import numpy as np
 import pyarrow as pa
 
 from diffprune.copying import copy_ranges, write_all
-from diffprune.errors import InputError
-from diffprune.files import atomic_path, fingerprint, write_json
+from diffprune.errors import InputError, short
+from diffprune.files import atomic_file, atomic_path, fingerprint, write_json
 from diffprune.locks import folder_lock
 from diffprune.packing import BLOCK, brace_pattern, check_prefix
 from diffprune.plans import claim_folder
 from diffprune.progress import progress
-from diffprune.shards import Sample, ShardSpec, index_shard, list_shards
+from diffprune.shards import Sample, ShardSpec, index_each, list_shards
+from diffprune.storage import AnyPath, as_path
 from diffprune.tables import read_table
 
 MANIFEST = "prune.json"
@@ -69,13 +70,14 @@ def prune(
         raise InputError(f"shard_size: expected at least 1 sample, got {shard_size}")
     if workers is not None and workers < 1:
         raise InputError(f"workers: expected at least 1, got {workers}")
+    kept, out = as_path(kept), as_path(out)
     sources = list_shards(shards)
     listing = [_state(path) for path in sources]
     selection = _Selection.read(kept, sources)
     sizes = _check_samples(kept, selection, sources)
     shard_size = shard_size or max(sizes)
     number = -(-len(selection.keys) // shard_size)
-    paths = [Path(out) / name for name in _names(sources, prefix, number)]
+    paths = [out / name for name in _names(sources, prefix, number)]
     plan = {
         "selection": selection.digest(),
         "shards": fingerprint(listing),
@@ -98,30 +100,29 @@ def prune(
         wanted = {path: range(len(selection.keys))[i * shard_size :][:shard_size] for i, path in enumerate(paths)}
         shards_about = [selection.about(path, rows) for path, rows in wanted.items()]
         for path, about in zip(paths, shards_about, strict=True):
-            if path not in missing and path.stat().st_size != about["bytes"]:
+            if path not in missing and (found := path.stat().st_size) != about["bytes"]:
                 raise InputError(
-                    f"{path}: expected {about['bytes']} bytes, found {path.stat().st_size}: it was changed; "
+                    f"{path}: expected {about['bytes']} bytes, found {found}: it was changed; "
                     "delete it and run the same command again"
                 )
         report |= {"written": len(missing), "present": len(paths) - len(missing), "dry_run": dry_run}
         if dry_run:
             return report
         if classes is not None:
-            with atomic_path(Path(out) / "classes.json") as temporary:
+            with atomic_path(out / "classes.json") as temporary:
                 temporary.write_bytes(classes)
 
-        def write(path: Path) -> Path:
-            with (
-                atomic_path(path, sync_folder=False) as temporary,  # the manifest, written last, does
-                open(temporary, "wb", buffering=0) as file,
-            ):
+        def write(path: AnyPath) -> AnyPath:
+            # the manifest, written last, syncs the folder
+            with atomic_file(path, buffering=0, sync_folder=False) as file:
+                target = file.fileno() if isinstance(path, Path) else file
                 for source, spans in groupby(selection.spans(wanted[path]), key=lambda span: span[0]):
-                    copy_ranges(sources[source], [span[1:] for span in spans], file.fileno())
+                    copy_ranges(sources[source], [span[1:] for span in spans], target)
                     if _state(sources[source]) != listing[source]:
                         raise InputError(
                             f"{sources[source]}: changed while it was copied; select again, then prune again"
                         )
-                write_all(file.fileno(), bytes(2 * BLOCK))
+                write_all(target, bytes(2 * BLOCK))
             return path
 
         with progress("prune", total=sum(len(wanted[path]) for path in missing), unit="samples") as bar:
@@ -132,9 +133,7 @@ def prune(
             finally:
                 pool.shutdown(cancel_futures=True)
         counts = {name: report[name] for name in ("count", "bytes", "samples_in", "shards_in")}
-        write_json(
-            Path(out) / MANIFEST, {"fingerprint": fingerprint(plan), "plan": plan, **counts, "shards": shards_about}
-        )
+        write_json(out / MANIFEST, {"fingerprint": fingerprint(plan), "plan": plan, **counts, "shards": shards_about})
         return report
 
 
@@ -148,7 +147,7 @@ class _Selection:
     sizes: np.ndarray  # [N] int64, bytes
 
     @classmethod
-    def read(cls, kept: str | Path, sources: Sequence[Path]) -> _Selection:
+    def read(cls, kept: str | Path, sources: Sequence[AnyPath]) -> _Selection:
         table = read_table(kept, ["key", "shard", "offset", "size"])
         if not table.num_rows:
             raise InputError(f"{kept}: expected samples to keep, found none")
@@ -167,7 +166,7 @@ class _Selection:
         keys = table["key"].take(pa.array(order)).to_pylist()
         if len(set(keys)) != len(keys):
             [(twice, _)] = Counter(keys).most_common(1)
-            raise InputError(f"{kept}: key {twice!r} stands in it twice; select again")
+            raise InputError(f"{kept}: key {short(twice)} stands in it twice; select again")
         return cls(keys, shards[order], offsets[order], sizes[order])
 
     def digest(self) -> str:
@@ -176,7 +175,7 @@ class _Selection:
             digest.update(column.astype("<i8").tobytes())
         return digest.hexdigest()
 
-    def about(self, path: Path, rows: range) -> dict[str, Any]:
+    def about(self, path: AnyPath, rows: range) -> dict[str, Any]:
         """What the manifest says of a new shard."""
         sizes = self.sizes[rows.start : rows.stop].tolist()
         return {
@@ -202,13 +201,13 @@ class _Selection:
             yield span
 
 
-def _check_samples(kept: str | Path, selection: _Selection, sources: Sequence[Path]) -> list[int]:
+def _check_samples(kept: str | Path, selection: _Selection, sources: Sequence[AnyPath]) -> list[int]:
     """How many samples each shard has; InputError unless each key lies just where the selection says."""
     bounds = np.searchsorted(selection.shards, np.arange(len(sources) + 1))
     counts = []
     with progress("check", total=len(sources), unit="shards") as bar:
-        for path, start, stop in zip(sources, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-            index = index_shard(path)
+        for index, start, stop in zip(index_each(sources), bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+            path = index.path
             if index.damage:
                 damage = index.damage[0]
                 raise InputError(
@@ -227,19 +226,19 @@ def _check_samples(kept: str | Path, selection: _Selection, sources: Sequence[Pa
 
 
 def _misplaced(
-    kept: str | Path, path: Path, key: str, offset: int, size: int, sample: Sample | None, samples: list[Sample]
+    kept: str | Path, path: AnyPath, key: str, offset: int, size: int, sample: Sample | None, samples: list[Sample]
 ) -> InputError:
-    there = next((f"key {other.key!r}" for other in samples if other.offset == offset), "no sample")
+    there = next((f"key {short(other.key)}" for other in samples if other.offset == offset), "no sample")
     where = (
         "and the key nowhere in it" if sample is None else f"and the key at byte {sample.offset} ({sample.size} bytes)"
     )
     return InputError(
-        f"{path}: expected key {key!r} at byte {offset} ({size} bytes), as {kept} says; found {there} there {where}; "
-        "the selection is of another data set: give the shards that it was made from"
+        f"{path}: expected key {short(key)} at byte {offset} ({size} bytes), as {kept} says; found {there} there "
+        f"{where}; the selection is of another data set: give the shards that it was made from"
     )
 
 
-def _names(sources: Sequence[Path], prefix: str | None, number: int) -> list[str]:
+def _names(sources: Sequence[AnyPath], prefix: str | None, number: int) -> list[str]:
     """File names like the input's: what stands before the number, and as many digits."""
     parts = [re.fullmatch(r"(.*?)(\d*)", path.stem, re.DOTALL).groups() for path in sources]
     width = max(len(digits) for _, digits in parts) or 6
@@ -253,12 +252,12 @@ def _names(sources: Sequence[Path], prefix: str | None, number: int) -> list[str
     return [f"{begin}{index:0{width}d}.tar" for index in range(number)]
 
 
-def _state(path: Path) -> list[Any]:
+def _state(path: AnyPath) -> list[Any]:
     about = path.stat()
-    return [path.name, about.st_size, about.st_mtime_ns]
+    return [path.name, about.st_size, about.st_mtime_ns if isinstance(path, Path) else about.version]
 
 
-def _classes(sources: Sequence[Path]) -> bytes | None:
+def _classes(sources: Sequence[AnyPath]) -> bytes | None:
     """The classes.json beside the shards, if there is one."""
     found = {path.parent / "classes.json": None for path in sources}
     texts = {path: path.read_bytes() for path in found if path.is_file()}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import atexit
-import inspect
 import os
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, distributed
 
 from diffprune.device import pick_device
 from diffprune.errors import InputError
@@ -28,15 +27,6 @@ class Ranks:
         each = count // self.size
         return slice(self.rank * each, (self.rank + 1) * each)
 
-    def wrapped(self, model: nn.Module) -> nn.Module:
-        """The model, its gradients averaged over the processes as they come up from the backward pass."""
-        if self.size == 1:
-            return model
-        # Buffers are not sent around: every process computes the same ones.
-        known = inspect.signature(DistributedDataParallel.__init__).parameters
-        option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its older name
-        return DistributedDataParallel(model, **{option: False}, gradient_as_bucket_view=True)
-
     def gathered(self, values: Tensor) -> Tensor:
         """Everyone's ``values`` [b, ...], of one shape, in the order of ranks: [b * size, ...]."""
         if self.size == 1:
@@ -44,6 +34,21 @@ class Ranks:
         parts = [torch.empty_like(values) for _ in range(self.size)]
         distributed.all_gather(parts, values.contiguous())
         return torch.cat(parts)
+
+    def gathered_objects(self, value: Any) -> list[Any]:
+        """Everyone's ``value``, plain Python objects, in the order of ranks."""
+        values = [value]
+        if self.size > 1:
+            values = [None] * self.size
+            distributed.all_gather_object(values, value)
+        return values
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by the mean of everyone's."""
+        if self.size > 1:
+            for tensor in tensors:
+                distributed.all_reduce(tensor)
+                tensor /= self.size
 
     def wait(self) -> None:
         """Until everyone is here."""
@@ -65,9 +70,7 @@ def training_ranks(device: str, batch_size: int) -> tuple[Ranks, torch.device]:
         return Ranks(), pick_device(device)
     if batch_size % size:
         raise InputError(f"train.batch_size: expected a multiple of the {size} processes, got {batch_size}")
-    if device in ("auto", "cuda") and torch.cuda.is_available():
-        device = f"cuda:{_environment('LOCAL_RANK', 0)}"
-    chosen = pick_device(device)
+    chosen = pick_device(local_device(device))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if not distributed.is_initialized():
@@ -76,9 +79,10 @@ def training_ranks(device: str, batch_size: int) -> tuple[Ranks, torch.device]:
     return Ranks(distributed.get_rank(), size), chosen
 
 
-def without_sync(model: nn.Module, last: bool) -> nullcontext:
-    """Around a part of a batch that is not the last: its gradients are added up here and sent with the last one's."""
-    return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
+def local_device(device: str) -> str:
+    """``device``, or for auto and cuda under torchrun the GPU of this process."""
+    several = device in ("auto", "cuda") and "WORLD_SIZE" in os.environ and torch.cuda.is_available()
+    return f"cuda:{_environment('LOCAL_RANK', 0)}" if several else device
 
 
 def _environment(name: str, default: int) -> int:

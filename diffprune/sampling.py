@@ -88,7 +88,7 @@ def sample(
     if out is None and grid is None:
         raise InputError("expected a folder for shards (out), a PNG file (grid), or both; got neither")
     solver = Solver.checked(method, steps, rtol, atol)
-    sampler = Sampler(checkpoint, vqvae, coarse, coarse_until, weights, pick_device(device))
+    sampler = Sampler.load(checkpoint, vqvae, coarse, coarse_until, weights, pick_device(device))
     sampler.set_up(solver, guidance, guidance_channels, labels, seed)
     paths = [] if out is None else shard_paths(out, PREFIX, count, shard_size)
     ranges = [range(i * shard_size, min((i + 1) * shard_size, count)) for i in range(len(paths))]
@@ -129,10 +129,14 @@ def sample(
         for path, indices in shards:
             write_shard(path, (_packed(sampler, index, image) for index, image in images(indices)))
         if grid is not None:
-            by_class = labels == "uniform" and 0 < sampler.dit.num_classes <= 20
-            columns = sampler.dit.num_classes if by_class else math.ceil(math.sqrt(grid_count))
+            columns = grid_columns(grid_count, sampler.dit.num_classes if labels == "uniform" else 0)
             write_grid(grid, np.stack([image for _, image in images(range(grid_count))]), columns)
     return {**report, **sampler.evaluations}
+
+
+def grid_columns(count: int, classes: int) -> int:
+    """One for each class, if these come in turn and are 1 to 20; else as many as rows."""
+    return classes if 0 < classes <= 20 else math.ceil(math.sqrt(count))
 
 
 def write_grid(path: str | Path, images: np.ndarray, columns: int) -> None:

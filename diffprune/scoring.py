@@ -22,6 +22,7 @@ from diffprune.draws import MASK
 from diffprune.engines import Engine, TableWriter, open_workers, run_stage
 from diffprune.errors import InputError
 from diffprune.failures import MAX_FAILURES, Tally
+from diffprune.files import fingerprint
 from diffprune.local_workers import Advance, Relay, Task
 from diffprune.passes import BY_DRAW, Latents, Passes, Plan, unread_table
 from diffprune.progress import Progress
@@ -32,6 +33,8 @@ from diffprune.scores.monotonicity import MONOTONICITY, monotonicity
 from diffprune.scores.moso import MODES, moso_field
 from diffprune.scores.random import RANDOM
 from diffprune.scores.support import Support
+from diffprune.storage import AnyPath, as_path
+from diffprune.storage.folders import partials_folder
 from diffprune.surrogates import PRECISIONS, Surrogate
 
 METHODS = ("random", "loss", "el2n", "grand", "moso", "monotonicity")
@@ -61,6 +64,7 @@ def score(
     device: str = "auto",
     workers: int = 1,
     part: str | None = None,
+    ray: str | None = None,
     max_failures: int = MAX_FAILURES,
     dry_run: bool = False,
 ) -> dict[str, Any]:
@@ -91,6 +95,7 @@ def score(
             torchrun its processes do, and talk where they must.
         part: "3/64": only the third of 64 parts of the shards. Parts may run at once; not for what needs all samples:
             moso, but for one_pass, and normalise_t.
+        ray: the address of a Ray cluster, or "auto": its actors take the shards, as many as ``workers`` if given.
         max_failures: stop after so many samples in a row whose scores are not finite; 0: never.
         dry_run: write nothing, and return how much there is to do.
 
@@ -136,7 +141,10 @@ def score(
             precision=precision,
         )
         surrogate = load_surrogate()
-        surrogate.check(source.metadata["shape"], source.metadata.get("model_sha256"), str(latents))
+        shape = source.metadata.get("shape")
+        if not isinstance(shape, (list, tuple)) or not all(isinstance(side, int) for side in shape):
+            raise InputError(f"{latents}: expected the shape of a latent in its stage.json, found {shape!r}")
+        surrogate.check(shape, source.metadata.get("model_sha256"), str(latents))
         if "monotonicity" in names:
             monotonicity(torch.zeros(len(surrogate.paths), 0))  # refuses too few
         config |= {"draws": draws, "weights": weights, **surrogate.describe()}
@@ -154,15 +162,16 @@ def score(
         source,
         load_surrogate,
         plan,
-        Path(out) / "_partials",
+        partials_folder(as_path(out), fingerprint(config)),
         batch_size,
         None if memory is None else int(memory * 2**30),
         rows - failed_before,
+        as_path(out),
     )
     fields, failed = _fields(plan), Counter()
     with (
         full_float32(),
-        open_workers(recipe, workers, part=part, max_failures=max_failures) as engine,
+        open_workers(recipe, workers, part=part, ray=ray, max_failures=max_failures) as engine,
         recipe.open(surrogate, engine) as passes,
     ):
         counts = run_stage(
@@ -198,9 +207,10 @@ class _Passes:
     batch_size: int | str
     memory: int | None
     rows: int
+    tables: AnyPath
 
     def open(self, surrogate: Surrogate | None, engine: Engine | None = None) -> Passes:
-        about = (self.plan, self.folder, self.batch_size, self.memory, self.rows, engine)
+        about = (self.plan, self.folder, self.batch_size, self.memory, self.rows, self.tables, engine)
         return Passes(self.source, surrogate, *about)
 
     def __call__(self) -> _Worker:

@@ -19,6 +19,7 @@ from diffprune.choosing import choose_rows
 from diffprune.errors import InputError
 from diffprune.files import fingerprint
 from diffprune.requests import NEEDS, Request, read_quota
+from diffprune.storage import AnyPath, as_path
 from diffprune.tables import read_stage, read_tables, table_metadata, write_table
 
 __all__ = ["select"]
@@ -71,6 +72,7 @@ def select(
             missing scores, more samples asked for than there are (in all, in a group, or without near-duplicates) or
             none, or an ``out`` that is no selection.
     """
+    out = as_path(out)
     folders = [scores] if isinstance(scores, (str, Path)) else list(scores)
     table = read_tables(folders)
     quota = None if quota is None else read_quota(quota)
@@ -83,7 +85,7 @@ def select(
     if points_folder is not None:
         inputs.append(points_folder.fingerprint)
     about = {"stage": "select", "version": __version__, **_settings(request), "total": total}
-    _check_out(Path(out))
+    _check_out(out)
     report = {
         **about,
         "count": count,
@@ -218,7 +220,7 @@ def _rows_of(table: pa.Table, theirs: pa.Table, folder: ArrayFolder) -> np.ndarr
     return rows
 
 
-def _check_out(out: Path) -> None:
+def _check_out(out: AnyPath) -> None:
     if out.is_dir():
         raise InputError(f"{out}: expected a file to write, such as kept.parquet, found a folder")
     if out.exists() and table_metadata(out).get("stage") != "select":

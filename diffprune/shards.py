@@ -9,11 +9,19 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from diffprune.errors import InputError
+from diffprune.storage import AnyPath, RemotePath, as_path, existing
+from diffprune.storage.paths import READ_ONLY
 from diffprune.tar_index import BLOCK, IMAGE_EXTENSIONS, Damage, Member, Sample, index_tar
+
+if TYPE_CHECKING:
+    from diffprune.storage.reading import RemoteFile
 
 __all__ = [
     "BLOCK",
@@ -25,33 +33,39 @@ __all__ = [
     "ShardReader",
     "ShardSpec",
     "find_duplicate_key",
+    "index_each",
     "index_shard",
     "index_shards",
     "list_shards",
 ]
 
 _BLOCK_BYTES = 1 << 20
+_INDEXED_AT_ONCE = 4
 
 ShardSpec = str | os.PathLike | Sequence[str | os.PathLike]
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Every sample of one shard in file order, what is damaged, and what is no sample (links, stray names)."""
+    """Every sample of one shard in file order, what is damaged, and what is no sample (links, stray names).
 
-    path: Path
+    ``version``: of a URL, what tells this version of the object from others, such as its ETag.
+    """
+
+    path: AnyPath
     samples: list[Sample]
     damage: list[Damage]
     ignored: list[str]
     size: int
+    version: str | None = field(default=None, compare=False)
 
 
-def list_shards(spec: ShardSpec) -> list[Path]:
+def list_shards(spec: ShardSpec) -> list[AnyPath]:
     """The shard files that ``spec`` means, in order.
 
     ``spec`` is a brace pattern (``train-{000000..000127}.tar``), a glob, a folder (its ``*.tar``), a ``.tar`` file,
-    a text file that lists shards one a line, or a sequence of any of these. Raises InputError if a shard is
-    missing, if there is none, or if two have the same file name (tables are named after them).
+    a text file that lists shards one a line, or a sequence of any of these; each may be a URL. Raises InputError if a
+    shard is missing, if there is none, or if two have the same file name (tables are named after them).
     """
     specs = [spec] if isinstance(spec, (str, os.PathLike)) else list(spec)
     paths = [path for one in specs for path in _expand(os.fspath(one))]
@@ -59,10 +73,11 @@ def list_shards(spec: ShardSpec) -> list[Path]:
         raise InputError(
             f"{_show(specs)}: no shards; expected a brace pattern, a glob, a folder with .tar files or a list file"
         )
-    missing = [path for path in paths if not path.is_file()]
+    there = existing(paths)
+    missing = [path for path in paths if path not in there]
     if missing:
         raise InputError(f"{missing[0]}: no such shard ({len(missing)} of {len(paths)} of {_show(specs)} are missing)")
-    seen: dict[str, Path] = {}
+    seen: dict[str, AnyPath] = {}
     for path in paths:
         if path.stem in seen:
             raise InputError(f"{path}: another shard has the same name ({seen[path.stem]}); rename one of them")
@@ -75,7 +90,7 @@ def index_shards(spec: ShardSpec) -> list[ShardIndex]:
 
     ``diffprune verify`` lists all the damage; every other stage refuses damaged shards through this function.
     """
-    indexes = [index_shard(path) for path in list_shards(spec)]
+    indexes = list(index_each(list_shards(spec)))
     for index in indexes:
         if index.damage:
             first = index.damage[0]
@@ -95,9 +110,18 @@ def index_shards(spec: ShardSpec) -> list[ShardIndex]:
     return indexes
 
 
-def find_duplicate_key(indexes: Iterable[ShardIndex]) -> tuple[str, Path, Path] | None:
+def index_each(paths: Sequence[AnyPath]) -> Iterator[ShardIndex]:
+    """``index_shard`` of each, in order; some URLs at a time, as each of them is waited for."""
+    if not any(isinstance(path, RemotePath) for path in paths):
+        yield from map(index_shard, paths)
+        return
+    with ThreadPoolExecutor(_INDEXED_AT_ONCE, thread_name_prefix="index") as pool:
+        yield from pool.map(index_shard, paths)
+
+
+def find_duplicate_key(indexes: Iterable[ShardIndex]) -> tuple[str, AnyPath, AnyPath] | None:
     """The first key that stands in two shards, with the two, or None."""
-    seen: dict[str, Path] = {}
+    seen: dict[str, AnyPath] = {}
     for index in indexes:
         for sample in index.samples:
             if sample.key in seen:
@@ -111,12 +135,21 @@ class ShardReader:
 
     ``size``: the file's size when it was indexed, if known: raises InputError if it is another one now. Reading is by
     ``pread``: other threads run meanwhile, and a file that is cut while it is read is an error, not the process' end.
+    A URL is read by ranges: see ``will_read``, and ``storage.reading.RemoteFile`` for ``version`` and errors.
     """
 
-    def __init__(self, path: str | Path, size: int | None = None) -> None:
-        self.path, self.size = Path(path), size
+    def __init__(self, path: str | os.PathLike, size: int | None = None, version: str | None = None) -> None:
+        self.path, self.size, self._version = as_path(path), size, version
+        self._remote: RemoteFile | None = None
+        self._opened = ExitStack()
 
     def __enter__(self) -> ShardReader:
+        if isinstance(self.path, RemotePath):
+            from diffprune.storage.reading import RemoteFile
+
+            self._remote = self._opened.enter_context(RemoteFile(self.path, self.size, self._version))
+            self._read = self._remote.read_at
+            return self
         self._file = os.open(self.path, os.O_RDONLY)
         found = os.fstat(self._file).st_size
         if self.size is not None and found != self.size:
@@ -127,8 +160,21 @@ class ShardReader:
             )
         return self
 
-    def __exit__(self, *_: object) -> None:
-        os.close(self._file)
+    def __exit__(self, *error: Any) -> None:
+        if self._remote is None:
+            os.close(self._file)
+        else:
+            self._opened.__exit__(*error)
+
+    def will_read(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Say which ranges [begin, end) will be read, about in this order: those of a URL are then read ahead.
+
+        Without it each read is a request, and waited for.
+        """
+        if self._remote is not None:
+            from diffprune.storage.reading import ReadAhead
+
+            self._read = self._opened.enter_context(ReadAhead(self._remote, ranges)).read_at
 
     def read(self, member: Member, limit: int | None = None) -> bytes:
         """The data of one member, of a longer one its first ``limit`` bytes."""
@@ -136,6 +182,9 @@ class ShardReader:
 
     def samples(self, samples: Iterable[Sample]) -> Iterator[tuple[Sample, dict[str, bytes]]]:
         """Samples and the data of their members, by extension; neighbours are read together, a megabyte at a time."""
+        if self._remote is not None:
+            samples = list(samples)
+            self.will_read((sample.offset, sample.offset + sample.size) for sample in samples)
         block: list[Sample] = []
         end = 0
         for sample in samples:
@@ -169,6 +218,8 @@ class ShardReader:
 
     def read_at(self, offset: int, size: int) -> bytes:
         """``size`` bytes from ``offset``, fewer at the end of the file."""
+        if self._remote is not None:
+            return self._read(offset, size)
         try:
             data = os.pread(self._file, size, offset)
             while 0 < len(data) < size and (more := os.pread(self._file, size - len(data), offset + len(data))):
@@ -178,44 +229,87 @@ class ShardReader:
         return data
 
 
-def index_shard(path: str | Path) -> ShardIndex:
-    """Index one shard by its headers, see ``tar_index``. Damage is reported in the result, not raised."""
-    path = Path(path)
-    size = path.stat().st_size
+def index_shard(path: str | os.PathLike) -> ShardIndex:
+    """Index one shard by its headers, see ``tar_index``. Damage is reported in the result, not raised.
+
+    The index of a URL is kept on local disk, see ``storage.index_cache``.
+    """
+    path = as_path(path)
+    size, version = (path.stat().st_size, None) if isinstance(path, Path) else path.stat()
     if size == 0:
-        return ShardIndex(path, [], [Damage(0, None, "the file is empty; expected a tar")], [], 0)
+        return ShardIndex(path, [], [Damage(0, None, "the file is empty; expected a tar")], [], 0, version)
+    if isinstance(path, RemotePath):
+        return ShardIndex(path, *_index_remote(path, size, version), size, version)
     with ShardReader(path, size) as reader:
         samples, damage, ignored = index_tar(reader.read_at, size)
     return ShardIndex(path, samples, damage, ignored, size)
 
 
-def _expand(spec: str) -> list[Path]:
-    path = Path(spec)
+def _index_remote(path: RemotePath, size: int, version: str) -> tuple[list[Sample], list[Damage], list[str]]:
+    from diffprune.storage.index_cache import load_index, save_index
+    from diffprune.storage.reading import WINDOWS, HeaderReads, RemoteFile
+
+    index = load_index(path, size, version)
+    if index is None:
+        with RemoteFile(path, size, version) as file, HeaderReads(file) as reads:
+            index = index_tar(reads.read_at, size, WINDOWS)
+        save_index(path, size, version, index)
+    return index
+
+
+def _expand(spec: str) -> list[AnyPath]:
+    path = as_path(spec)
+    if isinstance(path, RemotePath):
+        return _expand_url(path)
     if path.is_dir():
         return sorted(path.glob("[!.]*.tar"))  # a hidden one is what a killed run left half-written
     if path.is_file():
         return [path] if path.suffix == ".tar" else _read_list(path)
     if "{" in spec:
-        from braceexpand import UnbalancedBracesError, braceexpand
-
-        try:
-            return [Path(one) for one in braceexpand(spec)]
-        except UnbalancedBracesError as error:
-            raise InputError(f"{spec}: a brace pattern whose braces do not match") from error
-    if any(character in spec for character in "*?["):
+        return _expand_braces(spec)
+    if _is_pattern(spec):
         return sorted(Path(one) for one in glob.glob(spec))
     if path.suffix == ".tar":
         return [path]  # reported as missing
     raise InputError(f"{spec}: no such file or folder")
 
 
-def _read_list(path: Path) -> list[Path]:
+def _expand_url(url: RemotePath) -> list[AnyPath]:
+    spec = os.fspath(url)
+    if "{" in spec:
+        return _expand_braces(spec)
+    if url.suffix == ".tar":
+        return [url] if not _is_pattern(url.name) or url.scheme in READ_ONLY else list(url.parent.glob(url.name))
+    if _is_pattern(url.name) and url.scheme not in READ_ONLY:
+        return list(url.parent.glob(url.name))
+    return _read_list(url) if url.is_file() else list(url.glob("[!.]*.tar"))
+
+
+def _expand_braces(spec: str) -> list[AnyPath]:
+    from braceexpand import UnbalancedBracesError, braceexpand
+
+    try:
+        return [as_path(one) for one in braceexpand(spec)]
+    except UnbalancedBracesError as error:
+        raise InputError(f"{spec}: a brace pattern whose braces do not match") from error
+
+
+def _is_pattern(text: str) -> bool:
+    return any(character in text for character in "*?[")
+
+
+def _read_list(path: AnyPath) -> list[AnyPath]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: expected a .tar, or a text file with one shard a line") from error
     names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    return [one for name in names for one in _expand(name if os.path.isabs(name) else str(path.parent / name))]
+    return [one for name in names for one in _expand(name if _is_whole(name) else os.fspath(path.parent / name))]
+
+
+def _is_whole(name: str) -> bool:
+    """Whether a list's line says by itself where the shard is."""
+    return os.path.isabs(name) or "://" in name
 
 
 def _show(specs: list[str | os.PathLike]) -> str:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from diffprune.errors import InputError
-from diffprune.files import atomic_path, read_json
+from diffprune.files import atomic_path, open_file, read_json
 from diffprune.shards import Sample
+from diffprune.storage import THREADS, AnyPath, as_path, existing
 
 METADATA_KEY = b"diffprune"
 STAGE_FILE = "stage.json"
@@ -76,51 +79,80 @@ def write_table(path: str | Path, table: pa.Table, metadata: dict[str, Any]) -> 
 
 def table_metadata(table: pa.Table | str | Path) -> dict[str, Any]:
     """The metadata that ``write_table`` stored; InputError if there is none."""
-    schema = table.schema if isinstance(table, pa.Table) else _read(Path(table), schema_only=True)
+    schema = table.schema if isinstance(table, pa.Table) else _schema(table)
     where = "table" if isinstance(table, pa.Table) else table
     raw = (schema.metadata or {}).get(METADATA_KEY)
     if raw is None:
         raise InputError(f"{where}: not a table of diffprune's (its schema metadata has no 'diffprune')")
-    return json.loads(raw)
+    try:
+        metadata = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: its metadata is no JSON ({error}); make the table again") from error
+    if not isinstance(metadata, dict):
+        raise InputError(f"{where}: expected metadata that is a JSON object, found a {type(metadata).__name__}")
+    return metadata
 
 
-def read_table(path: str | Path, columns: list[str] | None = None, *, threads: bool = True) -> pa.Table:
+def read_table(
+    path: str | Path, columns: list[str] | None = None, *, threads: bool = True, foreign: bool = False
+) -> pa.Table:
     """Read one parquet file; InputError that names it if it is missing, malformed or lacks a column.
 
-    ``threads``: decode columns in parallel; where many small files are read at once, that costs more than it saves.
+    Base columns must be of their types, and keys not null, unless the file is ``foreign``. ``threads``: decode columns
+    in parallel; where many small files are read at once, that costs more than it saves.
     """
-    path = Path(path)
-    if columns is not None:
-        schema = _read(path, schema_only=True)
-        missing = [name for name in columns if name not in schema.names]
-        if missing:
-            raise InputError(f"{path}: no column {missing[0]!r}; it has {', '.join(schema.names)}")
-    return _read(path, columns=columns, threads=threads)
+    with _readable(path) as file:
+        schema = file.schema_arrow
+        missing = [name for name in columns or [] if name not in schema.names]
+        if not missing:
+            _check_columns(path, schema, foreign)
+            table = file.read(columns=columns, use_threads=threads)
+            if not foreign and "key" in table.column_names and table["key"].null_count:
+                raise InputError(f"{as_path(path)}: key: {table['key'].null_count} rows have no key")
+            return table
+    raise InputError(f"{as_path(path)}: no column {missing[0]!r}; it has {', '.join(schema.names)}")
+
+
+def _check_columns(path: str | Path, schema: pa.Schema, foreign: bool) -> None:
+    twice = [name for name, count in Counter(schema.names).items() if count > 1]
+    if twice:
+        raise InputError(f"{as_path(path)}: column {twice[0]!r} stands in it twice")
+    for field in () if foreign else BASE_SCHEMA:
+        found = schema.field(field.name).type if field.name in schema.names else field.type
+        fits = pa.types.is_integer if pa.types.is_integer(field.type) else _is_text
+        if not (fits(found) or (pa.types.is_null(found) and field.name != "key")):
+            what = "integers" if pa.types.is_integer(field.type) else "strings"
+            raise InputError(f"{as_path(path)}: {field.name}: expected {what}, found {found}")
+
+
+def _is_text(dtype: pa.DataType) -> bool:
+    return pa.types.is_string(dtype) or pa.types.is_large_string(dtype)
 
 
 def column_names(path: str | Path) -> list[str]:
     """The columns of one parquet file, of diffprune's or not; InputError as ``read_table``."""
-    return _read(Path(path), schema_only=True).names
+    return _schema(path).names
 
 
 def read_folder(folder: str | Path, columns: list[str] | None = None) -> pa.Table:
     """The tables of one folder, concatenated in shard order. All its shards must be finished."""
-    table = _read_shards(Path(folder), columns)
+    table = _read_shards(as_path(folder), columns)
     _check_unique(table, folder)
     return table
 
 
-def _read_shards(folder: Path, columns: list[str] | None = None) -> pa.Table:
+def _read_shards(folder: AnyPath, columns: list[str] | None = None) -> pa.Table:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder of tables")
     stems = read_stage(folder)["shards"]
-    missing = [stem for stem in stems if not (folder / f"{stem}.parquet").is_file()]
+    there = existing(folder / f"{stem}.parquet" for stem in stems)
+    missing = [stem for stem in stems if folder / f"{stem}.parquet" not in there]
     if missing:
         raise InputError(
             f"{folder}: {len(stems) - len(missing)} of {len(stems)} shards are done, {missing[0]} is not; "
             f"run the command that made it again to finish the rest"
         )
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count() if isinstance(folder, Path) else THREADS) as pool:
         tables = list(pool.map(lambda stem: read_table(folder / f"{stem}.parquet", columns, threads=False), stems))
     try:
         table = pa.concat_tables(tables)
@@ -145,7 +177,7 @@ def read_tables(folders: str | Path | Sequence[str | Path], columns: list[str] |
         raise InputError("expected at least one folder of score tables, got none")
     result = read_folder(paths[0])
     for path in paths[1:]:
-        result = _join(result, _read_shards(Path(path)), paths[0], path)
+        result = _join(result, _read_shards(as_path(path)), paths[0], path)
     if columns is not None:
         missing = [name for name in columns if name not in result.column_names]
         if missing:
@@ -163,7 +195,7 @@ def score_columns(table: pa.Table) -> list[str]:
 
 def read_stage(folder: str | Path) -> dict[str, Any]:
     """What a stage wrote about itself into its folder: stage, version, fingerprint, config, shards."""
-    path = Path(folder) / STAGE_FILE
+    path = as_path(folder) / STAGE_FILE
     if not path.is_file():
         raise InputError(
             f"{folder}: no {STAGE_FILE}; expected a folder that diffprune's encode, embed, score or cluster wrote"
@@ -172,6 +204,9 @@ def read_stage(folder: str | Path) -> dict[str, Any]:
     shards = stage.get("shards") if isinstance(stage, dict) else None
     if not isinstance(shards, list) or not all(isinstance(s, str) and s == os.path.basename(s) and s for s in shards):
         raise InputError(f"{path}: expected a JSON object with a list of shard names, found something else")
+    for name, kind in (("config", dict), ("metadata", dict), ("fingerprint", str), ("stage", str)):
+        if not isinstance(stage.get(name, kind()), kind):
+            raise InputError(f"{path}: {name}: expected {kind.__name__}, found {type(stage[name]).__name__}")
     return stage
 
 
@@ -208,9 +243,18 @@ def _join(left: pa.Table, right: pa.Table, left_path: str | Path, right_path: st
     return left
 
 
-def _read(path: Path, *, columns: list[str] | None = None, schema_only: bool = False, threads: bool = True) -> Any:
+def _schema(path: str | os.PathLike) -> pa.Schema:
+    with _readable(path) as file:
+        return file.schema_arrow
+
+
+@contextmanager
+def _readable(path: str | os.PathLike) -> Iterator[pq.ParquetFile]:
+    """A parquet file to read; what is wrong with it is an InputError that names it."""
+    path = as_path(path)
     try:
-        return pq.read_schema(path) if schema_only else pq.ParquetFile(path).read(columns=columns, use_threads=threads)
+        with pq.ParquetFile(path if isinstance(path, Path) else open_file(path)) as file:
+            yield file
     except FileNotFoundError:
         raise InputError(f"{path}: no such table") from None
     except (pa.ArrowException, OSError, ValueError) as error:

@@ -70,13 +70,18 @@ class Damage:
     message: str
 
 
-def index_tar(read: Read, size: int) -> tuple[list[Sample], list[Damage], list[str]]:
+def index_tar(
+    read: Read, size: int, windows: tuple[int, int, int] | None = None
+) -> tuple[list[Sample], list[Damage], list[str]]:
     """(samples, damage by offset, names that are no samples: links, devices, ``__meta__``) of a tar of ``size`` bytes.
+
+    ``windows``: bytes read at a time, where headers lie close together and where the next one is further away than the
+    third number; by default what suits a local disk.
 
     Samples are grouped as webdataset groups them: the key is the name up to the first dot of its last part (folders
     included), consecutive members of one key are one sample, extensions are lower-cased.
     """
-    scan = _Scan(read, size)
+    scan = _Scan(read, size, windows or (_NEAR, _FAR, _GAP))
     scan.run()
     samples, grouping_damage = _group(scan.members, scan.ignored)
     return samples, sorted(scan.damage + grouping_damage, key=lambda d: d.offset), scan.ignored
@@ -111,6 +116,7 @@ class _Scan:
 
     read: Read
     size: int
+    windows: tuple[int, int, int]
     members: list[_RawMember] = field(default_factory=list)
     damage: list[Damage] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
@@ -118,11 +124,12 @@ class _Scan:
 
     def run(self) -> None:
         offset, base, window, gap = 0, 0, b"", 0
+        near, far, apart = self.windows
         sums: dict[bytes, int] = {}  # checksum field -> the sum of a header with it
         while True:
             header = window[offset - base : offset - base + BLOCK]
             if len(header) < BLOCK:
-                base, window = offset, self.read(offset, _FAR if gap > _GAP else _NEAR)
+                base, window = offset, self.read(offset, far if gap > apart else near)
                 header = window[:BLOCK]
                 if len(header) < BLOCK:
                     self._tell(offset, None, "the file ends where a header or the closing zero blocks should be: cut")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +10,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffprune.arrays import ArrayFolder
+from diffprune.autoencoder_objective import AutoencoderObjective
 from diffprune.checkpoints import load_start
-from diffprune.config import DitRun, TrainConfig, VqvaeRun
-from diffprune.decode import load_images
-from diffprune.errors import DiffpruneError, InputError
-from diffprune.flow import interpolate, velocity_loss, velocity_target
-from diffprune.learner import Objective
-from diffprune.models.dit import DiT
-from diffprune.models.vqvae import VQVAE, VqvaeOutput
-from diffprune.ranks import Ranks, training_ranks
+from diffprune.config import DitRun, VqvaeRun
+from diffprune.decode import MAX_PIXELS
+from diffprune.dit_objective import DitObjective
+from diffprune.errors import InputError
+from diffprune.live_latents import LiveLatents
+from diffprune.models.embedders import load_embedder
+from diffprune.ranks import training_ranks
+from diffprune.requests import read_quota
+from diffprune.run_pictures import SampleGrids
 from diffprune.shards import ShardSpec
 from diffprune.tables import read_folder
+from diffprune.training_images import training_images
 from diffprune.training_loop import run_training
-from diffprune.training_order import BalancedOrder
-
-LATENT_SCALE_IMAGES = 10_000
 
 
 def train_vqvae(
@@ -38,55 +36,65 @@ def train_vqvae(
     out: str | Path,
     *,
     kept: str | Path | None = None,
+    frechet_encoder: str | None = None,
+    strict_decode: bool = True,
+    max_pixels: int = MAX_PIXELS,
     resume: bool = True,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Train a VQ-VAE on the images of shards, or on those of a ``kept.parquet``.
+    """Train a VQ-VAE, or a KL autoencoder, on the images of shards, or on those of a ``kept.parquet``.
 
-    The loss is the mean squared error of the reconstruction plus ``commitment_weight`` times that of the latents to
-    their codes. Images are decoded once and kept in memory as bytes (uint8). One that cannot be decoded is left out
-    and counted. ``latent_scale`` is set at every checkpoint, from at most 10,000 images.
+    The loss of an image is the mean squared (or absolute) error of its reconstruction; plus, for a VQ-VAE,
+    ``commitment_weight`` times the mean squared error of its latents to their codes, for a KL autoencoder ``kl_weight``
+    times their divergence over the number of the image's elements; plus ``lpips_weight`` times LPIPS; plus, from step
+    ``adversarial_start``, a discriminator's verdict, which has no part in the loss that is told (see ``Adversary``).
 
-    ``out`` gets ``step_*`` folders (see ``checkpoints``) and ``log.jsonl``. A run that was stopped goes on from its
-    last checkpoint and ends in the same bytes (on a CPU, with as many processes and parts of a batch) as one that was
-    not; ``resume=False`` refuses a folder that holds checkpoints.
+    Images are decoded once and kept in memory as bytes (uint8) if they fit into half of what is free; else they are
+    decoded anew each time, for the same run. One that cannot be decoded is left out and counted. ``latent_scale`` is
+    measured at every checkpoint, on at most 10,000 images. ``strict_decode`` and ``max_pixels``: see
+    ``diffprune.decode.Decoding``. ``frechet_encoder``: see below, as ``encoder`` of ``reconstruct``.
+
+    ``out`` gets ``step_*`` folders (see ``checkpoints``), ``log.jsonl`` and ``loss.png``. A run that was stopped goes
+    on from its last checkpoint and ends in the same bytes (on a CPU, with as many processes and parts of a batch) as
+    one that was not; ``resume=False`` refuses a folder that holds checkpoints.
 
     Under torchrun every process computes its share of each batch; draws are those of the whole batch, so the training
     curve is the same but for rounding, for any number of processes. A run may be resumed with another number.
 
     Returns: kind, out, images, failed, parameters, device, processes, precision, operations_per_image (of a training
-    step), steps, first_step, images_seen, epochs; and after training checkpoint, loss, the last log line's metrics,
-    codebook_use (share of the codes that are some latent's nearest, over at most 10,000 images), latent_scale,
-    images_per_second and mfu (operations per second over what a large matrix product reached just before, on as many
-    devices). With ``dry_run`` nothing is written.
+    step, without LPIPS and the discriminator), steps, first_step, images_seen, epochs; and after training checkpoint,
+    loss, the last log line's metrics, latent_scale, images_per_second and mfu (operations per second over what a large
+    matrix product reached just before, on as many devices). Reconstruction_error, psnr, frechet_distance and
+    frechet_features, codebook_use and code_perplexity or divergence are then those of ``measured_images`` training
+    images, see ``ReconstructionMeasure.result``. With ``dry_run`` nothing is written.
 
     Raises:
-        InputError: no usable image, or an argument that does not fit.
+        InputError: no usable image, LPIPS weights that are not there, or an argument that does not fit.
         ResumeError: ``out`` holds a run with another config, seed or data; it names what differs.
         DiffpruneError: a loss that is not finite, or exploded; it names the step and the sample keys, and
             ``<out>/stopped.json`` has the loss of each sample of the batch. The step did not reach the weights.
         DiskFullError: a checkpoint could not be written; the ones before it are whole.
     """
-    table, images = load_images(shards, size=config.model.image_size, channels=config.model.in_channels, kept=kept)
-    usable = np.array([status == "ok" for status in table["status"].to_pylist()], dtype=bool)
-    keys = [key for key, ok in zip(table["key"].to_pylist(), usable, strict=True) if ok]
-    if not keys:
-        raise InputError(f"{shards}: expected images to train on, found {table.num_rows} samples and none usable")
-    images = images if usable.all() else images[usable]
     ranks, device = training_ranks(config.train.device, config.train.batch_size)
-    objective = _VqvaeObjective(config, ranks, device, keys, images)
+    embedder = None if frechet_encoder is None else load_embedder(frechet_encoder, device)
+    size, channels = config.model.image_size, config.model.in_channels
+    options = {"kept": kept, "strict": strict_decode, "max_pixels": max_pixels, "ranks": ranks}
+    images = training_images(shards, size=size, channels=channels, **options)
+    objective = AutoencoderObjective(config, ranks, device, images, embedder)
     report = run_training(objective, config, out, resume=resume, dry_run=dry_run)
-    return {**report, "failed": int((~usable).sum())}
+    return {**report, "failed": images.failed}
 
 
 def train_dit(
     config: DitRun,
-    latents: str | Path,
+    latents: str | Path | LiveLatents,
     out: str | Path,
     *,
     kept: str | Path | None = None,
     oversample_balanced: str | Path | None = None,
+    group_weights: str | Path | Mapping[str, int] | None = None,
     start_from: str | Path | None = None,
+    decode_with: str | Path | None = None,
     resume: bool = True,
     dry_run: bool = False,
 ) -> dict[str, Any]:
@@ -97,186 +105,86 @@ def train_dit(
     label is replaced by the null label with probability ``class_dropout_prob``. Latents are kept in memory in float16,
     as they are on disk. A data set smaller than a batch is gone through more than once per step.
 
+    ``latents`` may be ``LiveLatents``: shards (pruned ones too) whose images are encoded once, before the first step,
+    by every process of the run; with ``kept`` its samples alone. The training is that on the folder, to the bit.
     ``oversample_balanced``: "label", or a folder of `diffprune cluster`: each label or cluster is seen equally often
-    (``BalancedOrder``). ``start_from``: initial weights: a checkpoint or run folder (its moving average), or a
-    published DiT's or SiT's state dict, ``.pt`` or ``.safetensors``; see ``checkpoints.load_start``.
+    (``BalancedOrder``), or in proportion to ``group_weights``, whole numbers by group as in ``select``'s ``quota``
+    ("0=3,*=1", a mapping, or a JSON file). ``start_from``: initial weights: a checkpoint or run folder (its moving
+    average), or a published DiT's or SiT's state dict, ``.pt`` or ``.safetensors``; see ``checkpoints.load_start``.
+    ``decode_with``: the VQ-VAE of the latents, for the grids of ``train.sample_every``; ``LiveLatents`` know theirs.
 
-    What ``out`` holds, how a run is resumed, what is returned and raised: as ``train_vqvae``. InputError too where
-    latents, labels, clusters or ``start_from`` do not fit the model.
+    What ``out`` holds, how a run is resumed, what is returned and raised: as ``train_vqvae``, and ops in the report
+    ("torch", or the ``impl`` of this package's). InputError too where latents, labels, clusters, ``start_from`` or
+    ``decode_with`` do not fit the model.
     """
-    folder = ArrayFolder(latents, kind="latents")
+    folder = latents if isinstance(latents, LiveLatents) else ArrayFolder(latents, kind="latents")
+    where, expected = folder.folder, (config.model.in_channels, config.model.input_size, config.model.input_size)
     missing = [name for name in ("model_sha256", "latent_scale") if name not in folder.metadata]
     if missing:
-        raise InputError(f"{latents}: its metadata lacks {missing[0]}; make the latents again with `diffprune encode`")
-    table, values = folder.load(kept, np.float16)
-    keys = table["key"].to_pylist()
-    if not keys:
-        raise InputError(f"{kept or latents}: expected samples to train on, found none")
-    expected = (config.model.in_channels, config.model.input_size, config.model.input_size)
-    if values.shape[1:] != expected:
-        raise InputError(
-            f"{latents}: expected latents {list(expected)} (model.in_channels, input_size, input_size), "
-            f"found {list(values.shape[1:])}"
-        )
-    twins = folder.load_twins(kept, np.float16) if config.train.flip else None
-    if twins is not None and twins.shape != values.shape:
-        raise InputError(f"{latents}: expected mirrored latents {list(expected)}, found {list(twins.shape[1:])}")
-    labels = _checked_labels(keys, table["label"].to_pylist(), config.model.num_classes, latents)
-    groups = None if oversample_balanced is None else _groups(oversample_balanced, table, latents)
+        raise InputError(f"{where}: its metadata lacks {missing[0]}; make the latents again with `diffprune encode`")
+    _check_shape(where, tuple(folder.metadata.get("shape", expected)), expected)  # before images are encoded
     source = {name: folder.metadata[name] for name in ("model_sha256", "latent_scale")}
+    decoder = folder.vqvae if isinstance(folder, LiveLatents) and decode_with is None else decode_with
+    if config.train.sample_every and decoder is None:
+        raise InputError("train.sample_every: needs decode_with, the VQ-VAE of the latents: they are no images yet")
+    if group_weights is not None and oversample_balanced is None:
+        raise InputError("group_weights: of which groups? give oversample_balanced too: label, or a folder of clusters")
     start = None if start_from is None else load_start(start_from, config.model, source)
     ranks, device = training_ranks(config.train.device, config.train.batch_size)
+    grids = None
+    if config.train.sample_every:
+        grids = SampleGrids(config.model, source, decoder, device, config.train.seed)
+    table, values, twins = _load(folder, kept, config.train.flip)
+    keys = table["key"].to_pylist()
+    if not keys:
+        raise InputError(f"{kept or where}: expected samples to train on, found none")
+    _check_shape(where, values.shape[1:], expected)
+    if twins is not None:
+        _check_shape(f"{where}: mirrored", twins.shape[1:], expected)
+    labels = _checked_labels(keys, table["label"].to_pylist(), config.model.num_classes, where)
     objective = DitObjective(config, ranks, device, keys, values, twins, labels, source)
-    if groups is not None:
-        objective.balance(groups, str(oversample_balanced))
+    if oversample_balanced is not None:
+        groups = _groups(oversample_balanced, table, where)
+        weights = None if group_weights is None else _group_weights(read_quota(group_weights), groups)
+        objective.balance(groups, str(oversample_balanced), weights)
     if start is not None:
         objective.start(*start)
-    return run_training(objective, config, out, resume=resume, dry_run=dry_run)
+    report = run_training(objective, config, out, resume=resume, dry_run=dry_run, grids=grids)
+    # With a selection a sample that fails is an error.
+    return {**report, "failed": folder.samples - len(keys)} if isinstance(folder, LiveLatents) and not kept else report
 
 
-class _VqvaeObjective(Objective):
-    """Reconstruct images through a codebook."""
+def _load(
+    folder: ArrayFolder | LiveLatents, kept: str | Path | None, flip: bool
+) -> tuple[pa.Table, np.ndarray, np.ndarray | None]:
+    """Base columns, float16 latents, and those of the mirrored images if wanted, row-aligned."""
+    if isinstance(folder, LiveLatents):
+        return folder.load(kept, twins=flip)
+    table, values = folder.load(kept, np.float16)
+    return table, values, folder.load_twins(kept, np.float16) if flip else None
 
-    kind = "vqvae"
-    latents = None
 
-    def __init__(
-        self, run: VqvaeRun, ranks: Ranks, device: torch.device, keys: Sequence[str], images: np.ndarray
-    ) -> None:
-        self.ranks, self.device, self.train = ranks, device, run.train
-        self.model = VQVAE(run.model, seed=run.train.seed).to(device)
-        self.keys = keys
-        self.images = torch.from_numpy(images)
-        self.data = {"samples": len(keys), "sha256": _sha256(keys, images)}
-        self.outputs: list[VqvaeOutput] = []  # of the parts of this step's batch
-        self.codes = self.errors = torch.empty(0)
-        self.codebook_use = float("nan")  # until a checkpoint is saved
-
-    def draw(self, rows: Tensor, share: slice, generator: torch.Generator) -> tuple[Tensor, ...]:
-        images = self.images[rows[share]]
-        if self.train.flip:
-            mirrored = torch.rand(len(rows), generator=generator)[share] < 0.5
-            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-        return (images,)
-
-    def losses(self, model: nn.Module, images: Tensor) -> Tensor:
-        output = model(images.float() / 127.5 - 1)
-        self.outputs.append(output._replace(reconstruction=None, latents=output.latents.detach()))
-        return output.reconstruction_error + self.model.config.commitment_weight * output.commitment_error
-
-    def after_step(self, generator: torch.Generator) -> None:
-        parts = zip(
-            *((o.latents, o.codes, o.reconstruction_error, o.commitment_error) for o in self.outputs), strict=True
+def _check_shape(where: str | Path, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if found != expected:
+        raise InputError(
+            f"{where}: expected latents {list(expected)} (model.in_channels, input_size, input_size), found "
+            f"{list(found)}"
         )
-        latents, self.codes, *errors = (self.ranks.gathered(torch.cat(part).detach()) for part in parts)
-        self.errors = torch.stack(errors)
-        self.outputs = []
-        self.model.update_codebook(latents, self.codes, generator)
-
-    def metrics(self) -> dict[str, float]:
-        counts = torch.bincount(self.codes.flatten(), minlength=self.model.config.codebook_size).double()
-        share = counts / counts.sum()
-        return {
-            "reconstruction_error": self.errors[0].mean().item(),
-            "commitment_error": self.errors[1].mean().item(),
-            "code_perplexity": torch.special.entr(share).sum().exp().item(),
-        }
-
-    @torch.no_grad()
-    def before_checkpoint(self) -> None:
-        """latent_scale = 1 / std of the latents' elements, and the share of codes in use, over images evenly spread."""
-        count = min(len(self.images), LATENT_SCALE_IMAGES)
-        rows = torch.arange(count) * len(self.images) // count
-        moments = torch.zeros(3, dtype=torch.float64)
-        used = torch.zeros(self.model.config.codebook_size, dtype=torch.bool)
-        for part in rows.split(500):
-            latents = self.model.latents(self.images[part].to(self.device).float() / 127.5 - 1)
-            used[self.model.quantize(latents)[1].unique().cpu()] = True
-            values = latents.double()
-            moments += torch.tensor([values.numel(), values.sum().item(), values.square().sum().item()])
-        number, total, squares = moments.tolist()
-        variance = squares / number - (total / number) ** 2
-        if not variance > 0:
-            raise DiffpruneError(f"the latents of all {count} images are equal (variance {variance}): nothing learned")
-        self.model.latent_scale.fill_(variance**-0.5)
-        self.codebook_use = used.double().mean().item()
-
-    def summary(self) -> dict[str, float]:
-        return {"latent_scale": self.model.latent_scale.item(), "codebook_use": self.codebook_use}
-
-    def forward_of_one(self) -> None:
-        config = self.model.config
-        VQVAE(config)(torch.zeros(1, config.in_channels, config.image_size, config.image_size))
 
 
-class DitObjective(Objective):
-    """Predict the velocity of latents on the linear path."""
-
-    kind = "dit"
-
-    def __init__(
-        self,
-        run: DitRun,
-        ranks: Ranks,
-        device: torch.device,
-        keys: Sequence[str],
-        values: np.ndarray,
-        twins: np.ndarray | None,
-        labels: Tensor | None,
-        source: dict[str, Any],
-    ) -> None:
-        self.ranks, self.device, self.train = ranks, device, run.train
-        self.model = DiT(**asdict(run.model), seed=run.train.seed).to(device)
-        self.keys = keys
-        self.values, self.labels = torch.from_numpy(values), labels
-        self.twins = None if twins is None else torch.from_numpy(twins)
-        self.latents = source
-        self.order: BalancedOrder | None = None
-        parts = [values] if labels is None else [values, labels.numpy()]
-        if twins is not None:
-            parts.append(twins)
-        self.data = {"samples": len(keys), "sha256": _sha256(keys, *parts)}
-
-    def balance(self, groups: Tensor, name: str) -> None:
-        """See each of these groups [N] equally often."""
-        self.order = BalancedOrder(groups, self.train.seed)
-        self.data["balanced_by"] = "label" if name == "label" else "cluster"
-        self.data["balanced_sha256"] = _sha256([], groups.numpy())
-
-    def start(self, weights: dict[str, Tensor], sha256: str) -> None:
-        """Begin with these weights."""
-        self.model.load_state_dict(weights)
-        self.data["start_sha256"] = sha256
-
-    def rows(self, step: int, train: TrainConfig) -> Tensor:
-        return super().rows(step, train) if self.order is None else self.order.batch(train.batch_size, step)
-
-    def draw(self, rows: Tensor, share: slice, generator: torch.Generator) -> tuple[Tensor, ...]:
-        count = len(rows)
-        if self.train.timesteps == "lognormal":
-            t = torch.randn(count, generator=generator).sigmoid()
-        else:
-            t = torch.rand(count, generator=generator)
-        x0 = torch.randn((count, *self.values.shape[1:]), generator=generator)
-        dropped = torch.rand(count, generator=generator) < self.model.config.class_dropout_prob
-        x1 = self.values[rows[share]]
-        if self.twins is not None:
-            mirrored = torch.rand(count, generator=generator)[share] < 0.5
-            x1 = torch.where(mirrored[:, None, None, None], self.twins[rows[share]], x1)
-        inputs = (x1.float(), x0[share], t[share])
-        if self.labels is None:
-            return inputs
-        return (*inputs, torch.where(dropped, self.model.num_classes, self.labels[rows])[share])
-
-    def losses(self, model: nn.Module, x1: Tensor, x0: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        velocity = model(interpolate(x1, x0, t), t, labels)
-        return velocity_loss(velocity.float(), velocity_target(x1, x0))
-
-    def forward_of_one(self) -> None:
-        config = self.model.config
-        labels = torch.zeros(1, dtype=torch.int64) if config.num_classes else None
-        latent = torch.zeros(1, config.in_channels, config.input_size, config.input_size)
-        DiT(**asdict(config))(latent, torch.zeros(1), labels)
+def _group_weights(given: Mapping[str, int], groups: Tensor) -> dict[int, int]:
+    """The weight of each group; "*" stands for those not named, else they have 0."""
+    known = [str(value) for value in groups.unique().tolist()]
+    unknown = sorted(given.keys() - {"*", *known})
+    if unknown:
+        raise InputError(
+            f"group_weights: no group {unknown[0]!r} among the samples; there are {len(known)}: "
+            f"{', '.join(known[:10])}{', …' if len(known) > 10 else ''}"
+        )
+    weights = {int(name): given.get(name, given.get("*", 0)) for name in known}
+    if not any(weights.values()):
+        raise InputError("group_weights: all are 0, expected one above it")
+    return weights
 
 
 def _groups(by: str | Path, table: pa.Table, latents: str | Path) -> Tensor:
@@ -306,14 +214,3 @@ def _checked_labels(keys: list[str], labels: list[int | None], num_classes: int,
                 "set model.num_classes (0 trains without labels)"
             )
     return torch.tensor(labels, dtype=torch.int64)
-
-
-def _sha256(keys: Sequence[str], *arrays: np.ndarray) -> str:
-    """Of the keys in order and of the arrays' bytes; float16 ones as if they were float32."""
-    digest = hashlib.sha256("\0".join(keys).encode())
-    for array in arrays:
-        dtype = np.dtype(np.float32) if array.dtype == np.float16 else array.dtype
-        digest.update(str((array.shape, dtype.str)).encode())
-        for start in range(0, len(array), 4096):
-            digest.update(np.ascontiguousarray(array[start : start + 4096], dtype).data)
-    return digest.hexdigest()

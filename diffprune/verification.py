@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from diffprune.decode import MAX_PIXELS, read_batches
 from diffprune.local_workers import Advance, LocalWorkers, Task
 from diffprune.progress import progress
 from diffprune.shards import ShardIndex, ShardSpec, find_duplicate_key, index_shard, list_shards
+from diffprune.storage import AnyPath
 
 MAX_LISTED = 1000
 
@@ -35,9 +35,8 @@ def verify(
     what this function is for. Raises InputError if a shard is missing or there is none.
     """
     paths = list_shards(shards)
-    total_bytes = sum(path.stat().st_size for path in paths)
     if dry_run:
-        return {"dry_run": True, "shards": len(paths), "bytes": total_bytes}
+        return {"dry_run": True, "shards": len(paths), "bytes": sum(path.stat().st_size for path in paths)}
     looker = _Looker(decode, {"strict": strict_decode, "max_pixels": max_pixels})
     with progress("verify", total=len(paths), unit="shards") as bar:
         found = looker.look_at_all(paths, workers, bar.advance)
@@ -59,7 +58,7 @@ def verify(
     return {
         "shards": len(paths),
         "samples": sum(len(index.samples) for index in indexes),
-        "bytes": total_bytes,
+        "bytes": sum(index.size for index in indexes),
         "extensions": dict(sorted(extensions.items())),
         "classes": {str(label): count for label, count in sorted(classes.items())} if decode else None,
         "samples_without_image": counts["samples_without_image"],
@@ -93,7 +92,7 @@ class _Looker:
     def __call__(self) -> _Looker:
         return self
 
-    def look_at_all(self, paths: list[Path], workers: int, advance: Advance) -> list[_Findings]:
+    def look_at_all(self, paths: list[AnyPath], workers: int, advance: Advance) -> list[_Findings]:
         """In the order of the paths."""
         if workers == 1:
             return [self.look_at(path, advance) for path in paths]
@@ -102,7 +101,7 @@ class _Looker:
             found = {task.args[0]: answer for task, answer in pool.map(tasks, advance)}
         return [found[path] for path in paths]
 
-    def look_at(self, path: Path, advance: Advance) -> _Findings:
+    def look_at(self, path: AnyPath, advance: Advance) -> _Findings:
         index = index_shard(path)
         found = _Findings(index)
         found.damage.extend(_entry(path, d.offset, d.key, d.message) for d in index.damage)
@@ -129,5 +128,5 @@ class _Looker:
                 found.damage.append(_entry(found.index.path, sample.offset, sample.key, error))
 
 
-def _entry(path: Path, offset: int, key: str | None, error: str) -> dict[str, Any]:
+def _entry(path: AnyPath, offset: int, key: str | None, error: str) -> dict[str, Any]:
     return {"shard": str(path), "offset": offset, "key": key, "error": error}

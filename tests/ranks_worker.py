@@ -13,25 +13,29 @@ from pathlib import Path
 import torch
 
 import diffprune
-from diffprune import training
+import diffprune.training_images
+from diffprune import dit_objective
 from diffprune.config import load_config
 from diffprune.errors import DiffpruneError
 
 torch.set_num_threads(1)
+free_bytes = diffprune.training_images.free_bytes
 for request in json.loads(Path(sys.argv[1]).read_text()):
     config = load_config(None, request["kind"], request["overrides"])
+    diffprune.training_images.free_bytes = (lambda: 0) if "streamed" in request else free_bytes
     if "poisoned_step" in request:  # a NaN that only the last process sees
-        real, calls = training.velocity_loss, []
+        real, calls = dit_objective.velocity_loss, []
 
         def poisoned(*arguments, real=real, calls=calls, step=request["poisoned_step"]):
             calls.append(1)
             last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
             return real(*arguments) * (float("nan") if last and len(calls) == step else 1)
 
-        training.velocity_loss = poisoned
+        dit_objective.velocity_loss = poisoned
     train = diffprune.train_dit if request["kind"] == "dit" else diffprune.train_vqvae
     try:
-        answer = train(config, request["data"], request["out"])
+        options = {"decode_with": request["decode_with"]} if "decode_with" in request else {}
+        answer = train(config, request["data"], request["out"], **options)
     except DiffpruneError as error:
         answer = {"error": str(error)}
     Path(request["out"]).mkdir(parents=True, exist_ok=True)

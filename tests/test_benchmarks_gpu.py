@@ -316,6 +316,54 @@ def test_a_run_on_a_gpu_builds_then_tests_then_measures(tmp_path: Path, monkeypa
     assert "build: failed g++" in printed and "misaligned address" in printed
 
 
+SANITIZER = """#!/bin/sh
+echo "tests/kernels/test_a.py::test_odd_sizes PASSED [100%]"
+echo "========= ERROR SUMMARY: $ERRORS errors"
+test "$ERRORS" = 0 || exit 86
+"""
+
+
+@pytest.mark.parametrize("errors", [0, 2])
+def test_errors_of_memory_fail_a_sanitized_run(tmp_path: Path, monkeypatch, capsys, errors: int) -> None:
+    """What compute-sanitizer found, though every test passed; nothing is measured, and no file written unasked."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(SANITIZER)
+    tool.chmod(0o755)
+    monkeypatch.setenv("ERRORS", str(errors))
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA X")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu, "build", lambda seconds, archs: {"status": "ok"})
+    out = tmp_path / "x.json"
+    assert gpu.main(["--sanitize", "--out", str(out)]) == int(errors > 0)
+    result = json.loads(out.read_text())
+    assert result["tests"]["errors"] == errors and result["tests"]["passed"] == 1 and result["records"] == []
+    assert f"compute-sanitizer: {errors} errors" in capsys.readouterr().out
+    assert gpu.Run(gpu._options(["--sanitize"])).out is None
+
+
+def test_no_sanitizer_is_said() -> None:
+    assert "needs compute-sanitizer" in gpu_steps.sanitized_tests(1.0, None)["reason"]
+
+
+def test_a_step_that_cannot_be_tried_does_not_stop_the_others(tmp_path: Path, monkeypatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise OSError("no space left")
+
+    steps: list[str] = []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA X")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu, "build", broken)
+    monkeypatch.setattr(gpu, "kernel_tests", broken)
+    monkeypatch.setattr(gpu, "run_worker", lambda op, *_, **__: steps.append(op) or "time was up")
+    out = tmp_path / "x.json"
+    assert gpu.Run(gpu._options(["--only", "pairwise_topk", "--out", str(out)])).run() == 1
+    result = json.loads(out.read_text())
+    assert result["build"] == result["tests"] == {"status": "error", "reason": "OSError: no space left"}
+    assert steps == ["ceilings", "pairwise_topk"] and result["finished"]
+
+
 def timed(op: str, implementation: str, median: float, *goals: dict, ours: bool = True, **more: Any) -> dict[str, Any]:
     fields = {"op": op, "label": "x", "implementation": implementation, "ours": ours, "shape": {"N": 4}}
     numbers = {"median_s": median, "lower_s": median, "upper_s": median, "bytes": 300, "operations": 0}

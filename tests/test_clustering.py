@@ -18,7 +18,7 @@ from diffprune.arrays import ArrayFolder, write_array
 from diffprune.cli.app import app
 from diffprune.cluster_count import adjusted_rand, advise, knee, parse_ks, silhouette
 from diffprune.clustering import CENTROIDS_FILE, parse_bytes
-from diffprune.engines import run_stage
+from diffprune.engines import Engine, run_stage
 from diffprune.errors import InputError
 from diffprune.hierarchical_kmeans import HierarchicalKMeans
 from diffprune.shards import Member, Sample
@@ -43,7 +43,7 @@ def write_embeddings(folder: Path, values: np.ndarray, *, failed: tuple[int, ...
         return base_table(f"{stem}.tar", samples, [None] * len(rows), [None] * len(rows), errors)
 
     config = {"kind": "embeddings", "model": model, "model_sha256": model * 8, "shape": [values.shape[1]]}
-    run_stage("embed", folder, config, list(starts), work, total=len(values))
+    run_stage("embed", folder, config, list(starts), work, total=len(values), engine=Engine(max_failures=0))
     return folder
 
 

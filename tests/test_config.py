@@ -43,7 +43,7 @@ def test_a_run_survives_json():
             from_dict(kind, saved, "x")
 
 
-@pytest.mark.parametrize("path, kind", [(p, "vqvae" if "vqvae" in p.name else "dit") for p in CONFIGS.glob("*.toml")])
+@pytest.mark.parametrize("path, kind", [(p, k) for k in ("vqvae", "dit") for p in CONFIGS.glob(f"*{k}*.toml")])
 def test_the_files_in_configs_load(path, kind):
     load_config(path, kind)
 
@@ -85,7 +85,7 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path, text, message):
         ("dit", "train.stepz=1", r"override 'train.stepz=1': \[train\]: unknown key 'stepz'"),
         ("dit", "steps=1", r"expected section.field=value, such as train.steps=100"),
         ("dit", "train.steps", r"expected section.field=value"),
-        ("vqvae", "model.depth=4", r"unknown key 'depth'; known: image_size"),
+        ("vqvae", "model.depth=4", r"unknown key 'depth'; known: kind, backbone, image_size"),
         ("vqvae", "model.channel_multipliers=[1, 'a']", r"model.channel_multipliers: expected an int, found 'a'"),
         ("vqvae", "model.channel_multipliers=2", r"model.channel_multipliers: expected a list of int, found 2"),
         ("vqvae", "model.channel_multipliers=[]", r"channel_multipliers: expected numbers of at least 1, got \(\)"),

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from diffprune.errors import InputError
-from diffprune.models.dit import DiT, sincos_position_embedding
+from diffprune.models.dit import DiT
+from diffprune.models.positions import sincos_position_embedding
 
 # Tables 1 and 4 of arXiv 2212.09748: hidden size, depth, heads, millions of trainable parameters with patch 2.
 TABLE = {"S": (384, 12, 6, 33), "B": (768, 12, 12, 130), "L": (1024, 24, 16, 458), "XL": (1152, 28, 16, 675)}

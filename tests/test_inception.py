@@ -129,11 +129,11 @@ def test_missing_or_other_weights_are_told(weights, tmp_path, monkeypatch):
         ({"fc.bias": torch.full((1008,), torch.nan)}, "'fc.bias' has values that are not finite"),
         ({"fc.bias": torch.ones(1008, dtype=torch.int64)}, "found .1008. int64"),
     ]:
-        monkeypatch.setattr(inception, "_read", lambda path, change=change: tensors | change)
+        monkeypatch.setattr(inception, "read_weights", lambda path, change=change: tensors | change)
         with pytest.raises(InputError, match=message):
             load_inception(weights)
     del tensors["Mixed_7c.branch_pool.bn.bias"]
-    monkeypatch.setattr(inception, "_read", lambda path: dict(tensors))
+    monkeypatch.setattr(inception, "read_weights", lambda path: dict(tensors))
     with pytest.raises(InputError, match=r"'Mixed_7c.branch_pool.bn.bias': expected \[192\], found none"):
         load_inception(weights)
 

@@ -18,7 +18,7 @@ from diffprune.errors import InputError
 from diffprune.kernels import kmeans_assign
 from diffprune.kmeans import KMeans
 from diffprune.kmeans_points import Part, open_points
-from diffprune.kmeans_sums import ClusterSums
+from diffprune.kmeans_sums import ClusterSums, total
 from tests.kernels.cpp_case import needs_cpp
 
 
@@ -294,3 +294,18 @@ def test_half_and_single_files_are_read_as_single() -> None:
     points = cloud(200).half()
     mixed = [points[:90].numpy(), points[90:].float().numpy()]
     assert result(KMeans(5, memory=900).fit(mixed)) == result(KMeans(5).fit(points.float()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_totals_are_exact_and_leave_the_values_alone(dtype: torch.dtype) -> None:
+    values = torch.rand(5000, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    values = (values * torch.logspace(-12, 6, 5000, dtype=torch.float64)).to(dtype)
+    before = values.clone()
+    expected = math.fsum(values.tolist())
+    assert total(values) == pytest.approx(expected, rel=1e-15)
+    shuffled = values[torch.randperm(5000, generator=torch.Generator().manual_seed(4))]
+    assert total(shuffled) == total(values)
+    assert torch.equal(values, before)
+    assert (
+        total(torch.zeros(3)) == 0 and total(torch.tensor([1.0, math.inf])) == math.inf and total(torch.zeros(0)) == 0
+    )

@@ -45,9 +45,9 @@ def run(small_run, tmp_path, monkeypatch):
     ("harm", "said"),
     [
         ("os.rename(path, path + '.away')", "no such shard any more; it was there when it was indexed"),
-        ("os.utime(path, (1, 1))", "changed since it was indexed"),
-        ("os.truncate(path, 20480)", "changed since it was indexed|changed after it was indexed"),
-        ("open(path, 'ab').write(bytes(512))", "changed since it was indexed|changed after it was indexed"),
+        ("os.utime(path, (1, 1))", "changed after it was indexed"),
+        ("os.truncate(path, 20480)", "changed after it was indexed"),
+        ("open(path, 'ab').write(bytes(512))", "changed after it was indexed"),
     ],
 )
 def test_it_is_told_and_the_finished_shards_are_kept(run, harm, said):

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import diffprune
-from diffprune import training, training_loop
+from diffprune import dit_objective, training_log
 from diffprune.arrays import ArrayFolder, write_array
 from diffprune.checkpoints import load_dit, load_vqvae
 from diffprune.config import load_config
@@ -208,7 +208,7 @@ def test_ten_steps_are_five_and_five(small_run, tmp_path, kind):
 def test_ctrl_c_leaves_finished_checkpoints_and_the_next_run_ends_the_same(small_run, tmp_path, monkeypatch):
     config = dit_config("train.steps=6", "train.checkpoint_every=2", "train.log_every=1", "train.device=cpu")
     diffprune.train_dit(config, small_run.latents, tmp_path / "whole")
-    real, calls = training.velocity_loss, []
+    real, calls = dit_objective.velocity_loss, []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -216,10 +216,10 @@ def test_ctrl_c_leaves_finished_checkpoints_and_the_next_run_ends_the_same(small
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(training, "velocity_loss", interrupted)
+    monkeypatch.setattr(dit_objective, "velocity_loss", interrupted)
     with pytest.raises(KeyboardInterrupt):
         diffprune.train_dit(config, small_run.latents, tmp_path / "cut")
-    assert steps_in(tmp_path / "cut") == ["log.jsonl", "step_00000002", "step_00000004"]
+    assert steps_in(tmp_path / "cut") == ["log.jsonl", "loss.png", "step_00000002", "step_00000004"]
     assert [line["step"] for line in logged(tmp_path / "cut")] == [1, 2, 3, 4, 5]
     with open(tmp_path / "cut" / "log.jsonl", "a") as log:
         log.write('{"step": 5, "lo')  # a line cut short
@@ -269,7 +269,7 @@ def test_a_resume_with_another_config_or_other_data_is_refused(small_run, tmp_pa
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     free = ["train.checkpoint_every=1", "train.log_every=3", "train.device=cpu"]
     diffprune.train_dit(dit_config("train.steps=6", *free), small_run.latents, run)
-    assert steps_in(run) == ["log.jsonl", "step_00000004", "step_00000005", "step_00000006"]
+    assert steps_in(run) == ["log.jsonl", "loss.png", "step_00000004", "step_00000005", "step_00000006"]
 
 
 def test_other_latent_values_under_the_same_keys_are_other_data(small_run, tmp_path):
@@ -281,6 +281,17 @@ def test_other_latent_values_under_the_same_keys_are_other_data(small_run, tmp_p
     write_array(latents / f"{stem}.npy", array)
     with pytest.raises(ResumeError, match=r"data.sha256: "):
         diffprune.train_dit(dit_config("train.steps=2"), latents, tmp_path / "run")
+
+
+def test_latents_of_another_scale_or_vqvae_are_other_data(small_run, tmp_path):
+    diffprune.train_dit(dit_config("train.steps=1"), small_run.latents, tmp_path / "run")
+    stage = (small_run.latents / "stage.json").read_text()
+    metadata = ArrayFolder(small_run.latents).metadata
+    for name, other in (("latent_scale", metadata["latent_scale"] * 2), ("model_sha256", "0" * 64)):
+        latents = Path(shutil.copytree(small_run.latents, tmp_path / name))
+        (latents / "stage.json").write_text(stage.replace(json.dumps(metadata[name]), json.dumps(other)))
+        with pytest.raises(ResumeError, match=rf"latents.{name}: .* there, .* now"):
+            diffprune.train_dit(dit_config("train.steps=2"), latents, tmp_path / "run")
 
 
 def test_a_damaged_checkpoint_is_not_gone_on_from(small_run, tmp_path):
@@ -355,14 +366,14 @@ def test_a_damaged_image_is_left_out_and_counted(small_run, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_samples(small_run, tmp_path, monkeypatch):
     keys = ArrayFolder(small_run.latents).load()[0]["key"].to_pylist()
-    real, calls = training.velocity_loss, []
+    real, calls = dit_objective.velocity_loss, []
 
     def poisoned(*arguments):
         calls.append(1)
         losses = real(*arguments)
         return losses * torch.tensor([float("nan") if i == 5 and len(calls) == 3 else 1.0 for i in range(8)])
 
-    monkeypatch.setattr(training, "velocity_loss", poisoned)
+    monkeypatch.setattr(dit_objective, "velocity_loss", poisoned)
     config = dit_config("train.steps=9", "train.checkpoint_every=2")
     key = keys[batch_rows(120, 8, 0, 2)[5]]
     with pytest.raises(
@@ -386,4 +397,4 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(small_run, tmp_path)
     assert json.loads(json.dumps(report)) == report
     assert diffprune.train_vqvae(vqvae_config(), small_run.shards, tmp_path / "run", dry_run=True)["images"] == 120
     assert not (tmp_path / "run").exists()
-    assert training_loop.LOG_FILE == "log.jsonl"
+    assert training_log.LOG_FILE == "log.jsonl"

@@ -18,7 +18,8 @@ from diffprune.checkpoints import load_dit, load_vqvae
 from diffprune.config import DitConfig, DitRun, TrainConfig, from_dict, load_config, to_dict
 from diffprune.decode import load_images
 from diffprune.errors import InputError, ResumeError
-from diffprune.models.dit import DiT, rotary_turns, rotate
+from diffprune.models.dit import DiT
+from diffprune.models.positions import rotary_turns, rotate
 from diffprune.models.vqvae import VQVAE
 from diffprune.tables import read_folder
 from diffprune.throughput import duration, matmul_rate, step_operations
@@ -96,20 +97,25 @@ def test_a_run_goes_on_by_other_means(small_run, tmp_path):
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
 
 
-def test_checkpoints_made_before_these_options_go_on_with_the_same_bytes(small_run, tmp_path):
+@pytest.mark.parametrize("kind", ["dit", "vqvae"])
+def test_checkpoints_made_before_these_options_go_on_with_the_same_bytes(small_run, tmp_path, kind):
     """Their config lacks the fields: they stand for what was done then."""
-    whole = train(small_run, tmp_path / "whole", "train.steps=6")
-    train(small_run, tmp_path / "old")
+    whole = train(small_run, tmp_path / "whole", "train.steps=6", kind=kind)
+    train(small_run, tmp_path / "old", kind=kind)
     path = tmp_path / "old" / "step_00000003" / "state.json"
     state = json.loads(path.read_text())
-    for name in ("accumulate", "activation_checkpointing", "compile", "timesteps", "flip", "explosion_factor"):
+    added = ("accumulate", "activation_checkpointing", "compile", "timesteps", "flip", "explosion_factor")
+    for name in (*added, "noise", "ops", "sharding", "sample_every", "tensorboard"):
         del state["config"]["train"][name]
-    for name in ("qk_norm", "rope"):
+    for name in ("qk_norm", "rope") if kind == "dit" else ("normalize_codes",):
         del state["config"]["model"][name]
     path.write_text(json.dumps(state))
-    assert largest_difference(whole, train(small_run, tmp_path / "old", "train.steps=6")) == 0
-    with pytest.raises(ResumeError, match=r"train.timesteps: 'uniform' there, 'lognormal' now"):
-        train(small_run, tmp_path / "old", "train.steps=9", "train.timesteps=lognormal")
+    if kind == "vqvae":
+        load_vqvae(path.parent)
+    assert largest_difference(whole, train(small_run, tmp_path / "old", "train.steps=6", kind=kind)) == 0
+    if kind == "dit":
+        with pytest.raises(ResumeError, match=r"train.timesteps: 'uniform' there, 'lognormal' now"):
+            train(small_run, tmp_path / "old", "train.steps=9", "train.timesteps=lognormal")
     run = to_dict(DitRun())
     del run["train"]["seed"]
     with pytest.raises(InputError, match=r"state.json: train.seed is missing"):
@@ -152,10 +158,10 @@ def test_twins_are_the_latents_of_mirrored_images(small_run, twins):
 
 
 def test_flip_takes_the_twin_half_of_the_time(small_run, twins, tmp_path, monkeypatch):
-    from diffprune import training
+    from diffprune import dit_objective
 
-    seen, real = [], training.interpolate
-    monkeypatch.setattr(training, "interpolate", lambda x1, x0, t: (seen.append(x1.clone()), real(x1, x0, t))[1])
+    seen, real = [], dit_objective.interpolate
+    monkeypatch.setattr(dit_objective, "interpolate", lambda x1, x0, t: (seen.append(x1.clone()), real(x1, x0, t))[1])
     config = load_config(None, "dit", [*DIT, "train.flip=true", "train.batch_size=120", "train.steps=2"])
     diffprune.train_dit(config, twins, tmp_path / "run")
     folder = ArrayFolder(twins)
@@ -186,7 +192,7 @@ def test_a_balanced_order_sees_each_group_equally_often():
 
 @pytest.mark.parametrize("by", ["label", "cluster"])
 def test_oversampling_balances_what_is_trained_on(small_run, tmp_path, by, monkeypatch):
-    from diffprune import training
+    from diffprune import dit_objective
 
     table, latents = ArrayFolder(small_run.latents).load()
     rows = {row.tobytes(): number for number, row in enumerate(latents)}
@@ -196,8 +202,8 @@ def test_oversampling_balances_what_is_trained_on(small_run, tmp_path, by, monke
         clusters = read_folder(small_run.clusters, ["key", "cluster"]).to_pydict()
         found = dict(zip(clusters["key"], clusters["cluster"], strict=True))
         groups, option = [found[key] for key in table["key"].to_pylist()], small_run.clusters
-    seen, real = [], training.interpolate
-    monkeypatch.setattr(training, "interpolate", lambda x1, x0, t: (seen.extend(x1.clone()), real(x1, x0, t))[1])
+    seen, real = [], dit_objective.interpolate
+    monkeypatch.setattr(dit_objective, "interpolate", lambda x1, x0, t: (seen.extend(x1.clone()), real(x1, x0, t))[1])
     places = -(-120 // len(set(groups)))
     every = ["train.steps=1", f"train.batch_size={places * len(set(groups))}"]
     train(small_run, tmp_path / "run", *every, oversample_balanced=option)

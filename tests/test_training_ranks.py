@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import diffprune
 from diffprune.arrays import ArrayFolder
+from diffprune.checkpoints import load_dit
 from diffprune.config import load_config
 from diffprune.ranks import Ranks
 from diffprune.training_order import batch_rows
@@ -21,6 +22,10 @@ from diffprune.training_order import batch_rows
 DIT = ["model.input_size=4", "model.hidden_size=16", "model.depth=2", "train.batch_size=12", "train.log_every=1"]
 VQVAE = ["model.image_size=16", "model.base_channels=4", "model.codebook_size=16", "train.batch_size=12"]
 VQVAE += ["train.log_every=1", "train.lr=1e-5"]  # its biases without effect follow rounding, by lr a step
+ADVERSARY = ["loss.adversarial_weight=0.5", "loss.discriminator_channels=4", "loss.discriminator_layers=2"]
+ADVERSARY += ["loss.pixel=l1", "train.steps=3"]
+FSDP = ["train.sharding=fsdp"]
+RECOMPUTED = "train.activation_checkpointing=true"
 # Sums of the same numbers in another order: float32 rounding, which training carries on.
 RELATIVE, ABSOLUTE = 1e-4, 1e-4
 
@@ -36,7 +41,7 @@ def torchrun(folder: Path, processes: int, *requests: dict) -> None:
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=280,
     )
     assert result.returncode == 0, result.stderr[-3000:]
 
@@ -46,9 +51,9 @@ def dit(small_run, out: Path, *overrides: str, **more) -> dict:
     return {"kind": "dit", "overrides": every, "data": str(small_run.latents), "out": str(out), **more}
 
 
-def vqvae(small_run, out: Path, *overrides: str) -> dict:
+def vqvae(small_run, out: Path, *overrides: str, **more) -> dict:
     every = [*VQVAE, "train.device=cpu", *overrides]
-    return {"kind": "vqvae", "overrides": every, "data": str(small_run.shards), "out": str(out)}
+    return {"kind": "vqvae", "overrides": every, "data": str(small_run.shards), "out": str(out), **more}
 
 
 def curve(run: Path) -> list[dict]:
@@ -56,16 +61,16 @@ def curve(run: Path) -> list[dict]:
     return [{name: value for name, value in line.items() if name not in ("images_per_second", "mfu")} for line in lines]
 
 
-def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
-    return load_file(run / f"step_{step:08d}" / "model.safetensors")
+def weights(run: Path, step: int, file: str) -> dict[str, torch.Tensor]:
+    return load_file(run / f"step_{step:08d}" / f"{file}.safetensors")
 
 
-def assert_same(run: Path, other: Path, step: int) -> None:
+def assert_same(run: Path, other: Path, step: int, file: str = "model") -> None:
     assert [line["step"] for line in curve(run)] == [line["step"] for line in curve(other)]
     for one, two in zip(curve(run), curve(other), strict=True):
         assert one == pytest.approx(two, rel=RELATIVE)
-    found = weights(other, step)
-    for name, expected in weights(run, step).items():
+    found = weights(other, step, file)
+    for name, expected in weights(run, step, file).items():
         torch.testing.assert_close(found[name], expected, rtol=RELATIVE, atol=ABSOLUTE, msg=name)
 
 
@@ -75,30 +80,48 @@ def alone(small_run, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("alone")
     diffprune.train_dit(load_config(None, "dit", [*DIT, "train.steps=8"]), small_run.latents, root / "dit")
     diffprune.train_vqvae(load_config(None, "vqvae", [*VQVAE, "train.steps=4"]), small_run.shards, root / "vqvae")
+    diffprune.train_vqvae(load_config(None, "vqvae", [*VQVAE, *ADVERSARY]), small_run.shards, root / "adversary")
     return root
 
 
 def test_two_and_four_processes_draw_the_same_curve_and_go_on_from_each_other(small_run, alone, tmp_path):
     half = dit(small_run, tmp_path / "mixed", "train.steps=4")
+    decoded = {"decode_with": str(small_run.vqvae)}
     torchrun(
         tmp_path / "two",
         2,
         dit(small_run, tmp_path / "two", "train.steps=8", "train.accumulate=2"),
         vqvae(small_run, tmp_path / "two-vqvae", "train.steps=4"),
+        vqvae(small_run, tmp_path / "two-adversary", *ADVERSARY, streamed=True),  # each decodes its share of the shards
         half,
+        dit(small_run, tmp_path / "sharded", *FSDP, "train.steps=8", "train.sample_every=8", **decoded),
+        dit(small_run, tmp_path / "by-parts", *FSDP, "train.steps=4", "train.accumulate=2", RECOMPUTED),
+        dit(small_run, tmp_path / "alone-at-last", *FSDP, "train.steps=4"),
+        dit(small_run, tmp_path / "broken", *FSDP, "train.steps=8", "train.checkpoint_every=2", poisoned_step=3),
     )
     torchrun(
         tmp_path / "four",
         4,
         dit(small_run, tmp_path / "four", "train.steps=8"),
         dit(small_run, tmp_path / "mixed", "train.steps=8"),  # resumes what two began
+        dit(small_run, tmp_path / "by-parts", "train.steps=8"),
         dit(small_run, tmp_path / "poisoned", "train.steps=8", "train.checkpoint_every=2", poisoned_step=3),
         dit(small_run, tmp_path / "uneven", "train.batch_size=10"),
     )
-    for run in ("two", "four", "mixed"):
+    # What two processes began with a part of the weights each, one ends with all of them.
+    last = load_config(None, "dit", [*DIT, "train.steps=8", "train.device=cpu"])
+    diffprune.train_dit(last, small_run.latents, tmp_path / "alone-at-last")
+    for run in ("two", "four", "mixed", "sharded", "by-parts", "alone-at-last"):
         assert_same(alone / "dit", tmp_path / run, 8)
+        load_dit(tmp_path / run)
+    grid = {"count": 40, "grid": tmp_path / "grid.png", "device": "cpu"}
+    diffprune.sample(tmp_path / "sharded", small_run.vqvae, None, **grid)
+    found = (tmp_path / "sharded" / "samples" / "step_00000008.png").read_bytes()
+    assert found == (tmp_path / "grid.png").read_bytes()
     assert_same(alone / "vqvae", tmp_path / "two-vqvae", 4)
-    for run, processes in (("two", 2), ("four", 4), ("mixed", 4)):
+    assert_same(alone / "adversary", tmp_path / "two-adversary", 3)
+    assert_same(alone / "adversary", tmp_path / "two-adversary", 3, "discriminator")
+    for run, processes in (("two", 2), ("four", 4), ("mixed", 4), ("sharded", 2), ("by-parts", 4)):
         reports = [json.loads((tmp_path / run / f"report-{rank}.json").read_text()) for rank in range(processes)]
         assert all(report["processes"] == processes for report in reports)
         assert len({report["checkpoint"] for report in reports}) == len({report["loss"] for report in reports}) == 1
@@ -111,7 +134,8 @@ def test_two_and_four_processes_draw_the_same_curve_and_go_on_from_each_other(sm
     for rank in range(4):
         error = json.loads((tmp_path / "poisoned" / f"report-{rank}.json").read_text())["error"]
         assert f"step 3: the loss is not finite for 3 of 12 samples, keys {', '.join(bad)};" in error
-    assert json.loads((tmp_path / "poisoned" / "stopped.json").read_text())["last_checkpoint"].endswith("_00000002")
+    for run in ("poisoned", "broken"):
+        assert json.loads((tmp_path / run / "stopped.json").read_text())["last_checkpoint"].endswith("_00000002")
     error = json.loads((tmp_path / "uneven" / "report-3.json").read_text())["error"]
     assert error == "train.batch_size: expected a multiple of the 4 processes, got 10"
 

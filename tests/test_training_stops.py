@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import diffprune
-from diffprune import training
+from diffprune import dit_objective
 from diffprune.arrays import ArrayFolder
 from diffprune.checkpoints import load_dit
 from diffprune.config import load_config
@@ -29,13 +29,13 @@ def dit_config(*overrides: str):
 
 def poison(monkeypatch, step: int, factor: list[float]) -> list[int]:
     """Multiply the losses of one step."""
-    real, calls = training.velocity_loss, []
+    real, calls = dit_objective.velocity_loss, []
 
     def poisoned(*arguments):
         calls.append(1)
         return real(*arguments) * (torch.tensor(factor) if len(calls) == step else 1)
 
-    monkeypatch.setattr(training, "velocity_loss", poisoned)
+    monkeypatch.setattr(dit_objective, "velocity_loss", poisoned)
     return calls
 
 
@@ -125,7 +125,7 @@ def test_a_full_disk_in_the_middle_of_a_checkpoint_leaves_the_last_one(small_run
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert {path.name: path.read_bytes() for path in last.iterdir()} == before
-    assert sorted(os.listdir(tmp_path / "run")) == ["log.jsonl", "step_00000010"]
+    assert sorted(os.listdir(tmp_path / "run")) == ["log.jsonl", "loss.png", "step_00000010"]
     assert (tmp_path / "run" / "log.jsonl").stat().st_size > log
     load_dit(tmp_path / "run")
     report = diffprune.train_dit(dit_config("train.steps=20"), small_run.latents, tmp_path / "run")

@@ -127,7 +127,7 @@ def table(rows: list[Compiled]) -> str:
 def markdown(rows: list[Compiled]) -> str:
     """A table with a line per kernel and configuration, and what each target makes of it: of docs/kernels.md.
 
-    Constants that all configurations of a kernel share are left out.
+    Constants that all configurations of a kernel share are left out, and numbers that are not whole: no tile has those.
     """
     kernels: dict[tuple[str, str], list[Compiled]] = {}
     for row in rows:
@@ -136,7 +136,8 @@ def markdown(rows: list[Compiled]) -> str:
     lines = ["| op, kernel | configuration | cases | " + " | ".join(f"sm_{target}" for target in targets) + " |"]
     lines.append("|---|---|--:|" + "---|" * len(targets))
     for (op, kernel), own in kernels.items():
-        names = [n for n in own[0].constants if len({row.constants.get(n) for row in own}) > 1]
+        values = {name: {row.constants.get(name) for row in own} for name in own[0].constants}
+        names = [name for name, found in values.items() if len(found) > 1 and not any("." in str(v) for v in found)]
         groups: dict[tuple[str, ...], dict[int, list[Compiled]]] = {}
         for row in own:
             key = tuple(f"{name}={row.constants[name]}" for name in names if name in row.constants)

@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from diffprune.config import DitConfig
 from diffprune.errors import InputError
+from diffprune.kernels import adaln_modulate, attention, gated_residual, gated_residual_adaln
+from diffprune.models.positions import rotary_turns, rotate, sincos_position_embedding
 
 # hidden size, depth, heads of the published sizes (table 1 of the paper).
 _SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
@@ -146,7 +148,17 @@ class DiT(nn.Module):
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Have torch.compile make one block's code, which all of them share; names of parameters stay."""
         for block in self.blocks:
-            block.compile(backend=backend)
+            # The forward alone: FSDP's hooks around it stay outside.
+            block.forward = torch.compile(block.forward, backend=backend, fullgraph=True)
+
+    def use_ops(self, impl: str | None) -> None:
+        """Run attention and the adaLN chain as this package's ops with this ``impl``, or with None as PyTorch's own.
+
+        The same function but for rounding; see ``models.ops`` for which is faster.
+        """
+        for module in self.modules():
+            if isinstance(module, (Attention, Block, FinalLayer)):
+                module.impl = impl
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Initialise every parameter as published; the draws come from ``generator``, in module order."""
@@ -240,6 +252,8 @@ class LabelEmbedder(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention over [B, T, hidden], not causal."""
 
+    impl: str | None = None
+
     def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool) -> None:
         super().__init__()
         self.num_heads, self.qk_norm = num_heads, qk_norm
@@ -259,7 +273,10 @@ class Attention(nn.Module):
             query, key = rotate(query, *turns), rotate(key, *turns)
         if query.dtype != value.dtype:  # under autocast norms and turns give float32
             query, key = query.to(value.dtype), key.to(value.dtype)
-        attended = F.scaled_dot_product_attention(query, key, value)
+        if self.impl is None:
+            attended = F.scaled_dot_product_attention(query, key, value)
+        else:
+            attended = attention(query, key, value, impl=self.impl)
         return self.proj(attended.transpose(1, 2).reshape(batch, tokens, hidden))
 
 
@@ -278,6 +295,8 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """A transformer block whose LayerNorms are shifted, scaled and gated by the condition (adaLN-Zero)."""
 
+    impl: str | None = None
+
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: bool) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
@@ -287,14 +306,21 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, condition: Tensor, turns: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        modulation = self.adaLN_modulation(condition).unsqueeze(1).chunk(6, dim=2)
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
-        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), turns)
-        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        modulation = self.adaLN_modulation(condition)
+        if self.impl is None:
+            shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unsqueeze(1).chunk(6, dim=2)
+            x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), turns)
+            return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
+        branch = self.attn(adaln_modulate(x, shift1, scale1, impl=self.impl), turns)
+        x, y = gated_residual_adaln(x, branch, gate1, shift2, scale2, impl=self.impl)
+        return gated_residual(x, self.mlp(y), gate2, impl=self.impl)
 
 
 class FinalLayer(nn.Module):
     """[B, T, hidden] -> [B, T, p*p*C], after a last modulated LayerNorm."""
+
+    impl: str | None = None
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
         super().__init__()
@@ -303,39 +329,13 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(condition).unsqueeze(1).chunk(2, dim=2)
+        modulation = self.adaLN_modulation(condition)
+        if self.impl is not None:
+            return self.linear(adaln_modulate(x, *modulation.chunk(2, dim=1), impl=self.impl))
+        shift, scale = modulation.unsqueeze(1).chunk(2, dim=2)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """``x * (1 + scale) + shift``; x [B, T, D], shift and scale [B, 1, D]."""
     return x * (1 + scale) + shift
-
-
-def sincos_position_embedding(side: int, dim: int) -> Tensor:
-    """[side * side, dim] float32: sines and cosines of the column, then of the row, at dim/4 frequencies each."""
-    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64, device="cpu") / (dim // 4))
-    phase = torch.arange(side, dtype=torch.float64, device="cpu")[:, None] * omega
-    waves = torch.cat([phase.sin(), phase.cos()], dim=1)
-    column = waves.repeat(side, 1)
-    row = waves.repeat_interleave(side, dim=0)
-    return torch.cat([column, row], dim=1).float()
-
-
-def rotary_turns(side: int, head_size: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Cosines and sines [side * side, head_size / 2] float32 by which ``rotate`` turns pairs of a head's elements.
-
-    The first half of the pairs turns with the token's column, the other with its row, at head_size / 4 frequencies
-    100^(-4i / head_size) each (RoPE, arXiv 2104.09864, in two axes; a base of 100 because sides are tens of tokens).
-    """
-    count = head_size // 4
-    omega = 100.0 ** (-torch.arange(count, dtype=torch.float64, device=device) / count)
-    phase = torch.arange(side, dtype=torch.float64, device=device)[:, None] * omega
-    angle = torch.cat([phase.repeat(side, 1), phase.repeat_interleave(side, dim=0)], dim=1)
-    return angle.cos().float(), angle.sin().float()
-
-
-def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turn the pairs (x_i, x_{i + d/2}) of x [..., T, d]; cosine and sine [T, d / 2]."""
-    one, two = x.chunk(2, dim=-1)
-    return torch.cat([one * cosine - two * sine, one * sine + two * cosine], dim=-1)

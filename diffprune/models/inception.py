@@ -7,20 +7,18 @@ mean. Modules and parameters bear the names of the published conversion of its w
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffprune.errors import InputError
 from diffprune.files import sha256_file
+from diffprune.weight_files import read_weights
 
 WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_FROM = "the release `fid_weights` of github.com/mseitzer/pytorch-fid"
@@ -88,7 +86,7 @@ def load_inception(path: str | Path, device: torch.device | str = "cpu") -> tupl
         path = path / WEIGHTS_FILE
     if not path.is_file():
         raise InputError(f"{path}: no such file; download {WEIGHTS_FILE} from {WEIGHTS_FROM} (95 MB) and put it there")
-    tensors = _read(path)
+    tensors = read_weights(path)
     with torch.device("meta"):
         model = FidInception()
     expected = model.state_dict()
@@ -159,21 +157,6 @@ def _taps(length: int, size: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]
 def _lerp(x: Tensor, low: Tensor, high: Tensor, weight: Tensor, dim: int) -> Tensor:
     start = x.index_select(dim, low)
     return start + (x.index_select(dim, high) - start) * weight
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"{path}: expected a state dict of tensors and nothing else ({reason})") from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise InputError(f"{path}: expected a state dict of tensors, found {type(tensors).__name__}")
-    return dict(tensors)
 
 
 class ConvNorm(nn.Module):

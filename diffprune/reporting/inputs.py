@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from diffprune.errors import InputError
 from diffprune.files import read_json
 from diffprune.shards import ShardSpec, list_shards
+from diffprune.storage import local_path
 from diffprune.tables import METADATA_KEY, read_folder, read_stage, read_table, score_columns, table_metadata
 
 PathLike = str | Path
@@ -135,7 +136,7 @@ def read_evaluations(paths: Sequence[PathLike]) -> list[dict[str, Any]]:
 
 def read_logs(paths: Mapping[str, PathLike]) -> list[Log]:
     """Read training logs: one JSON object a line, those with ``step`` and ``loss`` make the curve."""
-    return [_read_log(name, Path(path)) for name, path in paths.items()]
+    return [_read_log(name, local_path(path, "a log")) for name, path in paths.items()]
 
 
 def class_names(shards: ShardSpec | None) -> list[str]:

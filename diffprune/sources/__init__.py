@@ -14,13 +14,14 @@ from diffprune.sources.base import Source
 from diffprune.sources.folder import FolderSource
 from diffprune.sources.mnist import MnistSource
 from diffprune.sources.parquet import ParquetSource
+from diffprune.storage import local_path
 
 
 def open_source(source: str | Path) -> Source:
     """The source that a path, a glob or the word "mnist5k" means; InputError if it holds nothing to pack."""
     if source == "mnist5k":
         return MnistSource()
-    path = Path(source)
+    path = local_path(source, "what `pack` reads")
     if path.is_dir():
         tables = sorted(path.glob("*.parquet"))
         return ParquetSource(tables, path.resolve().name) if tables else FolderSource(path)

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from diffprune.kernels import triton
-from diffprune.kernels.aot import Compiled, main, ops
+from diffprune.kernels.aot import Compiled, main, markdown, ops
 from diffprune.kernels.triton import TARGETS
 
 
@@ -89,6 +89,21 @@ def test_faults_are_found(rows: list[Compiled]) -> None:
     assert "with wgmma.mma_async, mma.sync, expected" in replace(row, matrix=row.matrix | {"mma.sync": 1}).faults[0]
     assert replace(row, matrix={}, products=False).faults == []
     assert replace(row, error="out of registers").faults == ["does not compile: out of registers"]
+
+
+def test_markdown_has_a_line_per_configuration(rows: list[Compiled]) -> None:
+    """What differs between targets is in their columns; what a kernel spills, in bold."""
+    row = next(row for row in rows if row.target == 90 and row.products)
+    row = replace(
+        row, constants={"SIDE": "64", "TAG": "1.5", "BIAS": "True"}, registers=99, shared=2048, matrix={"x.y": 3}
+    )
+    other = replace(row, target=80, registers=50, spilled=8, cases=(*row.cases, "another"))
+    wide = replace(row, constants=row.constants | {"SIDE": "128", "TAG": "2.5"}, shared=0)
+    lines = markdown([row, other, wide]).splitlines()
+    assert lines[0] == "| op, kernel | configuration | cases | sm_80 | sm_90 |"
+    name = f"| `{row.op}`, `{row.kernel}` |"
+    assert lines[2] == f"{name} SIDE=64 | 2 | 50 regs, 2 KiB, 3 x, **spills 8 bytes** | 99 regs, 2 KiB, 3 x |"
+    assert lines[3] == f"{name} SIDE=128 | 1 |  | 99 regs, 0 KiB, 3 x |"
 
 
 def test_unknown_op(capsys: pytest.CaptureFixture[str]) -> None:

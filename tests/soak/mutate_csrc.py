@@ -34,7 +34,7 @@ TESTS = {
 NAMES = "n k d dimensions padded count columns rows tiles items end wide high tokens clusters row_tiles strips elements"
 SIZE = rf"(?:shape\.\w+|matrix\.\w+|[xw]\.rows|{'|'.join(NAMES.split())}|steps|ceil_div\([^()]*\)|kAgainRows|Cluster)"
 VALUE = r"(?:int\([\w.]+\)|int64_t\([\w.]+\)|[\w.]+(?:\[[\w.]+\])?)(?: [+*] (?:\w+|int\([\w.]+\)))*"
-COMPARISON = re.compile(rf"(?<![\w.\])] )({VALUE}) (<|>=) ({SIZE})\b(?!\()")
+COMPARISON = re.compile(rf"(?<![\w.\])] )({VALUE}) (<|>=) ({SIZE})\b(?![(\[])")
 MINIMUM = re.compile(r"\bmin\(([\w.]+), ([^()]+)\)")
 LEAVES = re.compile(r"if \(([^;{}]*)\) (return|continue);")
 
@@ -72,13 +72,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", help=f"of {', '.join(TESTS)}; default: all")
     parser.add_argument("--jobs", type=int, default=1, help="changes tested side by side")
-    parser.add_argument("--match", default="", help="only changes whose line holds this")
+    parser.add_argument("--match", default="", help="only changes whose line this pattern is found in")
     parser.add_argument("--seconds", type=float, help="limit of one test run; default: by how long it takes unchanged")
     parser.add_argument("--list", action="store_true", help="print the changes and end")
     options = parser.parse_args()
     if unknown := set(options.files) - set(TESTS):
         parser.error(f"expected files of {', '.join(TESTS)}, got {', '.join(sorted(unknown))}")
-    work = [mutant for name in options.files or TESTS for mutant in mutants(name) if options.match in str(mutant)]
+    work = [
+        mutant for name in options.files or TESTS for mutant in mutants(name) if re.search(options.match, str(mutant))
+    ]
     if options.list:
         print(*work, sep="\n")
         return 0

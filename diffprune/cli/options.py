@@ -1,0 +1,39 @@
+"""Options that several verbs have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+# diffprune.pixels.MAX_PIXELS and diffprune.failures.MAX_FAILURES: those modules import what --help need not wait for
+MAX_PIXELS = 100_000_000
+MAX_FAILURES = 100
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say how much it would do, and do nothing.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Seed = Annotated[int, typer.Option(help="The seed of everything random.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time. Does not change the result.")]
+StrictDecode = Annotated[
+    bool,
+    typer.Option(help="Refuse a JPEG with any damage, flipped bits too; without it, take what Pillow makes of it."),
+]
+MaxPixels = Annotated[int, typer.Option(min=1, help="Refuse an image whose header says that it has more.")]
+Shards = Annotated[
+    list[str], typer.Argument(help="Brace pattern, glob, folder, .tar or list file; several may be given.")
+]
+Kept = Annotated[Path | None, typer.Option(help="A kept.parquet: use only the samples that it keeps.")]
+Config = Annotated[Path | None, typer.Option("--config", "-c", help="A TOML config; see configs/.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override a config key: train.steps=1000. Repeatable.")]
+Workers = Annotated[int, typer.Option(min=1, help="Processes that take the shards. Does not change the result.")]
+Part = Annotated[
+    str | None,
+    typer.Option(help="Only the I-th of N parts of the shards, as 3/64, for a job array."),
+]
+Ray = Annotated[
+    str | None, typer.Option(help="A Ray cluster's address, or auto: its actors take the shards, --workers of them.")
+]
+MaxFailures = Annotated[int, typer.Option(min=0, help="Stop after so many failures in a row; 0: never.")]
+Resume = Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")]

@@ -1,0 +1,109 @@
+"""What a DiT is trained to do: predict the velocity of latents on the linear path."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from diffprune.arrays import sha256_rows
+from diffprune.config import DitRun, TrainConfig
+from diffprune.flow import interpolate, velocity_loss, velocity_target
+from diffprune.kernels import flow_interpolate, flow_matching_loss
+from diffprune.kernels.philox import normal_noise
+from diffprune.learner import Objective
+from diffprune.models.dit import DiT
+from diffprune.models.ops import TORCH, choose_ops
+from diffprune.ranks import Ranks
+from diffprune.training_order import BalancedOrder
+
+
+class DitObjective(Objective):
+    """Latents, labels, and the flow matching loss of a DiT on them."""
+
+    kind = "dit"
+
+    def __init__(
+        self,
+        run: DitRun,
+        ranks: Ranks,
+        device: torch.device,
+        keys: Sequence[str],
+        values: np.ndarray,
+        twins: np.ndarray | None,
+        labels: Tensor | None,
+        source: dict[str, Any],
+    ) -> None:
+        self.ranks, self.device, self.train = ranks, device, run.train
+        self.impl = choose_ops(run.train.ops, device)
+        self.model = DiT(**asdict(run.model), seed=run.train.seed).to(device)
+        self.model.use_ops(self.impl)
+        self.keys = keys
+        self.values, self.labels = torch.from_numpy(values), labels
+        self.twins = None if twins is None else torch.from_numpy(twins)
+        self.latents = source
+        self.order: BalancedOrder | None = None
+        parts = [values] if labels is None else [values, labels.numpy()]
+        if twins is not None:
+            parts.append(twins)
+        self.data = {"samples": len(keys), "sha256": sha256_rows(keys, *parts)}
+
+    def balance(self, groups: Tensor, name: str, weights: Mapping[int, int] | None) -> None:
+        """See each of these groups [N] equally often, or in proportion to its weight."""
+        self.order = BalancedOrder(groups, self.train.seed, weights)
+        self.data["balanced_by"] = "label" if name == "label" else "cluster"
+        self.data["balanced_sha256"] = sha256_rows([], groups.numpy())
+        if weights is not None:
+            self.data["group_weights"] = {str(group): weight for group, weight in sorted(weights.items())}
+
+    def start(self, weights: dict[str, Tensor], sha256: str) -> None:
+        """Begin with these weights."""
+        self.model.load_state_dict(weights)
+        self.data["start_sha256"] = sha256
+
+    def rows(self, step: int, train: TrainConfig) -> Tensor:
+        return super().rows(step, train) if self.order is None else self.order.batch(train.batch_size, step)
+
+    def draw(self, rows: Tensor, share: slice, generator: torch.Generator) -> tuple[Tensor, ...]:
+        count = len(rows)
+        if self.train.timesteps == "lognormal":
+            t = torch.randn(count, generator=generator).sigmoid()
+        else:
+            t = torch.rand(count, generator=generator)
+        if self.train.noise == "counter":  # of each place in the batch: a sample may stand in it twice
+            noise = torch.randint(1 << 62, (count,), generator=generator)
+        else:
+            noise = torch.randn((count, *self.values.shape[1:]), generator=generator)
+        dropped = torch.rand(count, generator=generator) < self.model.config.class_dropout_prob
+        x1 = self.values[rows[share]]
+        if self.twins is not None:
+            mirrored = torch.rand(count, generator=generator)[share] < 0.5
+            x1 = torch.where(mirrored[:, None, None, None], self.twins[rows[share]], x1)
+        inputs = (x1.float(), noise[share], t[share])
+        if self.labels is None:
+            return inputs
+        return (*inputs, torch.where(dropped, self.model.num_classes, self.labels[rows])[share])
+
+    def losses(self, model: nn.Module, x1: Tensor, noise: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        if self.train.noise == "counter" and self.impl is not None:
+            counter = noise, self.train.seed, 0
+            velocity = model(flow_interpolate(x1, t, *counter, impl=self.impl), t, labels)
+            return flow_matching_loss(velocity, x1, *counter, impl=self.impl)
+        x0 = noise
+        if self.train.noise == "counter":
+            x0 = normal_noise(noise, self.train.seed, 0, x1[0].numel()).view_as(x1).to(x1.dtype)
+        velocity = model(interpolate(x1, x0, t), t, labels)
+        return velocity_loss(velocity.to(x1.dtype), velocity_target(x1, x0))
+
+    def report(self) -> dict[str, Any]:
+        return {"ops": TORCH if self.impl is None else self.impl}
+
+    def forward_of_one(self) -> None:
+        config = self.model.config
+        labels = torch.zeros(1, dtype=torch.int64) if config.num_classes else None
+        latent = torch.zeros(1, config.in_channels, config.input_size, config.input_size)
+        DiT(**asdict(config))(latent, torch.zeros(1), labels)

@@ -1,0 +1,119 @@
+"""The images that an autoencoder is trained on: all in memory as bytes, or decoded anew each time where they don't fit.
+
+Both ways give the same images under the same row numbers, so the same run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffprune.decode import MAX_PIXELS, DecodeError, Decoding, decoding_threads, read_batches, read_image
+from diffprune.errors import InputError
+from diffprune.memory import free_bytes
+from diffprune.progress import progress
+from diffprune.ranks import Ranks
+from diffprune.shards import Sample, ShardIndex, ShardReader, ShardSpec, index_shards
+from diffprune.tables import kept_keys
+
+
+class TrainingImages(NamedTuple):
+    """Images that can be decoded, in shard order. ``images[rows]`` of row numbers [n] is uint8 [n, C, H, W]."""
+
+    images: Tensor | StreamedImages
+    keys: list[str]
+    failed: int
+    sha256: str
+    """Of keys and pixels."""
+
+
+def training_images(
+    shards: ShardSpec,
+    *,
+    size: int,
+    channels: int,
+    kept: str | Path | None,
+    strict: bool = True,
+    max_pixels: int = MAX_PIXELS,
+    ranks: Ranks,
+) -> TrainingImages:
+    """Decode every image once, and keep them if they fit into half of the memory that is free.
+
+    Where they don't, the processes share this first pass by shards, and images are decoded again as they are asked for.
+
+    Raises: InputError for a damaged shard, a kept key that is in none of them, or no image that can be decoded.
+    """
+    wanted = None if kept is None else kept_keys(kept)
+    indexes = index_shards(shards)
+    found = [sample.key for index in indexes for sample in index.samples if wanted is None or sample.key in wanted]
+    if wanted is not None and len(found) != len(wanted):
+        missing = min(wanted.difference(found))
+        raise InputError(f"{kept}: key {missing!r} is in none of the shards; is this a selection of another data set?")
+    decoding = Decoding(size, channels, strict, max_pixels)
+    room = free_bytes() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    in_memory = all(ranks.gathered_objects(len(found) * channels * size * size <= room))
+    options = {"size": size, "channels": channels, "keys": wanted, "strict": strict, "max_pixels": max_pixels}
+    pixels = np.empty((len(found) if in_memory else 0, *decoding.shape), dtype=np.uint8)
+    seen: dict[int, tuple[list[str], str]] = {}  # shard number -> its images' keys, and a digest
+    count = 0
+    with progress("read images", total=len(found), unit="images") as bar:
+        for number, index in enumerate(indexes):
+            if in_memory or number % ranks.size == ranks.rank:
+                keys, digest = [], hashlib.sha256()
+                for batch in read_batches(index, **options):
+                    whole = [row for row, error in enumerate(batch.errors) if error is None]
+                    images = batch.images if len(whole) == len(batch.errors) else batch.images[whole]
+                    images = np.ascontiguousarray(images)  # a convolution rounds otherwise for another memory layout
+                    keys += [batch.keys[row] for row in whole]
+                    digest.update(images.data)
+                    if in_memory:
+                        pixels[count : count + len(images)] = images
+                        count += len(images)
+                    bar.advance(len(batch.samples))
+                digest.update("\0".join(keys).encode())
+                seen[number] = keys, digest.hexdigest()
+    if not in_memory:
+        seen = {number: value for part in ranks.gathered_objects(seen) for number, value in part.items()}
+    ordered = [seen[number] for number in range(len(indexes))]
+    keys = [key for part, _ in ordered for key in part]
+    if not keys:
+        raise InputError(f"{shards}: expected images to train on, found {len(found)} samples and none usable")
+    shape = (len(keys), *decoding.shape)
+    digest = hashlib.sha256(f"{shape} {' '.join(of_shard for _, of_shard in ordered)}".encode()).hexdigest()
+    images = torch.from_numpy(pixels[:count]) if in_memory else StreamedImages(indexes, keys, decoding)
+    return TrainingImages(images, keys, len(found) - len(keys), digest)
+
+
+class StreamedImages:
+    """Images read and decoded when they are asked for, as many at a time as there are cores, at most 16."""
+
+    def __init__(self, indexes: Sequence[ShardIndex], keys: Sequence[str], decoding: Decoding) -> None:
+        wanted = frozenset(keys)
+        self.places = [(index, sample) for index in indexes for sample in index.samples if sample.key in wanted]
+        self.decoding = decoding
+        self._pool = ThreadPoolExecutor(decoding_threads(), thread_name_prefix="decode")
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        pixels = self._pool.map(self._decoded, [self.places[row] for row in rows.tolist()])
+        return torch.from_numpy(np.ascontiguousarray(np.stack(list(pixels))))
+
+    def _decoded(self, place: tuple[ShardIndex, Sample]) -> np.ndarray:
+        index, sample = place
+        try:
+            with ShardReader(index.path, index.size, index.version) as reader:
+                return self.decoding.decode(read_image(reader, sample))[0]
+        except DecodeError as error:
+            raise InputError(
+                f"{index.path}: key {sample.key!r}: {error}; it was whole when training began: has it changed?"
+            ) from error

@@ -1,0 +1,746 @@
+"""The pipeline over S3: the same bytes as from local disk, few requests, and whatever goes wrong on the way."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import tarfile
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("s3fs")
+from s3_server import Faults, Object, S3Server, serve
+from small_run import DIT_OVERRIDES
+
+import diffprune
+from diffprune.decode import read_batches
+from diffprune.errors import InputError, RemoteError, ResumeError
+from diffprune.files import atomic_file
+from diffprune.shards import ShardReader, index_shard, index_shards, list_shards
+from diffprune.storage import as_path, clients, folders, reading, retries, writing
+
+METHODS = ("loss", "el2n", "grand", "moso", "monotonicity", "random")
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serve() as server:
+        yield server
+    clients.forget_clients()
+
+
+@pytest.fixture
+def s3(server, monkeypatch, tmp_path):
+    """The server, emptied, told to clients by the environment; short waits between tries; own cache and copies."""
+    server.reset()
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("DIFFPRUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("DIFFPRUNE_SPOOL", str(tmp_path / "spool"))
+    monkeypatch.setattr(retries, "RETRIES", retries.Retries(attempts=12, first=0.002, most=0.02))
+    folders.forget_spool_folder()
+    yield server
+    folders.forget_spool_folder()
+    left = [path for path in (tmp_path / "spool").rglob("*") if path.is_file()]
+    shutil.rmtree(tmp_path / "spool", ignore_errors=True)
+    assert all(path.name == "lock" or path.stem.isdigit() for path in left), "a temporary file was left"
+
+
+def upload(server: S3Server, folder: Path, name: str) -> str:
+    """Put a folder's files into the bucket; its URL."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            server.objects[f"bucket/{name}/{path.relative_to(folder)}"] = Object(path.read_bytes())
+    return f"s3://bucket/{name}"
+
+
+def contents(server: S3Server, name: str) -> dict[str, bytes]:
+    prefix = f"bucket/{name}/"
+    return {key.removeprefix(prefix): one.data for key, one in server.objects.items() if key.startswith(prefix)}
+
+
+def local_contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def write_tar(path: Path, count: int, size: int, begin: str = "k") -> bytes:
+    noise = np.random.default_rng(0).bytes(size)
+    with tarfile.open(path, "w") as tar:
+        for i in range(count):
+            for extension, data in (("bin", noise), ("cls", b"7"), ("json", b"{}")):
+                info = tarfile.TarInfo(f"{begin}{i}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return path.read_bytes()
+
+
+# --- the header index ------------------------------------------------------------------------------------------
+
+
+def test_the_index_is_that_of_the_local_file_and_is_kept(s3, small_run):
+    url = upload(s3, small_run.shards, "shards")
+    local, remote = index_shards(small_run.shards), index_shards(url)
+    assert [index.samples for index in remote] == [index.samples for index in local]
+    assert [(index.path.name, index.size, index.damage) for index in remote] == [
+        (index.path.name, index.size, []) for index in local
+    ]
+    gets, heads = s3.count("GET", ".tar"), s3.count("HEAD", ".tar")
+    assert index_shards(url) == remote
+    assert s3.count("GET", ".tar") == gets and s3.count("HEAD", ".tar") > heads  # a HEAD says that it is the same
+
+
+def test_a_damaged_cache_file_is_made_again(s3, small_run, tmp_path):
+    url = upload(s3, small_run.shards, "shards")
+    expected = [index.samples for index in index_shards(url)]
+    files = sorted((tmp_path / "cache" / "index").rglob("*.parquet"))
+    assert len(files) == len(expected) == 3
+    whole = [file.read_bytes() for file in files]
+    rng = np.random.default_rng(1)
+    for trial in range(15):
+        for file, data in zip(files, whole, strict=True):
+            broken = bytearray(data)
+            at = int(rng.integers(len(data)))
+            if trial % 3 == 0:
+                broken = broken[:at]
+            else:
+                broken[at] ^= 1 << int(rng.integers(8))
+            file.write_bytes(broken)
+        assert [index.samples for index in index_shards(url)] == expected
+    files[0].write_bytes(whole[1])  # another shard's
+    files[1].write_bytes(b"")
+    assert [index.samples for index in index_shards(url)] == expected
+    assert [file.read_bytes() for file in files[:2]] == whole[:2]
+
+
+def test_a_new_version_has_an_index_of_its_own(s3, tmp_path):
+    s3.objects["bucket/a.tar"] = Object(write_tar(tmp_path / "a.tar", 3, 10, "a"))
+    assert [s.key for s in index_shard("s3://bucket/a.tar").samples] == ["a0", "a1", "a2"]
+    s3.objects["bucket/a.tar"] = Object(write_tar(tmp_path / "a.tar", 3, 10, "b"))
+    assert [s.key for s in index_shard("s3://bucket/a.tar").samples] == ["b0", "b1", "b2"]
+
+
+def test_damage_is_told_and_kept_as_of_a_local_file(s3, tmp_path):
+    data = write_tar(tmp_path / "a.tar", 4, 3000)
+    (tmp_path / "a.tar").write_bytes(data[:9000])
+    s3.objects["bucket/a.tar"] = Object(data[:9000])
+    local = index_shard(tmp_path / "a.tar")
+    for _ in range(2):
+        remote = index_shard("s3://bucket/a.tar")
+        assert (remote.samples, remote.damage, remote.ignored) == (local.samples, local.damage, local.ignored)
+    assert local.damage
+    s3.objects["bucket/empty.tar"] = Object(b"")
+    assert index_shard("s3://bucket/empty.tar").damage[0].message == "the file is empty; expected a tar"
+
+
+def test_an_index_that_cannot_be_kept_is_no_failure(s3, tmp_path, monkeypatch):
+    s3.objects["bucket/a.tar"] = Object(write_tar(tmp_path / "a.tar", 3, 10))
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("DIFFPRUNE_CACHE", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="set DIFFPRUNE_CACHE"):
+        assert len(index_shard("s3://bucket/a.tar").samples) == 3
+
+
+def test_of_large_members_only_the_headers_are_read(s3, tmp_path):
+    data = write_tar(tmp_path / "a.tar", 5, 2 << 20)
+    s3.objects["bucket/a.tar"] = Object(data)
+    assert index_shard("s3://bucket/a.tar").samples == index_shard(tmp_path / "a.tar").samples
+    # the start, and for each sample what follows its large member
+    assert s3.count("GET") <= 8 and s3.sent < len(data) / 10
+
+
+def test_of_small_members_every_byte_is_read_once_in_large_pieces(s3, tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "BLOCK", 1 << 20)
+    data = write_tar(tmp_path / "a.tar", 400, 10_000)
+    s3.objects["bucket/a.tar"] = Object(data)
+    assert index_shard("s3://bucket/a.tar").samples == index_shard(tmp_path / "a.tar").samples
+    assert s3.sent == len(data)
+    assert s3.count("GET") <= 2 + len(data) / (1 << 20) + 1
+
+
+def test_members_of_every_size_give_the_local_index(s3, tmp_path):
+    rng = np.random.default_rng(2)
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for i in range(60):
+            size = int(
+                rng.choice([0, 1, 511, 5000, 70_000, 1 << 20, (1 << 20) + 600, 3 << 20], p=[0.15] * 6 + [0.05] * 2)
+            )
+            info = tarfile.TarInfo(f"{'long/' * (40 * (i % 7 == 0))}k{i}.bin")
+            info.size = size
+            tar.addfile(info, io.BytesIO(bytes(size)))
+    s3.objects["bucket/a.tar"] = Object((tmp_path / "a.tar").read_bytes())
+    local, remote = index_shard(tmp_path / "a.tar"), index_shard("s3://bucket/a.tar")
+    assert remote.samples == local.samples and len(local.samples) == 60 and not remote.damage
+
+
+# --- reading ---------------------------------------------------------------------------------------------------
+
+
+def test_batches_are_those_of_the_local_file_in_few_requests(s3, small_run):
+    url = upload(s3, small_run.shards, "shards")
+    for local, remote in zip(index_shards(small_run.shards), index_shards(url), strict=True):
+        before = s3.count("GET")
+        options = {"size": 16, "channels": 1, "batch_size": 7, "threads": 3}
+        ours, theirs = list(read_batches(remote, **options)), list(read_batches(local, **options))
+        assert len(ours) == len(theirs)
+        for one, other in zip(ours, theirs, strict=True):
+            assert np.array_equal(one.images, other.images)
+            assert (one.samples, one.labels, one.uids, one.errors) == (
+                other.samples,
+                other.labels,
+                other.uids,
+                other.errors,
+            )
+        assert s3.count("GET") - before == 1
+
+
+def test_where_few_samples_are_wanted_few_bytes_are_read(s3, tmp_path):
+    data = write_tar(tmp_path / "a.tar", 40, 400_000)
+    s3.objects["bucket/a.tar"] = Object(data)
+    index = index_shard("s3://bucket/a.tar")
+    before = s3.sent
+    with ShardReader(index.path, index.size, index.version) as reader:
+        found = dict(reader.samples([index.samples[3], index.samples[4], index.samples[30]]))
+    assert {sample.key: len(members["bin"]) for sample, members in found.items()} == dict.fromkeys(
+        ("k3", "k4", "k30"), 400_000
+    )
+    assert s3.sent - before < 1_300_000
+
+
+def test_reads_in_any_order_and_by_many_threads_are_right(s3, tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "BLOCK", 64 << 10)
+    data = np.random.default_rng(3).bytes(3_000_000)
+    s3.objects["bucket/x.bin"] = Object(data)
+    rng = np.random.default_rng(4)
+    starts = rng.integers(0, len(data), 300)
+    spans = [(int(start), min(len(data), int(start + rng.integers(1, 9_000)))) for start in starts]
+    with (
+        reading.RemoteFile(as_path("s3://bucket/x.bin")) as file,
+        reading.ReadAhead(file, spans[:200]) as ahead,  # some are asked for unplanned
+    ):
+        got = clients.in_threads(lambda span: ahead.read_at(span[0], span[1] - span[0]), spans)
+    assert got == [data[start:stop] for start, stop in spans]
+
+
+def test_plans_join_what_is_close_and_cut_what_is_long():
+    assert reading.plan_blocks([(0, 5), (10, 12), (5, 5)], gap=5, block=100) == [(0, 5), (10, 12)]
+    assert reading.plan_blocks([(10, 12), (0, 5)], gap=6, block=100) == [(0, 12)]
+    assert reading.plan_blocks([(0, 25), (3, 4)], gap=1, block=10) == [(0, 10), (10, 20), (20, 25)]
+    assert reading.plan_blocks([]) == []
+
+
+# --- stages ----------------------------------------------------------------------------------------------------
+
+
+def test_encode_and_embed_give_the_local_bytes(s3, small_run):
+    shards = upload(s3, small_run.shards, "shards")
+    diffprune.encode(f"{shards}/*.tar", small_run.vqvae, "s3://bucket/latents")
+    assert contents(s3, "latents") == local_contents(small_run.latents)
+    diffprune.embed(shards, "s3://bucket/embeddings", model=f"vqvae:{small_run.vqvae}")
+    assert contents(s3, "embeddings") == local_contents(small_run.embeddings)
+    puts = s3.count("PUT")
+    counts = diffprune.encode(shards, small_run.vqvae, "s3://bucket/latents")
+    assert counts["shards_done_before"] == 3 and s3.count("PUT") == puts
+    with pytest.raises(ResumeError, match="s3://bucket/latents: holds a run of `encode` with another config"):
+        diffprune.encode(shards, small_run.vqvae, "s3://bucket/latents", max_pixels=10**7)
+
+
+def test_score_gives_the_local_bytes_and_keeps_partial_results_here(s3, small_run, tmp_path):
+    latents = upload(s3, small_run.latents, "latents")
+    diffprune.score(latents, small_run.surrogate, "s3://bucket/scores", methods=METHODS)
+    assert contents(s3, "scores") == local_contents(small_run.scores)
+    assert not list((tmp_path / "cache" / "partials").rglob("*.*"))
+    live = diffprune.LiveLatents(upload(s3, small_run.shards, "shards"), small_run.vqvae)
+    diffprune.score(live, small_run.surrogate, tmp_path / "live", methods="loss")
+    diffprune.score(small_run.latents, small_run.surrogate, tmp_path / "local", methods="loss")
+    assert local_contents(tmp_path / "live") == local_contents(tmp_path / "local")
+
+
+@pytest.mark.parametrize("room", ["0", "1GB"])
+def test_cluster_and_select_give_the_local_bytes(s3, small_run, tmp_path, monkeypatch, room):
+    monkeypatch.setenv("DIFFPRUNE_SPOOL_BYTES", room)
+    embeddings = upload(s3, small_run.embeddings, "embeddings")
+    diffprune.cluster(embeddings, "s3://bucket/clusters", k=6)
+    assert contents(s3, "clusters") == local_contents(small_run.clusters)
+    diffprune.cluster(embeddings, tmp_path / "streamed", k=6, memory=2000)  # a few rows at a time
+    diffprune.cluster(small_run.embeddings, tmp_path / "expected", k=6, memory=2000)
+    assert local_contents(tmp_path / "streamed") == local_contents(tmp_path / "expected")
+    scores = upload(s3, small_run.scores, "scores")
+    options = {"order": "equal", "within": "herding", "prune": 0.5}
+    diffprune.select(["s3://bucket/clusters", scores], "s3://bucket/kept.parquet", embeddings=embeddings, **options)
+    diffprune.select(
+        [small_run.clusters, small_run.scores], tmp_path / "kept", embeddings=small_run.embeddings, **options
+    )
+    assert s3.objects["bucket/kept.parquet"].data == (tmp_path / "kept").read_bytes()
+    diffprune.export("s3://bucket/kept.parquet", "s3://bucket/keys.txt", format="keys")
+    diffprune.export(tmp_path / "kept", tmp_path / "keys.txt", format="keys")
+    assert s3.objects["bucket/keys.txt"].data == (tmp_path / "keys.txt").read_bytes()
+
+
+def test_prune_gives_the_local_bytes_from_and_to_anywhere(s3, small_run, tmp_path):
+    shards = upload(s3, small_run.shards, "shards")
+    kept = tmp_path / "kept.parquet"
+    diffprune.select(small_run.scores, kept, by="grand", prune=0.6)
+    s3.objects["bucket/kept.parquet"] = Object(kept.read_bytes())
+    diffprune.prune(kept, small_run.shards, tmp_path / "expected", shard_size=17)
+    expected = {name: data for name, data in local_contents(tmp_path / "expected").items() if name != "prune.json"}
+    assert len(expected) == 4  # three shards and classes.json
+    diffprune.prune("s3://bucket/kept.parquet", shards, "s3://bucket/a", shard_size=17)
+    diffprune.prune(kept, shards, tmp_path / "b", shard_size=17)
+    report = diffprune.prune(kept, small_run.shards, "s3://bucket/c", shard_size=17)
+    for found in (contents(s3, "a"), local_contents(tmp_path / "b"), contents(s3, "c")):
+        assert {name: data for name, data in found.items() if name != "prune.json"} == expected
+    assert report["pattern"].startswith("s3://bucket/c/") and len(list_shards(report["pattern"])) == 3
+    puts = s3.count("PUT", ".tar")
+    assert diffprune.prune(kept, small_run.shards, "s3://bucket/c", shard_size=17)["present"] == 3
+    assert s3.count("PUT", ".tar") == puts
+    with pytest.raises(ResumeError, match="begun with other settings"):
+        diffprune.prune(kept, small_run.shards, "s3://bucket/c", shard_size=18)
+    for format in ("wids", "timm"):
+        out = {"wids": "index.json", "timm": "_info.json"}[format]
+        diffprune.export(kept, f"s3://bucket/c/{out}", format=format, shards="s3://bucket/c")
+        diffprune.export(kept, tmp_path / "expected" / out, format=format, shards=tmp_path / "expected")
+        assert s3.objects[f"bucket/c/{out}"].data == (tmp_path / "expected" / out).read_bytes()
+
+
+def test_verify_and_pack_take_urls(s3, small_run, tmp_path):
+    diffprune.pack(small_run.images, "s3://bucket/packed", shard_size=50)
+    assert contents(s3, "packed") == local_contents(small_run.shards)
+    local, remote = (diffprune.verify(where, decode=True) for where in (small_run.shards, "s3://bucket/packed"))
+    assert remote == local and remote["samples"] == 120
+    broken = bytearray(s3.objects["bucket/packed/images-000001.tar"].data)
+    broken[700] ^= 1
+    s3.objects["bucket/packed/images-000001.tar"] = Object(bytes(broken[:-1500]))
+    assert diffprune.verify("s3://bucket/packed")["damage"][0]["shard"] == "s3://bucket/packed/images-000001.tar"
+
+
+def test_the_command_line_takes_urls(s3, small_run):
+    from typer.testing import CliRunner
+
+    from diffprune.cli.app import app
+
+    upload(s3, small_run.scores, "scores")
+    arguments = ["select", "s3://bucket/scores", "--by", "grand", "--prune", "0.5", "-o", "s3://bucket/kept.parquet"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0 and "s3://bucket/kept.parquet" in result.output, result.output
+    upload(s3, small_run.shards, "shards")
+    arguments = ["prune", "s3://bucket/kept.parquet", "s3://bucket/shards", "-o", "s3://bucket/pruned"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert not Path("s3:").exists() and "bucket/pruned/prune.json" in s3.objects
+    s3.faults.expired = True
+    result = CliRunner().invoke(app, ["verify", "s3://bucket/pruned"])
+    assert result.exit_code == 1 and "credentials have expired" in result.output
+
+
+def test_what_cannot_be_remote_yet_says_so(s3, small_run, tmp_path):
+    from diffprune.config import load_config
+
+    url = "s3://bucket/x"
+    calls = [
+        lambda: diffprune.score(small_run.latents, url, tmp_path / "x"),
+        lambda: diffprune.train_dit(load_config(None, "dit", DIT_OVERRIDES), small_run.latents, url),
+        lambda: diffprune.encode(small_run.shards, url, tmp_path / "x"),
+        lambda: diffprune.pack(url, tmp_path / "x"),
+    ]
+    for call in calls:
+        with pytest.raises(InputError, match=r"s3://bucket/x: .* cannot be a URL yet"):
+            call()
+    assert not Path("s3:").exists()
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("faults", [("error", "busy"), ("cut",), ("dropped", "lost")])
+def test_with_every_third_request_failing_the_bytes_are_the_same(s3, small_run, tmp_path, faults):
+    shards = upload(s3, small_run.shards, "shards")
+    s3.faults.rates = dict.fromkeys(faults, 0.33 / len(faults))
+    diffprune.embed(shards, "s3://bucket/embeddings", model=f"vqvae:{small_run.vqvae}")
+    diffprune.cluster("s3://bucket/embeddings", "s3://bucket/clusters", k=6)
+    diffprune.select("s3://bucket/clusters", "s3://bucket/kept.parquet", order="equal", prune=0.5)
+    diffprune.prune("s3://bucket/kept.parquet", shards, "s3://bucket/pruned")
+    assert all(s3.faults.seen[fault] > 5 for fault in faults)
+    s3.faults.rates = {}
+    assert contents(s3, "embeddings") == local_contents(small_run.embeddings)
+    assert contents(s3, "clusters") == local_contents(small_run.clusters)
+    diffprune.select(small_run.clusters, tmp_path / "kept.parquet", order="equal", prune=0.5)
+    diffprune.prune(tmp_path / "kept.parquet", small_run.shards, tmp_path / "pruned")
+    expected = local_contents(tmp_path / "pruned")
+    found = contents(s3, "pruned")
+    assert found.keys() == expected.keys()
+    assert all(found[name] == expected[name] for name in expected if name.endswith(".tar"))
+
+
+def test_an_answer_that_does_not_come_is_asked_for_again(s3, tmp_path, monkeypatch):
+    monkeypatch.setattr(clients, "PATIENCE", 0.3)
+    s3.objects["bucket/x"] = Object(b"abc")
+    with reading.RemoteFile(as_path("s3://bucket/x")) as file:
+        s3.faults.rates, s3.faults.most, s3.faults.pause = {"slow": 1.0}, 1, 1.0
+        assert file.read_at(1, 2) == b"bc"
+    assert s3.faults.seen["slow"] == 1 and s3.count("GET") == 2
+
+
+def test_a_body_of_another_length_is_never_taken(s3, monkeypatch):
+    """Whatever the packages below let through."""
+    s3.objects["bucket/x"] = Object(b"0123456789")
+    with reading.RemoteFile(as_path("s3://bucket/x")) as file:
+        bodies = [b"12", b"", b"123"]
+        monkeypatch.setattr(file._client, "_range", lambda *_: bodies.pop(0))
+        assert file.read_at(1, 3) == b"123" and not bodies
+        bodies = [b"1234"]
+        with pytest.raises(RemoteError, match="gives no ranges"):
+            file.read_at(1, 3)
+        monkeypatch.setattr(file._client, "_range", lambda *_: b"")
+        with pytest.raises(
+            RemoteError, match=r"tried 12 times, the last time: Truncated.'3 bytes asked for, 0 received'"
+        ):
+            file.read_at(1, 3)
+
+
+def test_when_tries_run_out_the_error_says_what_was_tried_and_finished_shards_stay(s3, small_run):
+    shards = upload(s3, small_run.shards, "shards")
+    index_shards(shards)
+    s3.faults.only, s3.faults.rates = "shards/images-000001.tar", {"error": 1.0}
+    with pytest.raises(RemoteError) as error:
+        diffprune.encode(shards, small_run.vqvae, "s3://bucket/latents")
+    assert "s3://bucket/shards/images-000001.tar" in str(error.value) and "tried 12 times" in str(error.value)
+    assert "the last time: 500" in str(error.value) and error.value.kind == "failed"
+    s3.faults.only = "GET /bucket/shards/images-000002.tar"
+    with pytest.raises(RemoteError, match=r"images-000002.tar, bytes \d+ to [\d,]+: tried 12 times"):
+        diffprune.encode(shards, small_run.vqvae, "s3://bucket/latents")
+    done = contents(s3, "latents")
+    assert {"images-000000.parquet", "images-000001.npy"} <= done.keys() and "images-000002.parquet" not in done
+    s3.faults.rates = {}
+    diffprune.encode(shards, small_run.vqvae, "s3://bucket/latents")
+    assert contents(s3, "latents") == local_contents(small_run.latents)
+    assert s3.count("PUT", "images-000000.parquet") == 1
+
+
+def test_expired_credentials_are_told_at_once_and_new_ones_go_on(s3, small_run, monkeypatch):
+    from diffprune import encoding
+
+    shards = upload(s3, small_run.shards, "shards")
+    index_shards(shards)
+    s3.faults.expired = True
+    for call in (
+        lambda: as_path(f"{shards}/images-000000.tar").stat(),  # a HEAD, whose answer has no body to say why
+        lambda: list_shards(shards),
+        lambda: ShardReader(f"{shards}/images-000000.tar").__enter__(),
+    ):
+        before = len(s3.requests)
+        with pytest.raises(RemoteError, match=r"s3://bucket/shards.*: the credentials have expired .*ExpiredToken"):
+            call()
+        assert len(s3.requests) - before <= 3  # boto looks for another region, and the reason is asked for
+    s3.faults.expired = False
+    writes = encoding.write_array
+
+    def expiring(path, array):
+        s3.faults.expired = path.name == "images-000001.npy"
+        writes(path, array)
+
+    monkeypatch.setattr(encoding, "write_array", expiring)
+    with pytest.raises(RemoteError, match="the credentials have expired") as error:
+        diffprune.encode(shards, small_run.vqvae, "s3://bucket/latents")
+    monkeypatch.setattr(encoding, "write_array", writes)
+    assert error.value.kind == "expired"
+    s3.faults.expired = False
+    assert "images-000000.parquet" in contents(s3, "latents")
+    diffprune.encode(shards, small_run.vqvae, "s3://bucket/latents")
+    assert contents(s3, "latents") == local_contents(small_run.latents)
+    assert s3.count("PUT", "images-000000.parquet") == 1
+
+
+def test_failures_are_judged_by_what_the_server_or_the_package_said():
+    class HttpError(Exception):  # as gcsfs has it
+        code = 503
+
+    class ContentLengthError(type("ClientPayloadError", (Exception,), {})):  # as aiohttp has it, of a body that was cut
+        code = 400
+
+    assert retries.judge(HttpError())[0] == "passing" and retries.judge(ContentLengthError())[0] == "passing"
+    for error, kind in (
+        (ConnectionResetError(), "passing"),
+        (TimeoutError(), "passing"),
+        (FileNotFoundError(), "missing"),
+        (PermissionError(), "denied"),
+        (ValueError("what"), "refused"),
+    ):
+        assert retries.judge(error)[0] == kind
+        wrapped = OSError("wrapped")
+        wrapped.__cause__ = error
+        assert retries.judge(wrapped)[0] == (kind if kind == "passing" else "refused")
+    unavailable = FileNotFoundError()  # what fsspec makes of any failure of a HEAD over http
+    unavailable.__cause__ = type("ClientResponseError", (Exception,), {"status": 500})()
+    assert retries.judge(unavailable)[0] == "passing"
+
+
+def test_denied_and_missing_credentials_are_not_tried_again(s3, monkeypatch):
+    s3.objects["bucket/x"] = Object(b"abc")
+    s3.faults.denied = True
+    with pytest.raises(RemoteError, match=r"s3://bucket/x: access denied \(403 AccessDenied") as error:
+        as_path("s3://bucket/x").stat()
+    assert error.value.kind == "denied" and len(s3.requests) == 2
+    s3.faults.denied = False
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nowhere")
+    clients.forget_clients()
+    with pytest.raises(RemoteError, match=r"NoCredentialsError.*check the credentials"):
+        as_path("s3://bucket/x").stat()
+    clients.forget_clients()
+
+
+def test_a_shard_that_changes_or_goes_between_index_and_read(s3, small_run):
+    shards = upload(s3, small_run.shards, "shards")
+    [index, *_] = index_shards(shards)
+    name = "bucket/shards/images-000000.tar"
+    original = s3.objects[name]
+    changes = {
+        r"expected bytes [\d,]+, found [\d,]+ and version": Object(original.data + bytes(512)),
+        r"expected version \w+, found \w+: it changed": Object(original.data[:600] + b"x" + original.data[601:]),
+    }
+    for told, other in changes.items():
+        s3.objects[name] = other
+        with pytest.raises(RemoteError, match=rf"s3://{name}: {told}") as error:
+            list(read_batches(index, size=16, channels=1))
+        assert error.value.kind == "changed"
+    del s3.objects[name]
+    with pytest.raises(RemoteError, match=f"s3://{name}: it was removed after it was indexed"):
+        list(read_batches(index, size=16, channels=1))
+    with pytest.raises(InputError, match="no such shard"):
+        list_shards(f"s3://{name}")
+    s3.objects[name] = original
+    assert sum(len(batch.keys) for batch in read_batches(index, size=16, channels=1)) == 50
+
+
+def test_a_shard_that_changes_while_prune_copies_it_is_noticed(s3, small_run, tmp_path, monkeypatch):
+    from diffprune import pruning
+
+    shards = upload(s3, small_run.shards, "shards")
+    diffprune.select(small_run.scores, tmp_path / "kept.parquet", by="grand", prune=0.5)
+    copy = pruning.copy_ranges
+
+    def changing(source, ranges, target):
+        copy(source, ranges, target)
+        if source.name == "images-000001.tar":
+            one = s3.objects["bucket/shards/images-000001.tar"]
+            s3.objects["bucket/shards/images-000001.tar"] = Object(one.data[:-1] + b"x")
+
+    monkeypatch.setattr(pruning, "copy_ranges", changing)
+    with pytest.raises(InputError, match=r"images-000001.tar: changed while it was copied"):
+        diffprune.prune(tmp_path / "kept.parquet", shards, "s3://bucket/pruned", workers=1)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------
+
+PART = 64 << 10
+
+
+@pytest.fixture
+def small_parts(monkeypatch, s3):
+    monkeypatch.setattr(writing, "PART", PART)
+    s3.smallest_part = PART
+
+
+def test_a_large_object_goes_up_in_parts_and_appears_at_the_end(s3, small_parts):
+    data = np.random.default_rng(5).bytes(5 * PART + 1)
+    url = as_path("s3://bucket/large.bin")
+    with atomic_file(url) as file:
+        for at in range(0, len(data), 9_999):
+            file.write(data[at : at + 9_999])
+        assert not url.exists() and len(s3.uploads) == 1
+    assert s3.objects["bucket/large.bin"].data == data and s3.objects["bucket/large.bin"].parts == 6
+    assert not s3.uploads and url.read_bytes() == data
+
+
+def test_parts_grow_so_that_ten_thousand_are_enough(s3, small_parts, monkeypatch):
+    monkeypatch.setattr(writing, "_LARGER_AFTER", 2)
+    with atomic_file(as_path("s3://bucket/large.bin")) as file:
+        file.write(bytes(10 * PART))
+    assert s3.objects["bucket/large.bin"].parts == 5  # of 1, 1, 2, 2 and 4 times the size
+    assert len(s3.objects["bucket/large.bin"].data) == 10 * PART
+
+
+def test_an_upload_that_fails_leaves_nothing(s3, small_parts):
+    url = as_path("s3://bucket/large.bin")
+    for error in (RuntimeError, KeyboardInterrupt):
+        with pytest.raises(error), atomic_file(url) as file:
+            file.write(bytes(3 * PART))
+            raise error
+        assert not s3.objects and not s3.uploads
+    s3.faults.only, s3.faults.rates = "partNumber=2", {"error": 1.0}
+    told = r"s3://bucket/large.bin, part 2 \(65,536 bytes\): tried 12 times"
+    with pytest.raises(RemoteError, match=told), atomic_file(url) as file:
+        file.write(bytes(9 * PART))
+    assert not s3.objects and not s3.uploads
+
+
+def test_where_not_even_the_parts_can_be_removed_the_error_says_so(s3, small_parts):
+    s3.faults.only, s3.faults.rates = "uploadId", {"error": 1.0}
+    with (
+        pytest.raises(RemoteError, match=r"part 1 .*could not be removed .*: the next run removes them"),
+        atomic_file(as_path("s3://bucket/large.bin")) as file,
+    ):
+        file.write(bytes(3 * PART))
+    assert not s3.objects and len(s3.uploads) == 1
+    s3.faults.rates = {}
+    with atomic_file(as_path("s3://bucket/large.bin")) as file:
+        file.write(bytes(3 * PART))
+    assert len(s3.objects) == 1 and not s3.uploads
+
+
+def test_the_upload_of_a_killed_run_is_removed_by_the_next(s3, small_parts):
+    s3.uploads["old"] = ("bucket/large.bin", {1: b"x"})
+    s3.uploads["others"] = ("bucket/large.bin.2", {1: b"x"})
+    with atomic_file(as_path("s3://bucket/large.bin")) as file:
+        file.write(bytes(3 * PART))
+    assert list(s3.uploads) == ["others"] and len(s3.objects["bucket/large.bin"].data) == 3 * PART
+
+
+@pytest.mark.parametrize("fault", ["lost", "cut"])
+def test_an_upload_whose_last_answer_is_lost_is_no_failure(s3, small_parts, fault):
+    s3.faults.only, s3.faults.rates, s3.faults.most = "POST /bucket/large.bin?uploadId", {fault: 1.0}, 1
+    with atomic_file(as_path("s3://bucket/large.bin")) as file:
+        file.write(bytes(3 * PART))
+    assert s3.faults.seen[fault] == 1 and len(s3.objects["bucket/large.bin"].data) == 3 * PART and not s3.uploads
+
+
+def test_parts_survive_faults(s3, small_parts):
+    s3.faults = Faults({"error": 0.1, "cut": 0.1, "dropped": 0.1, "lost": 0.1, "busy": 0.1})
+    data = np.random.default_rng(6).bytes(40 * PART)
+    with atomic_file(as_path("s3://bucket/large.bin")) as file:
+        file.write(data)
+    assert s3.objects["bucket/large.bin"].data == data
+    assert as_path("s3://bucket/large.bin").read_bytes() == data
+
+
+# --- copies, and plain web servers -----------------------------------------------------------------------------
+
+
+def test_copies_are_made_once_while_there_is_room_and_those_of_killed_runs_are_removed(s3, tmp_path, monkeypatch):
+    from diffprune.arrays import load_array
+
+    arrays = {f"a{i}": np.random.default_rng(i).standard_normal((100, 5)).astype(np.float16) for i in range(3)}
+    for name, array in arrays.items():
+        buffer = io.BytesIO()
+        np.save(buffer, array)
+        s3.objects[f"bucket/{name}.npy"] = Object(buffer.getvalue())
+    abandoned = tmp_path / "spool" / "diffprune-spool-dead"
+    abandoned.mkdir(parents=True)
+    (abandoned / "lock").touch()
+    (abandoned / "0.npy").write_bytes(b"x")
+    monkeypatch.setenv("DIFFPRUNE_SPOOL_BYTES", "2500")  # two of them
+    for _ in range(2):
+        for name, array in arrays.items():
+            found = load_array(as_path(f"s3://bucket/{name}.npy"), "make it again")
+            assert np.array_equal(found, array) and isinstance(found, np.memmap) == (name != "a2")
+    assert not abandoned.exists()
+    reads = {name: s3.count("GET", f"{name}.npy") for name in arrays}
+    assert reads["a0"] == reads["a1"] < reads["a2"]
+    rows = load_array(as_path("s3://bucket/a2.npy"), "make it again", by_rows=True)
+    wanted = np.array([5, 6, 7, 99, 0, 50, 50])
+    assert np.array_equal(rows[wanted], arrays["a2"][wanted]) and np.array_equal(rows[-3:], arrays["a2"][-3:])
+    assert np.array_equal(rows[arrays["a2"][:, 0] > 0], arrays["a2"][arrays["a2"][:, 0] > 0])
+    assert len(rows[np.array([], int)]) == 0 and rows[10:3].shape == (0, 5)
+
+
+@pytest.mark.parametrize("kind", ["objects", "cut", "text", "fortran", "longer"])
+def test_arrays_that_are_none_are_refused(s3, kind):
+    from diffprune.arrays import load_array
+
+    buffer = io.BytesIO()
+    array = np.arange(12, dtype=np.float16).reshape(4, 3)
+    np.save(
+        buffer,
+        np.array([{}], object) if kind == "objects" else np.asfortranarray(array) if kind == "fortran" else array,
+    )
+    data = {"cut": buffer.getvalue()[:-1], "text": b"hello", "longer": buffer.getvalue() + b"x"}.get(
+        kind, buffer.getvalue()
+    )
+    s3.objects["bucket/a.npy"] = Object(data)
+    for by_rows in (True, False):
+        with pytest.raises(InputError, match=r"s3://bucket/a.npy: not a readable .npy file .*make it again"):
+            load_array(as_path("s3://bucket/a.npy"), "make it again", by_rows)
+
+
+def test_a_small_table_costs_two_requests(s3, small_run):
+    from diffprune.tables import read_table
+
+    upload(s3, small_run.scores, "scores")
+    name = "images-000000.parquet"
+    assert read_table(f"s3://bucket/scores/{name}", ["key"]) == read_table(small_run.scores / name, ["key"])
+    assert [method for method, _, _ in s3.requests] == ["HEAD", "GET"]
+
+
+def test_large_tables_are_read_by_columns(s3, tmp_path, monkeypatch):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from diffprune.tables import read_table
+
+    monkeypatch.setattr(reading, "BLOCK", 1 << 20)
+    rng = np.random.default_rng(7)
+    table = pa.table({"a": rng.standard_normal(300_000), "b": rng.standard_normal(300_000), "c": range(300_000)})
+    pq.write_table(table, tmp_path / "t.parquet")
+    s3.objects["bucket/t.parquet"] = Object((tmp_path / "t.parquet").read_bytes())
+    assert read_table("s3://bucket/t.parquet", ["c"]).equals(table.select(["c"]))
+    assert s3.sent < 0.7 * len(s3.objects["bucket/t.parquet"].data)
+    assert read_table("s3://bucket/t.parquet").equals(table)
+    with pytest.raises(InputError, match=r"s3://bucket/t.parquet: no column 'x'; it has a, b, c"):
+        read_table("s3://bucket/t.parquet", ["x"])
+    with pytest.raises(InputError, match=r"s3://bucket/u.parquet: no such table"):
+        read_table("s3://bucket/u.parquet")
+    s3.objects["bucket/u.parquet"] = Object(b"PAR1 and nothing else")
+    with pytest.raises(InputError, match=r"s3://bucket/u.parquet: not a readable parquet file"):
+        read_table("s3://bucket/u.parquet")
+
+
+def test_shards_of_a_web_server_are_read_by_ranges(s3, small_run):
+    upload(s3, small_run.shards, "shards")
+    s3.anonymous = True
+    base = f"{s3.environment['AWS_ENDPOINT_URL']}/bucket/shards"
+    indexes = index_shards(f"{base}/images-{{000000..000002}}.tar")
+    assert [index.samples for index in indexes] == [index.samples for index in index_shards(small_run.shards)]
+    assert sum(len(batch.keys) for batch in read_batches(indexes[0], size=16, channels=1)) == 50
+    s3.faults.rates = {"error": 0.3, "dropped": 0.2}
+    diffprune.embed(f"{base}/images-{{000000..000002}}.tar", "s3://bucket/e", model=f"vqvae:{small_run.vqvae}")
+    s3.faults.rates = {}
+    assert contents(s3, "e") == local_contents(small_run.embeddings)
+    with pytest.raises(InputError, match=r"has no folders; name the files: .*\{0000..0127\}.tar"):
+        list_shards(base)
+    with pytest.raises(InputError, match="no such shard"):
+        list_shards(f"{base}/images-{{000000..000003}}.tar")
+    with pytest.raises(InputError, match="can only be read"):
+        diffprune.encode(small_run.shards, small_run.vqvae, f"{base}/latents")
+
+
+def test_a_server_without_ranges_is_refused(s3, small_run):
+    handler = lambda *args: SimpleHTTPRequestHandler(*args, directory=str(small_run.shards))  # noqa: E731
+    SimpleHTTPRequestHandler.log_message = lambda *_: None
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            url = f"http://127.0.0.1:{server.server_port}/images-000000.tar"
+            index = index_shard(url)  # small enough to be asked for whole
+            with pytest.raises(RemoteError, match="gives no ranges"), ShardReader(url) as reader:
+                reader.read(index.samples[3].members[0])
+        finally:
+            server.shutdown()
+
+
+def test_a_forked_process_has_clients_of_its_own(s3):
+    s3.objects["bucket/x"] = Object(b"abc")
+    assert as_path("s3://bucket/x").read_bytes() == b"abc"
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(0 if as_path("s3://bucket/x").read_bytes() == b"abc" else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
