@@ -23,7 +23,7 @@ from diffprune.cli.app import app
 from diffprune.errors import DiffpruneError, InputError, ResumeError
 from diffprune.sweeping.cells import list_cells
 from diffprune.sweeping.running import worker_device
-from diffprune.sweeping.settings import load_sweep
+from diffprune.sweeping.settings import differences, load_sweep
 from diffprune.tables import kept_keys, read_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -370,6 +370,19 @@ def test_the_presets_that_run_here():
     skewed = load_sweep(ROOT / "configs/mnist-skew.toml")
     assert skewed.data.skew == 10.0 and skewed.dit.model.num_classes == 0
     assert skewed.vqvae == config.vqvae and skewed.evaluate == config.evaluate
+    longer = load_sweep(ROOT / "configs/mnist-longer.toml")
+    changed = differences(config.identity(), longer.identity())
+    assert [line.split()[0] for line in changed] == [
+        f"dit.train.{name}" for name in ("checkpoint_every", "log_every", "steps")
+    ]
+    assert longer.dit.train.steps == 4 * config.dit.train.steps
+
+
+def test_torchrun_is_refused(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="start it without torchrun"):
+        diffprune.sweep(tiny, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_gpus_are_taken_in_turn():

@@ -82,12 +82,12 @@ def panels_png(path: Path, panels: Sequence[Panel], title: str) -> None:
     save_png(figure, path)
 
 
-def save_png(figure: Figure, path: Path) -> None:
-    """Write a figure as a PNG of at most 64 colours, a third of the bytes."""
+def save_png(figure: Figure, path: Path, colors: int = 64) -> None:
+    """Write a figure as a PNG of at most so many colours: a fraction of the bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     buffer.seek(0)
-    image = Image.open(buffer).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    image = Image.open(buffer).convert("RGB").quantize(colors, dither=Image.Dither.NONE)
     with atomic_path(path) as temporary:
         image.save(temporary, "PNG", optimize=True)
 

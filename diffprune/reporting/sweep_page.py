@@ -213,7 +213,7 @@ def _samples_png(path: Path, rows: Sequence[Line], strips: dict[tuple[str, float
     axes.spines[:].set_visible(False)
     ratio = max(line.prune for line in shown)
     axes.set_title(f"{title}, {100 * ratio:.10g} % pruned: a column is one noise and class", fontsize=9, loc="left")
-    save_png(figure, path)
+    save_png(figure, path, colors=16 if (sheet == sheet[..., :1]).all() else 256)
 
 
 def _agreement(folders: dict[str, Path]) -> dict[str, Any] | None:
