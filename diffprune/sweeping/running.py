@@ -73,9 +73,7 @@ def sweep(
     if jobs < 1:
         raise InputError(f"jobs: expected 1 or more, got {jobs}")
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise InputError(
-            "sweep: one process trains a cell: start it without torchrun, with jobs or a cell per job"
-        )
+        raise InputError("sweep: one process trains a cell: start it without torchrun, with jobs or a cell per job")
     out, every = Path(out), list_cells(settings)
     _check_folder(settings, out)
     chosen = every if cells is None else [find_cell(every, str(cell)) for cell in cells]
