@@ -83,7 +83,8 @@ class LiveLatents:
         """All rows that are ok, in memory, in shard order: (table, float16 [N, C, H, W], with ``twins`` their mirrors).
 
         The first two are those of ``ArrayFolder.load``. ``kept`` (a kept.parquet) restricts them to its keys, and what
-        is read and encoded to these. Raises InputError if one of them is not here or fails.
+        is read and encoded to these (other images share a batch then: rounding). Raises InputError if one of them is
+        not here or fails.
         """
         images, wanted = copy(self._images), None if kept is None else kept_keys(kept)
         if wanted is not None:

@@ -195,6 +195,8 @@ class Copy:
             path.write_bytes(original)
         lines = log.read_text(errors="replace").splitlines()
         first = next((line for line in lines if line.startswith(("FAILED", "ERROR"))), lines[-1] if lines else "")
+        if os.waitstatus_to_exitcode(ended[1]) not in (0, 1) and first.startswith("ERROR"):
+            raise SystemExit(f"the tests could not be collected: {first}")
         return "passed" if ended[1] == 0 else "failed", first, time.monotonic() - begin
 
     def _test(self, tests: tuple[str, ...], log: Path) -> None:
@@ -205,7 +207,7 @@ class Copy:
             os.dup2(file, 1)
             os.dup2(file, 2)
             os.chdir(self.folder)
-            sys.path[:0] = [str(self.folder)]
+            sys.path[:0] = [str(self.folder), str(self.folder / "tests")]
             import pytest
 
             options = [

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from s3_server import Faults, S3Server, serve
 from small_run import DIT_OVERRIDES, VQVAE_OVERRIDES, SmallRun, write_digits
 
-KINDS = {"error": 0.1, "busy": 0.1, "cut": 0.1, "dropped": 0.1, "lost": 0.1, "slow": 0.02}  # of requests, at most
+KINDS = {"error": 0.1, "busy": 0.1, "cut": 0.1, "dropped": 0.1, "lost": 0.1, "slow": 0.01}  # of requests, at most
 MAX_RENEWALS = 20  # of credentials, in a round
 
 
@@ -43,8 +43,8 @@ def main() -> None:
     from diffprune.storage import clients, retries, writing
 
     set_enabled(False)
-    retries.RETRIES = retries.Retries(attempts=20, first=0.002, most=0.05)
-    clients.PATIENCE = 0.4
+    retries.RETRIES = retries.Retries(attempts=30, first=0.002, most=0.05)
+    clients.PATIENCE = 2.0  # a busy machine needs some
     writing.PART = 5 << 20
     outcomes, seen, renewals, retried = Counter(), Counter(), 0, 0
     with tempfile.TemporaryDirectory() as folder:
@@ -59,7 +59,7 @@ def main() -> None:
                 clients.forget_clients()
                 chance = random.Random(f"{arguments.seed} {number}")
                 rates = {kind: chance.random() * most for kind, most in KINDS.items() if chance.random() < 0.7}
-                server.faults = Faults(rates, pause=0.6, seed=chance.randrange(1 << 30))
+                server.faults = Faults(rates, pause=2.5, seed=chance.randrange(1 << 30))
                 try:
                     renewals += disturbed(run, server, chance)
                     lost = differences(server, expected)
