@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import diffprune
 from diffprune.cli.app import app
+from diffprune.config import load_config
 from diffprune.errors import DiffpruneError, InputError, ResumeError
 from diffprune.sweeping.cells import list_cells
 from diffprune.sweeping.running import worker_device
@@ -362,6 +363,22 @@ def test_the_presets_of_the_paper(name, cells, k):
     else:
         assert codes == (8192, 4) and model.num_classes == 0 and config.sample.guidance == 1.0
     assert model.in_channels == config.vqvae.model.latent_channels
+    f8 = load_config(ROOT / f"configs/vqvae-f8-{name}.toml", "vqvae")
+    assert config.vqvae == f8 and f8.model.image_size == 8 * model.input_size == 256
+
+
+def test_a_run_from_a_file_and_what_differs(tiny, tmp_path):
+    (tmp_path / "dit.toml").write_text("[model]\ndepth = 3\nnum_heads = 4\n[train]\nlr = 1e-2\nsteps = 99\n")
+    path = changed(tiny, tmp_path / "sweep.toml", ("[dit.model]", '[dit]\nconfig = "dit.toml"\n\n[dit.model]'))
+    config = load_sweep(path)
+    assert (config.dit.model.depth, config.dit.model.num_heads, config.dit.train.steps) == (2, 2, 6)
+    less = (("depth = 2\nnum_heads = 2", ""), ("[dit.train]\nsteps = 6", "[dit.train]"))
+    config = load_sweep(changed(path, tmp_path / "less.toml", *less))
+    assert (config.dit.model.depth, config.dit.model.num_heads, config.dit.train.steps) == (3, 4, 99)
+    assert config.dit.train.lr == 3e-3 and config.surrogate.model.depth == 3
+    gone = changed(path, tmp_path / "gone.toml", ('"dit.toml"', '"none.toml"'))
+    with pytest.raises(InputError, match=r"none\.toml: no such config file"):
+        load_sweep(gone)
 
 
 def test_the_presets_that_run_here():
@@ -371,10 +388,8 @@ def test_the_presets_that_run_here():
     assert skewed.data.skew == 10.0 and skewed.dit.model.num_classes == 0
     assert skewed.vqvae == config.vqvae and skewed.evaluate == config.evaluate
     longer = load_sweep(ROOT / "configs/mnist-longer.toml")
-    changed = differences(config.identity(), longer.identity())
-    assert [line.split()[0] for line in changed] == [
-        f"dit.train.{name}" for name in ("checkpoint_every", "log_every", "steps")
-    ]
+    different = [line.split()[0] for line in differences(config.identity(), longer.identity())]
+    assert different == ["dit.train.checkpoint_every", "dit.train.steps"]
     assert longer.dit.train.steps == 4 * config.dit.train.steps
 
 

@@ -92,7 +92,8 @@ def run_cell(config: SweepConfig, cell: Cell, out: Path, device: str) -> dict[st
         options |= {"embeddings": shared.embeddings} if method.needs_embeddings else {}
         selected = timed("select", select, shared.tables(method.columns), kept, **options)
     run = with_device(config.dit, device, seed=cell.seed)
-    trained = timed("train", train_dit, run, shared.latents, folder / "model", kept=kept)
+    decode_with = shared.vqvae if run.train.sample_every else None
+    trained = timed("train", train_dit, run, shared.latents, folder / "model", kept=kept, decode_with=decode_with)
     s = config.sample
     drawn = {"count": s.count, "steps": s.steps, "method": s.method, "guidance": s.guidance, "labels": s.labels}
     drawn |= {"seed": s.seed, "batch_size": s.batch_size, "device": device}

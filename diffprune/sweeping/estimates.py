@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from diffprune.config import DitRun
+from diffprune.dit_objective import DitObjective
 from diffprune.flow import guided_velocity
 from diffprune.learner import Learner
 from diffprune.models.dit import DiT
 from diffprune.ranks import training_ranks
 from diffprune.sweeping.settings import SweepConfig, with_device
-from diffprune.training import DitObjective
 
 ENOUGH_SECONDS = 0.5
 REPEATS = 5

@@ -1,9 +1,10 @@
 """What a sweep compares, and how: a TOML file, every key of it checked.
 
 [data]            DataConfig: images to pack, or shards; what is held out
-[vqvae.model], [vqvae.train]          as for `diffprune train vqvae`; or [vqvae] path = a checkpoint or run
+[vqvae.model], [vqvae.loss], [vqvae.train]  as for `diffprune train vqvae`; or [vqvae] path = a checkpoint or run
 [dit.model], [dit.train]              as for `diffprune train dit`: the model of every cell
 [surrogate.model], [surrogate.train]  what differs from [dit]; or [surrogate] path = a run
+[vqvae], [dit], [surrogate]           config = a TOML file beside this one; the tables then say what differs
 [score]           ScoreConfig
 [cluster]         ClusterConfig
 [sample]          SampleConfig
@@ -167,12 +168,13 @@ def load_sweep(path: str | Path) -> SweepConfig:
         name: section_from_table(section, document.get(name, {}), f"{where}: [{name}]")
         for name, section in _SECTIONS.items()
     }
-    dit_tables = _tables(document.get("dit", {}), f"{where}: [dit]")
+    beside = Path(path).parent
+    dit_tables = _run_tables(document.get("dit", {}), {}, beside, f"{where}: [dit]")
     config = SweepConfig(
         **parts,
-        vqvae=_run_or_path("vqvae", document.get("vqvae", {}), {}, f"{where}: [vqvae]"),
+        vqvae=_run_or_path("vqvae", document.get("vqvae", {}), {}, beside, f"{where}: [vqvae]"),
         dit=run_from_tables("dit", dit_tables, f"{where}: [dit]"),
-        surrogate=_run_or_path("dit", document.get("surrogate", {}), dit_tables, f"{where}: [surrogate]"),
+        surrogate=_run_or_path("dit", document.get("surrogate", {}), dit_tables, beside, f"{where}: [surrogate]"),
         own_methods=own_methods(document.get("methods", {}), where),
     )
     _check(config, where)
@@ -185,16 +187,27 @@ def _tables(value: Any, where: str) -> dict[str, Any]:
     return dict(value)
 
 
-def _run_or_path(kind: str, value: Any, defaults: Mapping[str, Any], where: str) -> Any:
+def _run_or_path(kind: str, value: Any, defaults: Mapping[str, Any], beside: Path, where: str) -> Any:
     """A run whose missing keys are those of ``defaults``, or the text of ``path``."""
     tables = _tables(value, where)
     if "path" in tables:
         if len(tables) > 1 or not isinstance(tables["path"], str) or not tables["path"]:
             raise InputError(f"{where}: path: expected the path of a run and nothing beside it, found {tables!r}")
         return tables["path"]
-    own = {name: _tables(values, f"{where}: {name}") for name, values in tables.items()}
-    merged = {name: {**defaults.get(name, {}), **own.get(name, {})} for name in {*defaults, *own}}
-    return run_from_tables(kind, merged, where)
+    return run_from_tables(kind, _run_tables(tables, defaults, beside, where), where)
+
+
+def _run_tables(value: Any, defaults: Mapping[str, Any], beside: Path, where: str) -> dict[str, Any]:
+    """The tables of a run: those of ``defaults``, over them the file's that ``config`` names, over them its own."""
+    own = _tables(value, where)
+    name = own.pop("config", None)
+    if name is not None and not isinstance(name, str):
+        raise InputError(f"{where}: config: expected the name of a TOML file, found {name!r}")
+    merged: dict[str, Any] = {}
+    for layer in (defaults, {} if name is None else read_toml(beside / name), own):
+        for section, values in layer.items():
+            merged[section] = {**merged.get(section, {}), **_tables(values, f"{where}: {section}")}
+    return merged
 
 
 def _check(config: SweepConfig, where: str) -> None:

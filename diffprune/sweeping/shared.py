@@ -149,7 +149,7 @@ def _steps(shared: Shared, device: str) -> Iterator[Step]:
             yield f"features of {split}", _features(shared, split, shards, device)
     groups = [group for group, names in _GROUPS.items() if columns.intersection(names)]
     if groups and not isinstance(config.surrogate, str):
-        run = with_device(config.surrogate, device)
+        run = with_device(config.surrogate, device, sample_every=0)
         yield "surrogate", lambda: train_dit(run, shared.latents, root / "surrogate")
     for group in groups:
         yield f"scores {group}", _scores(shared, group, device)
