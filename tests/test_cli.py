@@ -270,7 +270,7 @@ def test_dry_run_writes_nothing(small_run, tmp_path):
 
 def test_interrupted_scoring_keeps_what_is_finished_and_finishes_the_rest(small_run, tmp_path):
     latents, out = small_run.latents, tmp_path / "scores"
-    base = ["score", str(latents), "--checkpoint", str(small_run.surrogate), "--draws", "8", "--method", "loss,grand"]
+    base = ["score", str(latents), "--checkpoint", str(small_run.surrogate), "--draws", "24", "--method", "loss,grand"]
     command = [sys.executable, "-m", "diffprune", *base, "-o", str(out)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300

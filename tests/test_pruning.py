@@ -265,7 +265,7 @@ def test_a_selection_of_another_data_set_is_refused_with_key_expected_and_found(
         write_tar(tmp_path / f"else/train-{number:04d}.tar", {key: samples[key] for key in keys[start:stop]})
     first = kept[0][0]
     with pytest.raises(
-        InputError, match=rf"train-0000.tar: expected key '{first}' at byte 0 .*found key 'other0' there"
+        InputError, match=rf"train-0000.tar: expected key '{first[:100]}.* at byte 0 .*found key 'other0' there"
     ):
         prune(tmp_path / "kept.parquet", tmp_path / "else", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -279,7 +279,7 @@ def test_a_place_that_is_off_is_refused(tmp_path, kept, column, change):
     number = table.column_names.index(column)
     pq.write_table(table.set_column(number, column, pa.array(values)), tmp_path / "kept.parquet")
     key = table["key"][5].as_py()
-    with pytest.raises(InputError, match=rf"expected key '{key}' at byte .*as .*kept.parquet says"):
+    with pytest.raises(InputError, match=rf"expected key '{key[:100]}.* at byte .*as .*kept.parquet says"):
         prune(tmp_path / "kept.parquet", tmp_path / "in", tmp_path / "out")
 
 
@@ -311,7 +311,8 @@ def test_selections_that_cannot_be_used_are_refused(tmp_path, kept):
     broken = {
         "found none": table.slice(0, 0),
         "stands in it twice": pa.concat_tables([table, table.slice(3, 1)]),
-        "found nulls": table.set_column(0, "key", pa.array([None, *table["key"].to_pylist()[1:]])),
+        "1 rows have no key": table.set_column(0, "key", pa.array([None, *table["key"].to_pylist()[1:]])),
+        "found nulls": table.set_column(2, "offset", pa.array([None, *table["offset"].to_pylist()[1:]], pa.int64())),
         "'offset'": table.drop_columns(["offset"]),
     }
     for message, content in broken.items():

@@ -28,8 +28,7 @@ from diffprune.errors import DiffpruneError
 SOURCE = Path(diffprune.__file__).parent
 # Who may import pickle, and for what: the names of its errors; and exceptions between processes of one run.
 PICKLE_ALLOWED = {
-    "checkpoints.py": {"UnpicklingError"},
-    "models/inception.py": {"UnpicklingError"},
+    "weight_files.py": {"UnpicklingError"},
     "local_workers.py": {"loads", "dumps"},
 }
 

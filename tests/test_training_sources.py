@@ -66,10 +66,8 @@ def test_a_selection_is_trained_on_from_latents_shards_and_pruned_shards(small_r
     from diffprune import decode
 
     diffprune.prune(kept, small_run.shards, tmp_path / "pruned", shard_size=15)
-    read, real = [], decode._read_image
-    monkeypatch.setattr(
-        decode, "_read_image", lambda reader, sample: (read.append(sample.key), real(reader, sample))[1]
-    )
+    read, real = [], decode.read_image
+    monkeypatch.setattr(decode, "read_image", lambda reader, sample: (read.append(sample.key), real(reader, sample))[1])
     tables = [ArrayFolder(small_run.latents).load(kept, np.float16)]
     assert not read
     tables.append(live(small_run).load(kept)[:2])
