@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -276,7 +277,7 @@ def sweep(out: AnyPath, stem: str | None = None) -> None:
     """Remove what a killed run left half-written: of one shard, or of all, if nobody else is at work in ``out``."""
     for leftover in out.glob(f"{TEMPORARY_PREFIX}*"):
         if not is_lock(leftover) and leftover.name.startswith(f"{TEMPORARY_PREFIX}{f'{stem}.' if stem else ''}"):
-            leftover.unlink(missing_ok=True)
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 def _claimed(out: AnyPath, stage: dict[str, Any], whole: list[str], engine: Engine) -> list[str]:

@@ -7,17 +7,19 @@ run would have done that was never stopped.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from diffprune.checkpoints import checkpoint_path, find_checkpoints, read_state, save_checkpoint
-from diffprune.config import Run, from_dict, to_dict
+from diffprune.config import Run, TrainConfig, from_dict, to_dict
+from diffprune.engines import sweep
 from diffprune.errors import InputError, ResumeError
 from diffprune.files import write_json
 from diffprune.learner import Draw, Learner, Objective, Stopped, learning_rate
+from diffprune.locks import folder_lock
 from diffprune.prefetch import Prefetch
 from diffprune.progress import progress
 from diffprune.run_pictures import LOSS_PLOT, SAMPLES, SampleGrids, write_loss_plot
@@ -46,7 +48,16 @@ def run_training(
 
     ``grids`` are drawn every ``run.train.sample_every`` steps and at the end.
     """
-    out, train, ranks = local_path(out, "a run folder"), run.train, objective.ranks
+    out = local_path(out, "a run folder")
+    # One run at a time: the first process holds the folder for all.
+    with nullcontext() if dry_run or objective.ranks.rank else folder_lock(out):
+        return _train(objective, run, out, resume, dry_run, grids)
+
+
+def _train(
+    objective: Objective, run: Run, out: Path, resume: bool, dry_run: bool, grids: SampleGrids | None
+) -> dict[str, Any]:
+    train, ranks = run.train, objective.ranks
     if train.tensorboard:
         summary_writer()  # told before the work, and by every process
     checkpoint, state = _last_checkpoint(objective, run, out, resume)
@@ -77,6 +88,10 @@ def run_training(
     log = TrainingLog(out if ranks.rank == 0 else None, first_step, train.tensorboard)
     if ranks.rank == 0:
         (out / STOPPED_FILE).unlink(missing_ok=True)
+        for folder in (out, out / SAMPLES):
+            sweep(folder)
+    if state:
+        _draw_what_is_missing(learner, train, out, first_step, grids)
     peak = matmul_rate(objective.device, torch.bfloat16 if bfloat16 else torch.float32) * ranks.size
     loss, title = None, f"train {objective.kind}"
 
@@ -111,6 +126,19 @@ def run_training(
                     grids.write(weights, out / SAMPLES / f"{checkpoint_path(out, done).name}.png")
     summary = objective.summary() if first_step < train.steps and ranks.rank == 0 else {}
     return {**report, "checkpoint": str(checkpoint), "loss": loss, **log.last, **summary, **pace.whole()}
+
+
+def _draw_what_is_missing(
+    learner: Learner, train: TrainConfig, out: Path, step: int, grids: SampleGrids | None
+) -> None:
+    """The pictures that belong to the checkpoint gone on from: a kill may have come between it and them."""
+    is_first = learner.objective.ranks.rank == 0
+    if is_first and (out / LOG_FILE).is_file() and (out / LOG_FILE).stat().st_size:
+        write_loss_plot(out / LOG_FILE, out / LOSS_PLOT)
+    if grids is not None and (step % train.sample_every == 0 or step == train.steps):
+        weights, path = learner.averages(), out / SAMPLES / f"{checkpoint_path(out, step).name}.png"
+        if is_first and not path.is_file():
+            grids.write(weights, path)
 
 
 def _save(learner: Learner, run: Run, out: Path, step: int) -> Path:

@@ -11,11 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+from small_run import DIT_OVERRIDES
 from test_stage_ranks import contents
 from test_tables import make_table
 
 import diffprune
 from diffprune import locks
+from diffprune.config import load_config
 from diffprune.engines import Engine, parse_part, run_stage
 from diffprune.errors import BusyError, InputError, ResumeError
 from diffprune.locks import LOCK_FILE, folder_lock, shard_claim
@@ -61,6 +63,20 @@ def test_pack_and_prune_hold_their_folder(small_run, tmp_path):
             call()
         call()
         assert not list((tmp_path / name).glob(".tmp-*"))
+
+
+def test_training_holds_its_folder_and_draws_what_a_killed_run_did_not(small_run, tmp_path):
+    config = load_config(None, "dit", DIT_OVERRIDES)
+    run = tmp_path / "run"
+    with folder_lock(run), pytest.raises(BusyError, match="is at work there"):
+        diffprune.train_dit(config, small_run.latents, run)
+    diffprune.train_dit(config, small_run.latents, run)
+    plot = (run / "loss.png").read_bytes()
+    (run / "loss.png").rename(run / ".tmp-loss.png")  # killed after the last checkpoint
+    (run / ".tmp-step_00000009").mkdir()
+    diffprune.train_dit(config, small_run.latents, run)
+    assert (run / "loss.png").read_bytes() == plot
+    assert not list(run.glob(".tmp-*"))
 
 
 HOLDER = """
