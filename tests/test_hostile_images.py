@@ -14,7 +14,7 @@ from test_decode import encoded, photo
 from test_shards import write_tar
 
 import diffprune
-from diffprune.cli import options
+from diffprune.cli import options as cli
 from diffprune.decode import DecodeError, Decoding, decode_image, load_images, read_batches
 from diffprune.pixels import MAX_PIXELS
 from diffprune.shards import index_shard
@@ -69,7 +69,7 @@ def test_the_limit_counts_for_webp_and_can_be_raised_beyond_pillows():
     for data in (png_header(20_000, 10_000), jpeg_with_size(20_000, 10_000)):  # Pillow's own limit is at 179 million
         with pytest.raises(DecodeError, match="damaged"):
             decode_image(data, max_pixels=200_000_000)
-    assert options.MAX_PIXELS == MAX_PIXELS
+    assert cli.MAX_PIXELS == MAX_PIXELS
 
 
 def test_zero_area_is_refused():
