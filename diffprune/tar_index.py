@@ -342,9 +342,9 @@ def _octal(field: bytes) -> int | None:
 
 
 def _number(field: bytes) -> int | None:
-    """A numeric header field: octal text, or base 256 with the top bit set (GNU); empty is 0."""
+    """A numeric header field: octal text, or base 256 after a byte 128 (GNU); empty is 0, negative ones are none."""
     if field[0] & 0x80:
-        return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
+        return int.from_bytes(field[1:], "big") if field[0] == 0x80 else None
     return _octal(field) if field.strip(b" \0") else 0
 
 

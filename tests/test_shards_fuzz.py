@@ -172,3 +172,20 @@ def test_a_shard_that_changes_is_an_error_and_no_signal(path):
             reader.read(last)
     with pytest.raises(InputError, match=r"a\.tar: expected [\d,]+ bytes, found 6,659"):
         next(read_batches(index, size=8, channels=3))
+
+
+def test_a_size_that_is_neither_octal_nor_positive_base_256_is_damage(tmp_path):
+    """Found by the soak: a link whose size begins with another byte above 127, at which tarfile ends the archive."""
+    link, last = Entry("b.png", b"", b"1", False), Entry("c.png", b"x", b"0", False)
+    path = tmp_path / "a.tar"
+    for first in range(128, 256):
+        data = bytearray(build([link, last], "gnu"))
+        data[124:136] = bytes([first]) + bytes(11)
+        data[148:156] = b" " * 8
+        data[148:156] = b"%06o\0 " % sum(data[:512])
+        path.write_bytes(data)
+        index = index_shard(path)
+        assert [sample.key for sample in index.samples] == (["c"] if first == 128 else [])
+        assert [damage.message for damage in index.damage] == (
+            [] if first == 128 else ["not a tar header: its size field is no number"]
+        )
