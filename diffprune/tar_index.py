@@ -352,6 +352,8 @@ def _pax(body: bytes) -> dict[str, str] | None:
     """The records of a pax extended header (``length key=value\\n``), or None if malformed."""
     fields: dict[str, str] = {}
     position = 0
+    if body and not body.strip(b"\0"):  # wiped: the name that it held is lost
+        return None
     body = body.rstrip(b"\0")
     while position < len(body):
         digits, space, _ = body[position : position + 20].partition(b" ")

@@ -189,3 +189,12 @@ def test_a_size_that_is_neither_octal_nor_positive_base_256_is_damage(tmp_path):
         assert [damage.message for damage in index.damage] == (
             [] if first == 128 else ["not a tar header: its size field is no number"]
         )
+
+
+def test_a_wiped_pax_header_is_damage(tmp_path):
+    """Found by the soak: the name that it held was lost, and the short one in the member's own header taken."""
+    data = bytearray(build([Entry("é.png", b"", b"0", False)], "pax"))
+    data[512:1024] = bytes(512)
+    (tmp_path / "a.tar").write_bytes(data)
+    index = index_shard(tmp_path / "a.tar")
+    assert not index.samples and [damage.message for damage in index.damage] == ["a malformed pax header"]
