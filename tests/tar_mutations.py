@@ -207,10 +207,13 @@ def _sums(header: bytes) -> tuple[int, int]:
 def _agrees_with_tarfile(index: ShardIndex, data: bytes) -> None:
     """Of an archive in which nothing is wrong, every regular file is in a sample or listed, just as tarfile has it."""
     expected = Counter()
-    with tarfile.open(fileobj=io.BytesIO(data), errors="strict") as tar:
-        for member in tar:
-            if member.isreg():
-                expected[member.name, member.offset_data, member.size] += 1
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:", errors="strict") as tar:
+            for member in tar:
+                if member.isreg():
+                    expected[member.name, member.offset_data, member.size] += 1
+    except tarfile.ReadError:  # its first header is none to tarfile: then nothing may be found here either
+        assert not expected
     found = Counter((m.name, m.data_offset, m.size) for sample in index.samples for m in sample.members)
     lost = {name for name, _, _ in (expected - found)}
     told = {text.rpartition(" (")[0] for text in index.ignored}
