@@ -12,8 +12,9 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
+
+from children import ended, fork
 
 import diffprune.progress
 from diffprune.scoring import METHODS, score
@@ -77,28 +78,6 @@ def run(root: Path, out: Path, stop: int | None = None) -> None:
 
 def finish(root: Path, out: Path) -> None:
     assert ended(fork(lambda: run(root, out)), wait=True)
-
-
-def fork(work: Callable[[], None]) -> int:
-    child = os.fork()
-    if child:
-        return child
-    try:
-        work()
-    except BaseException as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        os._exit(1)
-    os._exit(0)
-
-
-def ended(child: int, wait: bool) -> bool:
-    """Whether the child has come to its own end; SystemExit if that was an error."""
-    found, status = os.waitpid(child, 0 if wait else os.WNOHANG)
-    if not found or os.WIFSIGNALED(status):
-        return False
-    if os.waitstatus_to_exitcode(status):
-        raise SystemExit("score failed")
-    return True
 
 
 def contents(folder: Path) -> dict[str, bytes]:

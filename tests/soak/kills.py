@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from children import ended, fork
 from small_run import DIT_OVERRIDES, VQVAE_OVERRIDES, SmallRun, write_digits
 
 SHARDS = 6
@@ -231,29 +232,6 @@ def workers_of(driver: int) -> list[int]:
 
 def finish(stage: Stage, out: Path, workers: int) -> None:
     ended(fork(lambda: stage.run(out, workers)), wait=True)
-
-
-def fork(work: Callable[[], Any]) -> int:
-    """A child that finds everything imported, so that it is at work at once."""
-    child = os.fork()
-    if child:
-        return child
-    try:
-        work()
-    except BaseException as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        os._exit(1)
-    os._exit(0)
-
-
-def ended(child: int, wait: bool) -> bool:
-    """Whether the child has come to its own end; SystemExit if that was an error."""
-    found, status = os.waitpid(child, 0 if wait else os.WNOHANG)
-    if not found or os.WIFSIGNALED(status):
-        return False
-    if os.waitstatus_to_exitcode(status):
-        raise SystemExit("a stage failed that should have gone on")
-    return True
 
 
 def main() -> None:

@@ -9,12 +9,11 @@ return goes. Takes hours on one core.
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from pathlib import Path
 
-from mutate_masks import ROOT, Mutant, survive
+from mutate_masks import ROOT, Mutant, command_line
 
 CSRC = Path("csrc")
 DOT, SQNORM, ASSIGN = "test_cuda_linear_grad_dot", "test_cuda_linear_grad_sqnorm", "test_cuda_kmeans_assign"
@@ -69,22 +68,7 @@ def mutants(name: str) -> list[Mutant]:
 
 def main() -> int:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", help=f"of {', '.join(TESTS)}; default: all")
-    parser.add_argument("--jobs", type=int, default=1, help="changes tested side by side")
-    parser.add_argument("--match", default="", help="only changes whose line this pattern is found in")
-    parser.add_argument("--seconds", type=float, help="limit of one test run; default: by how long it takes unchanged")
-    parser.add_argument("--list", action="store_true", help="print the changes and end")
-    options = parser.parse_args()
-    if unknown := set(options.files) - set(TESTS):
-        parser.error(f"expected files of {', '.join(TESTS)}, got {', '.join(sorted(unknown))}")
-    work = [
-        mutant for name in options.files or TESTS for mutant in mutants(name) if re.search(options.match, str(mutant))
-    ]
-    if options.list:
-        print(*work, sep="\n")
-        return 0
-    return survive(work, EQUIVALENT, options.jobs, options.seconds)
+    return command_line(__doc__, "files", TESTS, mutants, EQUIVALENT)
 
 
 if __name__ == "__main__":

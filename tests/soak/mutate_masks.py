@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
@@ -230,21 +230,32 @@ class Copy:
 
 def main() -> int:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("modules", nargs="*", help=f"of {', '.join(TESTS)}; default: all")
+    return command_line(__doc__, "modules", TESTS, mutants, EQUIVALENT)
+
+
+def command_line(
+    about: str | None,
+    what: str,
+    tests: Mapping[str, tuple[str, ...]],
+    mutants: Callable[[str], list[Mutant]],
+    equivalent: dict[tuple[str, str], str],
+) -> int:
+    """What the user asks for, of ``tests``' keys, which are ``what``: the exit status."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar=what, help=f"of {', '.join(tests)}; default: all")
     parser.add_argument("--jobs", type=int, default=1, help="changes tested side by side")
     parser.add_argument("--match", default="", help="only changes whose line this pattern is found in")
     parser.add_argument("--seconds", type=float, help="limit of one test run; default: by how long it takes unchanged")
     parser.add_argument("--list", action="store_true", help="print the changes and end")
     options = parser.parse_args()
-    if unknown := set(options.modules) - set(TESTS):
-        parser.error(f"expected modules of {', '.join(TESTS)}, got {', '.join(sorted(unknown))}")
-    modules = options.modules or list(TESTS)
-    work = [mutant for module in modules for mutant in mutants(module) if re.search(options.match, str(mutant))]
+    if unknown := set(options.names) - set(tests):
+        parser.error(f"expected {what} of {', '.join(tests)}, got {', '.join(sorted(unknown))}")
+    names = options.names or list(tests)
+    work = [mutant for name in names for mutant in mutants(name) if re.search(options.match, str(mutant))]
     if options.list:
         print(*work, sep="\n")
         return 0
-    return survive(work, EQUIVALENT, options.jobs, options.seconds)
+    return survive(work, equivalent, options.jobs, options.seconds)
 
 
 def survive(work: list[Mutant], equivalent: dict[tuple[str, str], str], jobs: int, seconds: float | None = None) -> int:
