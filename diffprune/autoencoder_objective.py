@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diffprune.adversary import Adversary
 from diffprune.config import VqvaeRun
+from diffprune.device import full_float32
 from diffprune.errors import DiffpruneError, InputError
 from diffprune.latent_scales import LatentMoments
 from diffprune.learner import Objective
@@ -103,8 +104,9 @@ class AutoencoderObjective(Objective):
     def before_checkpoint(self) -> None:
         """latent_scale = 1 / std of the latents' elements, over images evenly spread."""
         moments = LatentMoments()
-        for images in self._spread():
-            moments.add(self.model.latents(images.float() / 127.5 - 1))
+        with full_float32():  # as `encode` does
+            for images in self._spread():
+                moments.add(self.model.latents(images.float() / 127.5 - 1))
         try:
             self.model.latent_scale.fill_(moments.scale)
         except InputError as error:

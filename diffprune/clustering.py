@@ -110,7 +110,8 @@ def cluster(
     about: dict[str, Any] = {}
 
     def fit() -> None:
-        if saved.is_file() and not levels and metric == "euclidean":  # of a run that was stopped among its tables
+        # of a run that was stopped among its tables; all processes have to go the same way
+        if not levels and metric == "euclidean" and talk.first([saved.is_file()])[0]:
             given = {**options, "init": load_centroids(saved), "max_iter": 0}
             kmeans = KMeans(k, **given).fit(source.parts, keys=source.keys, talk=talk)
             fitted.update(cluster=kmeans.assignment_, distance=kmeans.distance_)

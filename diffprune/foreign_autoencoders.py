@@ -12,7 +12,7 @@ import math
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,24 +94,22 @@ def load_foreign_autoencoder(
     path, size = _split(local_path(path, "a checkpoint"))
     if path.is_dir():
         folder = _diffusers_folder(path) or path
-        fields, file = _diffusers_config(folder / "config.json"), folder / DIFFUSERS_WEIGHTS
+        read, file = _diffusers_config(folder / "config.json"), folder / DIFFUSERS_WEIGHTS
         if not file.is_file():
             raise InputError(
                 f"{file}: no such file; download it from where config.json came from, into this folder "
                 "(diffusion_pytorch_model.bin is a pickle, and is not read)"
             )
         tensors, what = _renamed(read_weights(file), _DIFFUSERS_NAMES, "up_blocks"), "diffusers"
-        sides = fields.get("sample_size", IMAGE_SIZE)
-        size = size or (sides[0] if isinstance(sides, list) else sides)
-        groups, scale, shift = fields.get("norm_num_groups", 32), fields["scaling_factor"], fields.get("shift_factor")
     else:
-        file = path
+        read, file = _Read(IMAGE_SIZE, 32, math.nan, 0.0), path
         tensors, what = _published_names(read_weights(file, under=("ema", "model", "state_dict")))
-        groups, scale, shift = 32, math.nan, None
-    tensors = _completed(in_float32(tensors), scale, what == "llamagen", file)
-    config = _inferred_config(tensors, file, size or IMAGE_SIZE, groups, shift or 0.0, what == "llamagen")
+    tensors = _completed(in_float32(tensors), read.scale, what == "llamagen", file)
+    size = read.image_size if size is None else size
+    config = _inferred_config(tensors, file, size, read.groups, read.shift, what == "llamagen")
     model = filled(lambda: build_autoencoder(config), tensors, file)
-    meaning = {"weights": sha256_file(file), "config": asdict(config), "scale": None if math.isnan(scale) else scale}
+    scale = None if math.isnan(read.scale) else read.scale
+    meaning = {"weights": sha256_file(file), "config": asdict(config), "scale": scale}
     sha256 = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
     return model.to(device), {"sha256": sha256, "path": str(path), "format": what}
 
@@ -128,8 +126,17 @@ def _diffusers_folder(path: Path) -> Path | None:
     return next((folder for folder in (path, path / "vae", path / "vqvae") if (folder / "config.json").is_file()), None)
 
 
-def _diffusers_config(path: Path) -> dict[str, Any]:
-    """The fields of ``config.json``, checked."""
+class _Read(NamedTuple):
+    """What a network's tensors do not say."""
+
+    image_size: int
+    groups: int  # of its normalisations
+    scale: float  # of its latents; NaN if the file has none
+    shift: float
+
+
+def _diffusers_config(path: Path) -> _Read:
+    """What ``config.json`` says, checked."""
     fields = read_json(path)
     if not isinstance(fields, dict) or fields.get("_class_name") not in ("AutoencoderKL", "VQModel"):
         found = fields.get("_class_name", "none") if isinstance(fields, dict) else type(fields).__name__
@@ -140,7 +147,7 @@ def _diffusers_config(path: Path) -> dict[str, Any]:
         unknown = name not in _SHAPES | _READ | _ONLY.keys() and not name.startswith("_")
         if unknown and value not in (None, False):
             raise InputError(f"{path}: {name}: {value!r} is not supported")
-    scale = fields.setdefault("scaling_factor", 0.18215)  # diffusers' default
+    scale = fields.get("scaling_factor", 0.18215)  # diffusers' default
     if type(scale) not in (int, float) or not 0 < scale < math.inf:
         raise InputError(f"{path}: scaling_factor: expected a positive number, found {scale!r}")
     shift = fields.get("shift_factor")
@@ -153,7 +160,7 @@ def _diffusers_config(path: Path) -> dict[str, Any]:
     groups = fields.get("norm_num_groups", 32)
     if type(groups) is not int or groups < 1:
         raise InputError(f"{path}: norm_num_groups: expected a positive number, found {groups!r}")
-    return fields
+    return _Read(sides[0], groups, scale, shift or 0.0)
 
 
 def _published_names(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:

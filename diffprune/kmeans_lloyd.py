@@ -46,7 +46,7 @@ class Lloyd:
         """Assign and update until the centroids move no more than ``tolerance``, no label changes, or ``max_iter``.
 
         ``tolerance`` is that of the sum of squared shifts. Ends with an assignment, so that labels are of the centroids
-        that are returned. With ``rounds_kept`` it goes on from a round that is there, instead of ``centroids``.
+        that are returned. Without ``centroids`` it goes on from the round that ``rounds_kept`` has.
         """
         self.assignment = torch.full((self.points.rows,), -1, dtype=torch.int32, device=self.points.device)
         self.sqdistance = torch.empty(self.points.rows, device=self.points.device)
@@ -57,7 +57,7 @@ class Lloyd:
         still = torch.zeros((), dtype=torch.bool, device=self.points.device)
         moves: list[int] = []
         rounds = 0
-        if rounds_kept and rounds_kept.is_there():
+        if centroids is None:
             kept = rounds_kept.load(self.points.device)
             self._sweep(kept.last)  # its labels, and their sums
             centroids, moves, rounds = kept.following, kept.moved, len(kept.moved)
@@ -120,8 +120,6 @@ class Lloyd:
 
     def _all_moved(self) -> int:
         """Points of all processes that changed their cluster."""
-        if self.points.talk.size == 1:
-            return self.moved
         return int(self.points.talk.sum(torch.tensor(self.moved)))
 
     def _settle(self, own: slice, block: Tensor, old: Tensor, new: Tensor) -> None:

@@ -33,20 +33,17 @@ class RankTalk:
 
         A GPU is that of the local rank. Raises InputError for an environment that torchrun would not make.
         """
-        numbers = {name: os.environ.get(name, default) for name, default in (("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))}
-        for name, value in numbers.items():
-            if not value.isdecimal():
-                raise InputError(f"environment variable {name}: expected a number, as torchrun sets it, got {value!r}")
-        if int(numbers["WORLD_SIZE"]) <= 1:
+        size, local_rank = environment_number("WORLD_SIZE", 1), environment_number("LOCAL_RANK", 0)
+        if size <= 1:
             return ALONE
         import torch
         from torch import distributed
 
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(numbers["LOCAL_RANK"]) % torch.cuda.device_count())
+            torch.cuda.set_device(local_rank % torch.cuda.device_count())
         if not distributed.is_initialized():
             distributed.init_process_group("gloo", timeout=PATIENCE)
-            atexit.register(_leave)
+            atexit.register(leave)
         return cls(distributed.get_rank(), distributed.get_world_size(), _gloo_group())
 
     def wait(self) -> None:
@@ -163,7 +160,16 @@ def _gloo_group() -> Any:
     return _group
 
 
-def _leave() -> None:
+def environment_number(name: str, default: int) -> int:
+    """A variable that torchrun sets; InputError for what is no number."""
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal():
+        raise InputError(f"environment variable {name}: expected a number, as torchrun sets it, got {value!r}")
+    return int(value)
+
+
+def leave() -> None:
+    """Leave the process group, if there is one."""
     from torch import distributed
 
     if distributed.is_initialized():

@@ -13,6 +13,7 @@ from torch import Tensor, distributed
 
 from diffprune.device import pick_device
 from diffprune.errors import InputError
+from diffprune.rank_talk import environment_number, leave
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,11 @@ def training_ranks(device: str, batch_size: int) -> tuple[Ranks, torch.device]:
     Raises: InputError where ``batch_size`` is no multiple of the number of processes.
     """
     launched = distributed.is_available() and (distributed.is_initialized() or "WORLD_SIZE" in os.environ)
-    size = distributed.get_world_size() if launched and distributed.is_initialized() else _environment("WORLD_SIZE", 1)
+    size = (
+        distributed.get_world_size()
+        if launched and distributed.is_initialized()
+        else environment_number("WORLD_SIZE", 1)
+    )
     if not launched or size == 1:
         return Ranks(), pick_device(device)
     if batch_size % size:
@@ -75,23 +80,11 @@ def training_ranks(device: str, batch_size: int) -> tuple[Ranks, torch.device]:
         torch.cuda.set_device(chosen)
     if not distributed.is_initialized():
         distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-        atexit.register(_leave)
+        atexit.register(leave)
     return Ranks(distributed.get_rank(), size), chosen
 
 
 def local_device(device: str) -> str:
     """``device``, or for auto and cuda under torchrun the GPU of this process."""
     several = device in ("auto", "cuda") and "WORLD_SIZE" in os.environ and torch.cuda.is_available()
-    return f"cuda:{_environment('LOCAL_RANK', 0)}" if several else device
-
-
-def _environment(name: str, default: int) -> int:
-    value = os.environ.get(name, str(default))
-    if not value.isdecimal():
-        raise InputError(f"environment variable {name}: expected a number, as torchrun sets it, got {value!r}")
-    return int(value)
-
-
-def _leave() -> None:
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
+    return f"cuda:{environment_number('LOCAL_RANK', 0)}" if several else device

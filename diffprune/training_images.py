@@ -6,7 +6,6 @@ Both ways give the same images under the same row numbers, so the same run.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +19,7 @@ from diffprune.decode import MAX_PIXELS, DecodeError, Decoding, decoding_threads
 from diffprune.errors import InputError
 from diffprune.memory import free_bytes
 from diffprune.progress import progress
+from diffprune.rank_talk import environment_number
 from diffprune.ranks import Ranks
 from diffprune.shards import Sample, ShardIndex, ShardReader, ShardSpec, index_shards
 from diffprune.tables import kept_keys
@@ -58,7 +58,7 @@ def training_images(
         missing = min(wanted.difference(found))
         raise InputError(f"{kept}: key {missing!r} is in none of the shards; is this a selection of another data set?")
     decoding = Decoding(size, channels, strict, max_pixels)
-    room = free_bytes() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    room = free_bytes() // 2 // environment_number("LOCAL_WORLD_SIZE", 1)
     in_memory = all(ranks.gathered_objects(len(found) * channels * size * size <= room))
     options = {"size": size, "channels": channels, "keys": wanted, "strict": strict, "max_pixels": max_pixels}
     pixels = np.empty((len(found) if in_memory else 0, *decoding.shape), dtype=np.uint8)

@@ -286,6 +286,8 @@ def test_files_that_are_something_else_are_told(taming, tmp_path):
         load_vqvae(saved("gumbel.ckpt", gumbel))
     with pytest.raises(InputError, match=r"image_size: expected a multiple of 2, got 17"):
         load_vqvae(f"{saved('good.ckpt', taming.state)}@17")
+    with pytest.raises(InputError, match=r"image_size: expected at least 1, got 0"):
+        load_vqvae(f"{saved('good.ckpt', taming.state)}@0")
 
 
 # diffusers

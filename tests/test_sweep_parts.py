@@ -14,6 +14,7 @@ from diffprune.arrays import ArrayFolder
 from diffprune.errors import InputError
 from diffprune.evaluation import memorization
 from diffprune.models.classifier import train_classifier
+from diffprune.sweeping.results import Group, class_table
 from diffprune.sweeping.splits import long_tail, split_samples
 from diffprune.tables import kept_keys, read_folder
 
@@ -120,3 +121,12 @@ def test_the_latents_are_of_all_images(small_run):
     """`select` takes a latents folder as a table without scores: what `random` in a sweep is given."""
     table = read_folder(small_run.latents)
     assert table.num_rows == 120 and set(table.column_names) >= {"key", "shard", "offset", "size", "label"}
+
+
+def test_a_class_that_no_reference_has_is_none_of_the_generated():
+    group = Group("full", 0.0, 9, {}, {"0": [0.75, 0.5], "1": [0.25, 0.5]}, {"0": 0.6, "1": 0.3, "2": 0.1})
+    lines = class_table([group]).splitlines()
+    assert lines[-2:] == [
+        "| full | 0% | trained on | 60.0 % | 30.0 % | 10.0 % | 10.0 % |",
+        "| full | 0% | generated | 62.5 % | 37.5 % | 0 % | 0 % ± 0 % |",
+    ]

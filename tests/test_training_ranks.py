@@ -16,6 +16,7 @@ import diffprune
 from diffprune.arrays import ArrayFolder
 from diffprune.checkpoints import load_dit
 from diffprune.config import load_config
+from diffprune.errors import InputError
 from diffprune.ranks import Ranks
 from diffprune.training_order import batch_rows
 
@@ -147,3 +148,15 @@ def test_one_process_of_torchrun_is_a_run_without_it(monkeypatch):
     ranks, device = training_ranks("cpu", 7)
     assert ranks == Ranks(0, 1) and device.type == "cpu"
     assert [Ranks(rank, 3).share(12) for rank in range(3)] == [slice(0, 4), slice(4, 8), slice(8, 12)]
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"])
+def test_an_environment_that_torchrun_would_not_make_is_told(name, monkeypatch):
+    from diffprune.rank_talk import RankTalk, environment_number
+
+    monkeypatch.setenv(name, "two")
+    with pytest.raises(InputError, match=f"environment variable {name}: expected a number, as torchrun sets it"):
+        environment_number(name, 1)
+    if name != "LOCAL_WORLD_SIZE":
+        with pytest.raises(InputError, match=name):
+            RankTalk.of_torchrun()

@@ -66,7 +66,7 @@ def embed(
         str,
         typer.Option(
             help="A folder or hub id of CLIP, OpenCLIP, SigLIP, DINOv2 or DINOv3; efficientnet-lite0; vqvae:PATH; "
-            "inception@SIZE:PATH, FID's; package.module:function; or clip-retrieval:FOLDER."
+            "classifier:PATH; inception@SIZE:PATH, FID's; package.module:function; or clip-retrieval:FOLDER."
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The embeddings folder.")],

@@ -124,7 +124,7 @@ def class_table(groups: list[Group]) -> str:
     lines.append("|---" * (4 + len(names)) + "|")
     for group in groups:
         seeds = range(min(map(len, group.classes.values()), default=0))
-        half = [math.fsum(group.classes[name][seed] for name in rarer) for seed in seeds]
+        half = [math.fsum(group.classes[name][seed] for name in rarer if name in group.classes) for seed in seeds]
         spread = f" ± {percent(statistics.stdev(half))}" if len(half) > 1 else ""
         rows = [("trained on", group.trained_on, percent(math.fsum(group.trained_on.get(name, 0) for name in rarer)))]
         if half:
