@@ -127,6 +127,6 @@ def test_a_class_that_no_reference_has_is_none_of_the_generated():
     group = Group("full", 0.0, 9, {}, {"0": [0.75, 0.5], "1": [0.25, 0.5]}, {"0": 0.6, "1": 0.3, "2": 0.1})
     lines = class_table([group]).splitlines()
     assert lines[-2:] == [
-        "| full | 0% | trained on | 60.0 % | 30.0 % | 10.0 % | 10.0 % |",
-        "| full | 0% | generated | 62.5 % | 37.5 % | 0 % | 0 % ± 0 % |",
+        "| full | 0% | trained on | 60.0\xa0% | 30.0\xa0% | 10.0\xa0% | 10.0\xa0% |",
+        "| full | 0% | generated | 62.5\xa0% | 37.5\xa0% | 0\xa0% | 0\xa0% ± 0\xa0% |",
     ]
