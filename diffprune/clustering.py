@@ -134,7 +134,7 @@ def cluster(
             about.update(inertia=kmeans.inertia_, iterations=kmeans.n_iter_ if rounds is None else rounds)
             fitted["centroids"] = kmeans.centroids_
 
-    def begin() -> None:
+    def begin(_: list[str]) -> None:
         try:
             fit()
         except InputError:

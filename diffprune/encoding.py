@@ -29,7 +29,7 @@ from diffprune.models.kl import KLAutoencoder
 from diffprune.prefetch import Prefetch
 from diffprune.progress import Progress
 from diffprune.shards import ShardIndex, ShardSpec
-from diffprune.storage import AnyPath, as_path, existing
+from diffprune.storage import AnyPath, as_path
 
 
 def encode(
@@ -226,10 +226,7 @@ def _map_images(recipe: _Images, shards: ShardSpec, dry_run: bool, **how: Any) -
         stems = list(images.indexes)
         if worker.twins:
             images.config["shape"] = list(images.row_shape[1:])
-        mine = engine.mine(stems)
-        done = existing(out / f"{stem}.parquet" for stem in mine)
-        asked_for = {stem for stem in mine if out / f"{stem}.parquet" not in done}
-
+        asked_for: set[str] = set()
         with Prefetch(images.batches, stems, skip=lambda stem: stem not in asked_for) as batches:
             return run_stage(
                 recipe.stage,
@@ -238,6 +235,7 @@ def _map_images(recipe: _Images, shards: ShardSpec, dry_run: bool, **how: Any) -
                 stems,
                 lambda stem, bar: worker.done(stem, batches.parts(stem), bar),
                 total=sum(len(images.indexes[stem].samples) for stem in engine.whole(stems)),
+                begin=asked_for.update,
                 metadata={"model_path": images.network.path, "sampled": _how_sampled(images.indexes)},
                 dry_run=dry_run,
                 engine=engine,

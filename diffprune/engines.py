@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,7 +29,7 @@ from diffprune.locks import folder_lock, is_lock, shard_claim
 from diffprune.progress import Progress, progress
 from diffprune.rank_talk import ALONE, RankTalk
 from diffprune.storage import AnyPath, as_path, existing
-from diffprune.tables import STAGE_FILE, read_stage, read_table, write_table
+from diffprune.tables import STAGE_FILE, read_each, read_stage, read_table, write_table
 
 Found = pa.Table | tuple[pa.Table, list[bool]]
 """A shard's table; and which of its rows count where failures in a row are counted, if not all do."""
@@ -62,7 +62,7 @@ class Engine:
 
     workers: Workers | None = None
     part: tuple[int, int] | None = None
-    ranks: RankTalk = field(default=ALONE)
+    ranks: RankTalk = ALONE
     max_failures: int = MAX_FAILURES
 
     def whole(self, shards: Sequence[str]) -> list[str]:
@@ -119,7 +119,7 @@ def run_stage(
     total: int,
     unit: str = "images",
     metadata: dict[str, Any] | None = None,
-    begin: Callable[[], None] | None = None,
+    begin: Callable[[list[str]], object] | None = None,
     dry_run: bool = False,
     engine: Engine | None = None,
     task: Callable[[str, TableWriter], Task] | None = None,
@@ -130,7 +130,7 @@ def run_stage(
     ``config`` is everything that the result depends on (inputs included, JSON-able): its fingerprint goes into the
     folder and into each table, and a folder with another one is refused with a ResumeError that names what differs.
     ``metadata`` is told to readers but not compared. ``begin`` runs once, if any shard is to be done, when ``out`` is
-    there and this stage's; it may keep files of its own in it.
+    there and this stage's, and is told which this process is to do; it may keep files of its own in ``out``.
     ``work`` advances the progress itself; ``total`` counts ``unit``s to do here. With the engine's ``workers``
     they do ``task(stem, writer)`` instead, which has to end in ``writer.run``. ``told`` hears how each shard fared.
     Returns counts: shards, shards_done_before, samples, failed, first_error, out; of a part, where there is one.
@@ -167,17 +167,17 @@ def run_stage(
                 if not (out / STAGE_FILE).is_file():
                     write_json(out / STAGE_FILE, stage)
         engine.ranks.wait()
-        if todo and begin:
-            begin()
         if todo:
             mine = set(engine.mine(shards))
+            ours = [stem for stem in todo if stem in mine]
+            if begin:
+                begin(ours)
             with progress(name, total=total // engine.ranks.size, unit=unit) as bar:
-                done_rows = sum(_rows(out / f"{stem}.parquet") for stem in mine.difference(todo))
+                done_rows = sum(table.num_rows for table in read_each(out, sorted(mine.difference(todo)), ["status"]))
                 if done_rows:
                     bar.advance(min(done_rows, total))
                 writer = TableWriter(out, about, engine.max_failures, claim=engine.part is not None)
                 streaks = Streaks(shards, engine.max_failures)
-                ours = [stem for stem in todo if stem in mine]
                 for stem, tally in _map(writer, ours, streaks, work, bar, engine, task):
                     if told:
                         told(stem, tally)
@@ -222,12 +222,13 @@ def check_resume(out: AnyPath, stage: dict[str, Any]) -> None:
 def count_rows(out: AnyPath, shards: Sequence[str]) -> dict[str, Any]:
     """How many samples the tables of a stage hold, how many failed, and the first failure."""
     samples, failed, first_error = 0, 0, None
-    for stem in shards:
-        table = read_table(out / f"{stem}.parquet", ["key", "status", "error"])
-        bad = table.filter(pc.equal(table["status"], "failed"))
-        samples, failed = samples + table.num_rows, failed + bad.num_rows
-        if first_error is None and bad.num_rows:
-            first_error = {"shard": stem, "key": bad["key"][0].as_py(), "error": bad["error"][0].as_py()}
+    for stem, table in zip(shards, read_each(out, shards, ["status"]), strict=True):
+        bad = pc.sum(pc.equal(table["status"], "failed")).as_py() or 0
+        samples, failed = samples + table.num_rows, failed + bad
+        if first_error is None and bad:
+            table = read_table(out / f"{stem}.parquet", ["key", "status", "error"])
+            table = table.filter(pc.equal(table["status"], "failed"))
+            first_error = {"shard": stem, "key": table["key"][0].as_py(), "error": table["error"][0].as_py()}
     return {"samples": samples, "failed": failed, "first_error": first_error}
 
 
@@ -260,17 +261,15 @@ def open_workers(
         raise InputError("torchrun's processes are the workers: give no --workers, --part or --ray with it")
     if ray and parts:
         raise InputError("ray: a cluster does all parts; give no --part with it")
+    pool: AbstractContextManager[Workers | None] = nullcontext()
     if ray:
         from diffprune.ray_workers import RayWorkers
 
-        with RayWorkers(recipe, ray, workers if workers > 1 else None) as actors:
-            yield Engine(actors, parts, ranks, max_failures)
-        return
-    if workers == 1:
-        yield Engine(None, parts, ranks, max_failures)
-        return
-    with LocalWorkers(recipe, workers) as pool:
-        yield Engine(pool, parts, ranks, max_failures)
+        pool = RayWorkers(recipe, ray, workers if workers > 1 else None)
+    elif workers > 1:
+        pool = LocalWorkers(recipe, workers)
+    with pool as held:
+        yield Engine(held, parts, ranks, max_failures)
 
 
 def sweep(out: AnyPath, stem: str | None = None) -> None:
@@ -325,10 +324,6 @@ def _explained(out: AnyPath, shards: list[str]) -> Iterator[None]:
             f"{out}: no space left on the disk ({error}). {done} of {len(shards)} shards are finished and kept; free "
             "some space and run the same command again"
         ) from error
-
-
-def _rows(path: AnyPath) -> int:
-    return read_table(path, ["status"]).num_rows
 
 
 def _differences(found: dict[str, Any], expected: dict[str, Any], prefix: str = "") -> list[str]:

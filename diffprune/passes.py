@@ -38,7 +38,6 @@ from diffprune.scores.normalise import normalised, strata, strata_count, stratum
 from diffprune.scores.random import random_scores
 from diffprune.scores.support import Support
 from diffprune.scores.visit import visit
-from diffprune.storage import AnyPath, existing
 from diffprune.surrogates import Surrogate
 from diffprune.tables import BASE_COLUMNS
 
@@ -107,11 +106,9 @@ class Passes:
         batch_size: int | str,
         memory: int | None,
         rows: int,
-        tables: AnyPath,
         engine: Engine | None = None,
     ) -> None:
         self.source, self.surrogate, self.plan, self.folder, self.rows = source, surrogate, plan, folder, rows
-        self._tables = tables  # the folder of those that are done
         self.engine = engine or Engine()
         self.sums: dict[str, Tensor] = {}  # for `normalise_t`: of all samples' values, by stratum of t
         self._batch_size, self._memory = batch_size, memory
@@ -130,8 +127,12 @@ class Passes:
     ) -> None:
         self._ahead.__exit__(kind, error, trace)
 
-    def begin(self) -> None:
-        """All that has to be done before the first shard's scores."""
+    def begin(self, wanted: list[str]) -> None:
+        """All that has to be done before the first of the scores of the shards that are ``wanted``."""
+        self._begin()
+        self._wanted = set(wanted)
+
+    def _begin(self) -> None:
         if self.surrogate is None:
             return
         last, ranks = len(self.surrogate.paths) - 1, self.engine.ranks
@@ -157,13 +158,10 @@ class Passes:
                     self._mean_gradient(number, trial).remove()
         if self.plan.normalise_t:
             self.sums = self._stratum_sums()
-        mine = self.engine.mine(self.source.stems)
-        done = existing(self._tables / f"{stem}.parquet" for stem in mine)
-        self._wanted = {stem for stem in mine if self._tables / f"{stem}.parquet" not in done}
 
-    def reading_no_further(self, sums: dict[str, Tensor]) -> None:
-        """In a worker, which does not know the shard that comes next; ``sums`` are those of the driver's `begin`."""
-        self._wanted, self.sums = set(), sums
+    def reading_no_further(self) -> None:
+        """In a worker, which does not know the shard that comes next."""
+        self._wanted = set()
         if self._batch_size == "auto" and self.surrogate is not None:
             self.size = BatchSize(self._found_batch_size())
 

@@ -53,31 +53,28 @@ class RankTalk:
 
             distributed.barrier(group=self.group)
 
-    def first(self, values: list[bool]) -> list[bool]:
-        """The first process's list; all have one of that length."""
+    def first(self, values: list[int]) -> list[int]:
+        """The first process's numbers; all have as many."""
         if self.size == 1:
             return values
         import torch
         from torch import distributed
 
-        told = torch.tensor(values, dtype=torch.uint8)
+        told = torch.tensor(values, dtype=torch.int64)
         distributed.broadcast(told, 0, group=self.group)
-        return [bool(value) for value in told]
-
-    def first_number(self, value: int) -> int:
-        """The first process's number."""
-        if self.size == 1:
-            return value
-        import torch
-        from torch import distributed
-
-        told = torch.tensor(value, dtype=torch.int64)
-        distributed.broadcast(told, 0, group=self.group)
-        return int(told)
+        return told.tolist()
 
     def sum(self, values: Tensor) -> Tensor:
         """Over all processes. Exact for integers, and for float64 where no partial sum rounds."""
         return self._reduced(values, "SUM")
+
+    def count(self, own: int) -> int:
+        """The sum of all processes' numbers."""
+        if self.size == 1:
+            return own
+        import torch
+
+        return int(self._reduced(torch.tensor(own), "SUM"))
 
     def max(self, value: float) -> float:
         """The largest of all processes' numbers."""
@@ -108,9 +105,10 @@ class RankTalk:
         """The ``rows`` [n, ...] of that process, to all; theirs have its dtype, and its shape but for n."""
         if self.size == 1:
             return rows
+        import torch
         from torch import distributed
 
-        counts = self.gather(rows.new_tensor([len(rows)], dtype=_int64()))
+        counts = self.gather(torch.tensor([len(rows)]))
         told = rows.contiguous() if rank == self.rank else rows.new_empty(int(counts[rank]), *rows.shape[1:])
         distributed.broadcast(told, rank, group=self.group)
         return told
@@ -136,12 +134,6 @@ class RankTalk:
         result = values.detach().cpu().clone()
         distributed.all_reduce(result, getattr(distributed.ReduceOp, how), group=self.group)
         return result.to(values.device)
-
-
-def _int64() -> Any:
-    import torch
-
-    return torch.int64
 
 
 ALONE = RankTalk()

@@ -33,7 +33,7 @@ from diffprune.scores.monotonicity import MONOTONICITY, monotonicity
 from diffprune.scores.moso import MODES, moso_field
 from diffprune.scores.random import RANDOM
 from diffprune.scores.support import Support
-from diffprune.storage import AnyPath, as_path
+from diffprune.storage import as_path
 from diffprune.storage.folders import partials_folder
 from diffprune.surrogates import PRECISIONS, Surrogate
 
@@ -166,7 +166,6 @@ def score(
         batch_size,
         None if memory is None else int(memory * 2**30),
         rows - failed_before,
-        as_path(out),
     )
     fields, failed = _fields(plan), Counter()
     with (
@@ -192,7 +191,7 @@ def score(
     if dry_run:
         return {**counts, **summary}
     passes.remove()
-    failed_here = int(engine.ranks.sum(torch.tensor(failed.total())))
+    failed_here = engine.ranks.count(failed.total())
     return {**counts, **summary, "failed_in_scoring": failed_here, "batch_size": passes.size.rows}
 
 
@@ -207,10 +206,9 @@ class _Passes:
     batch_size: int | str
     memory: int | None
     rows: int
-    tables: AnyPath
 
     def open(self, surrogate: Surrogate | None, engine: Engine | None = None) -> Passes:
-        about = (self.plan, self.folder, self.batch_size, self.memory, self.rows, self.tables, engine)
+        about = (self.plan, self.folder, self.batch_size, self.memory, self.rows, engine)
         return Passes(self.source, surrogate, *about)
 
     def __call__(self) -> _Worker:
@@ -222,7 +220,7 @@ class _Worker:
 
     def __init__(self, passes: Passes) -> None:
         self.passes = passes
-        passes.reading_no_further({})
+        passes.reading_no_further()
 
     def find(self, number: int, stem: str, advance: Advance) -> None:
         with full_float32():

@@ -104,13 +104,13 @@ def read_table(
     with _readable(path) as file:
         schema = file.schema_arrow
         missing = [name for name in columns or [] if name not in schema.names]
-        if not missing:
-            _check_columns(path, schema, foreign)
-            table = file.read(columns=columns, use_threads=threads)
-            if not foreign and "key" in table.column_names and table["key"].null_count:
-                raise InputError(f"{as_path(path)}: key: {table['key'].null_count} rows have no key")
-            return table
-    raise InputError(f"{as_path(path)}: no column {missing[0]!r}; it has {', '.join(schema.names)}")
+        if missing:
+            raise InputError(f"{as_path(path)}: no column {missing[0]!r}; it has {', '.join(schema.names)}")
+        _check_columns(path, schema, foreign)
+        table = file.read(columns=columns, use_threads=threads)
+        if not foreign and "key" in table.column_names and table["key"].null_count:
+            raise InputError(f"{as_path(path)}: key: {table['key'].null_count} rows have no key")
+        return table
 
 
 def _check_columns(path: str | Path, schema: pa.Schema, foreign: bool) -> None:
@@ -141,6 +141,12 @@ def read_folder(folder: str | Path, columns: list[str] | None = None) -> pa.Tabl
     return table
 
 
+def read_each(folder: AnyPath, stems: Sequence[str], columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """The tables of these shards, in order; several are read at a time."""
+    with ThreadPoolExecutor(os.cpu_count() if isinstance(folder, Path) else THREADS) as pool:
+        yield from pool.map(lambda stem: read_table(folder / f"{stem}.parquet", columns, threads=False), stems)
+
+
 def _read_shards(folder: AnyPath, columns: list[str] | None = None) -> pa.Table:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder of tables")
@@ -152,8 +158,7 @@ def _read_shards(folder: AnyPath, columns: list[str] | None = None) -> pa.Table:
             f"{folder}: {len(stems) - len(missing)} of {len(stems)} shards are done, {missing[0]} is not; "
             f"run the command that made it again to finish the rest"
         )
-    with ThreadPoolExecutor(os.cpu_count() if isinstance(folder, Path) else THREADS) as pool:
-        tables = list(pool.map(lambda stem: read_table(folder / f"{stem}.parquet", columns, threads=False), stems))
+    tables = list(read_each(folder, stems, columns))
     try:
         table = pa.concat_tables(tables)
     except pa.ArrowInvalid as error:
@@ -257,5 +262,7 @@ def _readable(path: str | os.PathLike) -> Iterator[pq.ParquetFile]:
             yield file
     except FileNotFoundError:
         raise InputError(f"{path}: no such table") from None
+    except InputError:
+        raise
     except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{path}: not a readable parquet file ({error})") from error

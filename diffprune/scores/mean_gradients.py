@@ -66,8 +66,8 @@ class MeanGradient:
         """The shards whose sums `make` would ask for."""
         if self._mean.is_file():
             return []
-        start = _load(self._sum)[1] if self._sum.is_file() else 0
-        return [shard for shard in self.shards[start:] if not (self._parts / shard).is_file()]
+        start = int(load_tensors(self._sum, only_metadata=True)[1]["shards"]) if self._sum.is_file() else 0
+        return [shard for shard in self.shards[start:] if not self.has_part(shard)]
 
     def make(
         self,
@@ -85,14 +85,13 @@ class MeanGradient:
         if talk.first([self._mean.is_file()])[0]:
             return
         total, start = _load(self._sum) if self._sum.is_file() and not talk.rank else (None, 0)
-        start = talk.first_number(start)
+        [start] = talk.first([start])
         committed, took, parts = time.monotonic(), 0.0, 0
         for number, shard in enumerate(self.shards[start:], start=start):
             owner = number % talk.size
             if owner == talk.rank:
-                part = self._parts / shard
-                one = _load(part)[0] if part.is_file() else shard_sum(shard)
-                parts += part.is_file()
+                one = self.part(shard) if self.has_part(shard) else shard_sum(shard)
+                parts += self.has_part(shard)
                 if talk.rank:
                     _send(one, talk)
             elif not talk.rank:
@@ -171,11 +170,12 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
             raise
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def load_tensors(path: Path, *, only_metadata: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and metadata of a file that `save_tensors` wrote; InputError if it is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            names = [] if only_metadata else file.keys()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a readable safetensors file ({error}); delete it and run again") from error
 

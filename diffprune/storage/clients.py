@@ -7,7 +7,6 @@ indexed, and the parts of an upload can be retried one by one.
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -42,9 +41,6 @@ class Client:
                 f"{scheme}:// needs the packages {needed} ({error}): pip install 'diffprune[remote]'"
                 + (" gcsfs" if scheme == "gs" else "")
             ) from error
-        self.requests = 0
-        self.bytes_read = 0
-        self._count = threading.Lock()
 
     def head(self, path: RemotePath) -> Stat:
         def request() -> Stat:
@@ -53,7 +49,7 @@ class Client:
                 raise FileNotFoundError(str(path))
             return _stat(about)
 
-        return retrying(str(path), self._counted(request))
+        return retrying(str(path), request)
 
     def get(self, path: RemotePath, offset: int, size: int, version: str) -> bytes:
         """``size`` bytes from ``offset``, exactly."""
@@ -66,10 +62,9 @@ class Client:
                 raise RemoteError(f"{path}: asked for {size:,} bytes and got more: it gives no ranges", "refused")
             if len(data) != size:
                 raise Truncated(f"{size:,} bytes asked for, {len(data):,} received")
-            self.bytes_read += size
             return data
 
-        return retrying(f"{path}, bytes {offset:,} to {offset + size - 1:,}", self._counted(request))
+        return retrying(f"{path}, bytes {offset:,} to {offset + size - 1:,}", request)
 
     def listing(self, folder: RemotePath, begin: str = "") -> dict[str, Stat | None]:
         """Names in a folder that begin so: what is known of objects, None for folders."""
@@ -88,17 +83,17 @@ class Client:
 
         if folder.scheme in READ_ONLY:
             raise InputError(f"{folder}: {folder.scheme}:// has no folders; name the files: …/train-{{0000..0127}}.tar")
-        return retrying(f"{folder}/{begin}…", self._counted(request))
+        return retrying(f"{folder}/{begin}…", request)
 
     def put(self, path: RemotePath, file: Path) -> None:
         """Make a local file's content an object, in place of any that is there, whole or not at all."""
         refuse_writing(path)
         request = self._pipe if path.scheme == "memory" else self._put
-        retrying(str(path), self._counted(lambda: request(self._key(path), file)))
+        retrying(str(path), lambda: request(self._key(path), file))
 
     def delete(self, path: RemotePath) -> None:
         refuse_writing(path)
-        retrying(str(path), self._counted(lambda: self.fs.rm_file(self._key(path))))
+        retrying(str(path), lambda: self.fs.rm_file(self._key(path)))
 
     def _range(self, path: RemotePath, offset: int, size: int, version: str) -> bytes:
         return self._call("cat_file", self._key(path), start=offset, end=offset + size, bytes_asked=size)
@@ -122,14 +117,6 @@ class Client:
         from fsspec.asyn import sync
 
         return sync(self.fs.loop, coroutine, *args, timeout=PATIENCE + bytes_asked / SLOWEST, **options)
-
-    def _counted(self, request: Callable[[], Result]) -> Callable[[], Result]:
-        def counted() -> Result:
-            with self._count:
-                self.requests += 1
-            return request()
-
-        return counted
 
 
 def client_of(path: RemotePath) -> Client:

@@ -38,9 +38,7 @@ def load_index(path: RemotePath, size: int, version: str) -> Index | None:
             return None
         damage = [Damage(*one) for one in about["damage"]]
         return _samples(table), damage, about["ignored"]
-    except FileNotFoundError:
-        return None
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):  # damaged: it is made again
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):  # not there, or damaged: it is made again
         return None
 
 

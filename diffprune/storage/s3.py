@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from diffprune.errors import RemoteError
@@ -44,7 +43,7 @@ class S3Client(Client):
 
         if not key:
             raise FileNotFoundError(str(path))
-        return retrying(str(path), self._counted(request))
+        return retrying(str(path), request)
 
     def listing(self, folder: RemotePath, begin: str = "") -> dict[str, Stat | None]:
         bucket, key = self._place(folder)
@@ -53,7 +52,7 @@ class S3Client(Client):
         asked: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix + begin, "Delimiter": "/"}
         while True:
             where = f"{folder}/{begin}…"
-            page = retrying(where, self._counted(lambda: self._s3("list_objects_v2", **asked)))
+            page = retrying(where, lambda: self._s3("list_objects_v2", **asked))
             for one in page.get("CommonPrefixes", []):
                 found[one["Prefix"][len(prefix) :].rstrip("/")] = None
             for one in page.get("Contents", []):
@@ -65,8 +64,7 @@ class S3Client(Client):
 
     def begin_upload(self, path: RemotePath) -> str:
         bucket, key = self._place(path)
-        request = self._counted(lambda: self._s3("create_multipart_upload", Bucket=bucket, Key=key))
-        return retrying(str(path), request)["UploadId"]
+        return retrying(str(path), lambda: self._s3("create_multipart_upload", Bucket=bucket, Key=key))["UploadId"]
 
     def upload_part(self, path: RemotePath, upload: str, number: int, data: bytes) -> dict[str, Any]:
         """A part of an upload, numbered from 1; returns what ``complete_upload`` has to be told of it."""
@@ -78,7 +76,7 @@ class S3Client(Client):
             checks = {name: told[name] for name in told if name.startswith("Checksum") and name != "ChecksumType"}
             return {"PartNumber": number, "ETag": told["ETag"], **checks}
 
-        return retrying(f"{path}, part {number} ({len(data):,} bytes)", self._counted(request))
+        return retrying(f"{path}, part {number} ({len(data):,} bytes)", request)
 
     def complete_upload(self, path: RemotePath, upload: str, parts: list[dict[str, Any]], size: int) -> None:
         """Make the parts an object. An answer that was lost is no failure: then the object is there."""
@@ -95,7 +93,7 @@ class S3Client(Client):
                 if there.st_size != size or not there.version.endswith(f"-{len(parts)}"):
                     raise
 
-        retrying(str(path), self._counted(request))
+        retrying(str(path), request)
 
     def abort_upload(self, path: RemotePath, upload: str) -> None:
         bucket, key = self._place(path)
@@ -107,24 +105,20 @@ class S3Client(Client):
                 if answer(error)[1] != "NoSuchUpload":
                     raise
 
-        retrying(str(path), self._counted(request))
+        retrying(str(path), request)
 
     def abort_others(self, path: RemotePath) -> None:
         """Remove the uploads of this very object that killed runs have left: unseen, but paid for."""
         bucket, key = self._place(path)
-        request = self._counted(lambda: self._s3("list_multipart_uploads", Bucket=bucket, Prefix=key))
         try:
-            found = retrying(str(path), request).get("Uploads", [])
+            told = retrying(str(path), lambda: self._s3("list_multipart_uploads", Bucket=bucket, Prefix=key))
         except RemoteError as error:
             if error.kind not in ("denied", "refused"):
                 raise
             return  # may not list them; a lifecycle rule of the bucket has to remove them
-        for one in found:
+        for one in told.get("Uploads", []):
             if one["Key"] == key:
                 self.abort_upload(path, one["UploadId"])
-
-    def put(self, path: RemotePath, file: Path) -> None:
-        self.put_bytes(path, file.read_bytes())
 
     def put_bytes(self, path: RemotePath, data: bytes) -> None:
         """A small object, in one request."""
@@ -133,7 +127,7 @@ class S3Client(Client):
         def request() -> None:
             self._s3("put_object", Bucket=bucket, Key=key, Body=data, bytes_asked=len(data))
 
-        retrying(str(path), self._counted(request))
+        retrying(str(path), request)
 
     def _range(self, path: RemotePath, offset: int, size: int, version: str) -> bytes:
         bucket, key = self._place(path)
