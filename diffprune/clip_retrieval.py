@@ -179,7 +179,7 @@ def bind_embeddings(source: str | Path, shards: ShardSpec, out: str | Path, dry_
     indexes = {index.path.stem: index for index in index_shards(shards)}
     rows = {stem: _rows_of(index, keys) for stem, index in indexes.items()}
     if not any((found >= 0).any() for found in rows.values()):
-        example = next((sample.key for index in indexes.values() for sample in index.samples), None)
+        example = next((index.samples[0].key for index in indexes.values() if len(index.samples)), None)
         raise InputError(
             f"{source}: none of its keys, such as {keys[0].as_py() if len(keys) else None!r}, is in the shards, where "
             f"they are such as {example!r}; were these embeddings made from other shards?"
@@ -215,5 +215,5 @@ def bind_embeddings(source: str | Path, shards: ShardSpec, out: str | Path, dry_
 
 def _rows_of(index: ShardIndex, keys: pa.Array) -> np.ndarray:
     """The row of each sample's key in ``keys``, -1 where it is not there."""
-    wanted = pa.array([sample.key for sample in index.samples], pa.string())
+    wanted = pa.array(index.samples.keys, pa.string())
     return pc.fill_null(pc.index_in(wanted, value_set=keys), -1).to_numpy()

@@ -96,7 +96,7 @@ class _Source:
 
     def check_there(self) -> None:
         """InputError unless every kept key is in the shards."""
-        there = {sample.key for index in self.indexes for sample in index.samples}
+        there = {key for index in self.indexes for key in index.samples.keys}
         if lost := [key for key in self.keys if key not in there]:
             raise InputError(
                 f"{self.kept}: {len(lost)} of {self.count} keys, {short(lost[0])} first, are not in the shards given; "
@@ -107,7 +107,7 @@ class _Source:
         """InputError unless the shards hold the kept keys and no other."""
         self.check_there()
         kept = set(self.keys)
-        others = [(index.path, s.key) for index in self.indexes for s in index.samples if s.key not in kept]
+        others = [(index.path, key) for index in self.indexes for key in index.samples.keys if key not in kept]
         if others:
             raise InputError(
                 f"{others[0][0]}: {len(others)} samples of the shards are not kept, {others[0][1]!r} first; "
@@ -147,7 +147,7 @@ def _energon(source: _Source) -> bytes:
     paths = [_relative(index.path, root) if root else index.path.name for index in source.indexes]
     exclude, named = [], [_braces_escaped(path) for path in paths]
     for index, name in zip(source.indexes, named, strict=True):
-        others = [sample.key for sample in index.samples if sample.key not in kept]
+        others = [key for key in index.samples.keys if key not in kept]
         if len(others) == len(index.samples):
             exclude.append(name)
         else:

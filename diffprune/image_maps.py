@@ -168,7 +168,7 @@ def spread_images(
     options = {"size": size, "channels": channels, "batch_size": batch_size}
     options |= {"strict": reading.strict, "max_pixels": reading.max_pixels}
     for index in indexes:
-        keys = frozenset(sample.key for row, sample in enumerate(index.samples, start) if row in chosen)
+        keys = frozenset(key for row, key in enumerate(index.samples.keys, start) if row in chosen)
         start += len(index.samples)
         for batch in read_batches(index, keys=keys, **options) if keys else ():
             whole = [row for row, error in enumerate(batch.errors) if error is None]

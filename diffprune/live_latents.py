@@ -88,8 +88,9 @@ class LiveLatents:
         """
         images, wanted = copy(self._images), None if kept is None else kept_keys(kept)
         if wanted is not None:
-            samples = {stem: [s for s in index.samples if s.key in wanted] for stem, index in images.indexes.items()}
-            images.indexes = {stem: replace(images.indexes[stem], samples=rows) for stem, rows in samples.items()}
+            images.indexes = {
+                stem: replace(index, samples=index.samples.only(wanted)) for stem, index in images.indexes.items()
+            }
         if twins:
             images.network = with_twins(images.network)
             images.row_shape = (2, *images.row_shape)

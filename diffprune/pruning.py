@@ -226,7 +226,7 @@ def _check_samples(kept: str | Path, selection: _Selection, sources: Sequence[An
 
 
 def _misplaced(
-    kept: str | Path, path: AnyPath, key: str, offset: int, size: int, sample: Sample | None, samples: list[Sample]
+    kept: str | Path, path: AnyPath, key: str, offset: int, size: int, sample: Sample | None, samples: Sequence[Sample]
 ) -> InputError:
     there = next((f"key {short(other.key)}" for other in samples if other.offset == offset), "no sample")
     where = (

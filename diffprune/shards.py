@@ -15,10 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from diffprune.errors import InputError
 from diffprune.storage import AnyPath, RemotePath, as_path, existing
 from diffprune.storage.paths import READ_ONLY
-from diffprune.tar_index import BLOCK, IMAGE_EXTENSIONS, Damage, Member, Sample, index_tar
+from diffprune.tar_index import Damage, index_tar
+from diffprune.tar_samples import BLOCK, IMAGE_EXTENSIONS, Member, Sample, SampleList
 
 if TYPE_CHECKING:
     from diffprune.storage.reading import RemoteFile
@@ -29,6 +32,7 @@ __all__ = [
     "Damage",
     "Member",
     "Sample",
+    "SampleList",
     "ShardIndex",
     "ShardReader",
     "ShardSpec",
@@ -53,7 +57,7 @@ class ShardIndex:
     """
 
     path: AnyPath
-    samples: list[Sample]
+    samples: SampleList
     damage: list[Damage]
     ignored: list[str]
     size: int
@@ -121,12 +125,22 @@ def index_each(paths: Sequence[AnyPath]) -> Iterator[ShardIndex]:
 
 def find_duplicate_key(indexes: Iterable[ShardIndex]) -> tuple[str, AnyPath, AnyPath] | None:
     """The first key that stands in two shards, with the two, or None."""
-    seen: dict[str, AnyPath] = {}
+    indexes = list(indexes)
+    # Hashes first: eight bytes a key, where all keys in a dict are two hundred.
+    hashes = np.empty(sum(len(index.samples) for index in indexes), np.int64)
+    end = 0
     for index in indexes:
-        for sample in index.samples:
-            if sample.key in seen:
-                return sample.key, seen[sample.key], index.path
-            seen[sample.key] = index.path
+        start, end = end, end + len(index.samples)
+        hashes[start:end] = [hash(key) for key in index.samples.keys]
+    hashes.sort()
+    twice = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+    seen: dict[str, AnyPath] = {}
+    for index in indexes if twice else ():
+        for key in index.samples.keys:
+            if hash(key) in twice:
+                if key in seen:
+                    return key, seen[key], index.path
+                seen[key] = index.path
     return None
 
 
@@ -237,7 +251,9 @@ def index_shard(path: str | os.PathLike) -> ShardIndex:
     path = as_path(path)
     size, version = (path.stat().st_size, None) if isinstance(path, Path) else path.stat()
     if size == 0:
-        return ShardIndex(path, [], [Damage(0, None, "the file is empty; expected a tar")], [], 0, version)
+        return ShardIndex(
+            path, SampleList.empty(), [Damage(0, None, "the file is empty; expected a tar")], [], 0, version
+        )
     if isinstance(path, RemotePath):
         return ShardIndex(path, *_index_remote(path, size, version), size, version)
     with ShardReader(path, size) as reader:
@@ -245,7 +261,7 @@ def index_shard(path: str | os.PathLike) -> ShardIndex:
     return ShardIndex(path, samples, damage, ignored, size)
 
 
-def _index_remote(path: RemotePath, size: int, version: str) -> tuple[list[Sample], list[Damage], list[str]]:
+def _index_remote(path: RemotePath, size: int, version: str) -> tuple[SampleList, list[Damage], list[str]]:
     from diffprune.storage.index_cache import load_index, save_index
     from diffprune.storage.reading import WINDOWS, HeaderReads, RemoteFile
 

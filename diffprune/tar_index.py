@@ -9,56 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 from zlib import adler32
 
-BLOCK = 512
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+import numpy as np
+
+from diffprune.tar_samples import BLOCK, SampleList, padded
 
 Read = Callable[[int, int], bytes]  # offset, size -> the bytes there, fewer at the end of the file
-
-
-class Member(NamedTuple):
-    """One file in a tar. Offsets and size are bytes from the start of the tar."""
-
-    name: str
-    extension: str
-    header_offset: int  # of its first header, extended (pax, GNU long name) ones included
-    data_offset: int
-    size: int
-
-    @property
-    def end(self) -> int:
-        """Where the next header begins: after the data's padding to 512 bytes."""
-        return self.data_offset + _padded(self.size)
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """The members of one key. ``offset`` and ``size`` span whole tar members, headers and padding included."""
-
-    key: str
-    index: int
-    members: tuple[Member, ...]
-
-    @property
-    def offset(self) -> int:
-        return self.members[0].header_offset
-
-    @property
-    def size(self) -> int:
-        return self.members[-1].end - self.offset
-
-    def member(self, *extensions: str) -> Member | None:
-        """The first member with one of these extensions, or None."""
-        for member in self.members:
-            if member.extension in extensions:
-                return member
-        return None
-
-    def images(self) -> list[Member]:
-        """Members that are images by their extension's last part."""
-        return [m for m in self.members if m.extension.rpartition(".")[2] in IMAGE_EXTENSIONS]
 
 
 @dataclass(frozen=True)
@@ -72,7 +29,7 @@ class Damage:
 
 def index_tar(
     read: Read, size: int, windows: tuple[int, int, int] | None = None
-) -> tuple[list[Sample], list[Damage], list[str]]:
+) -> tuple[SampleList, list[Damage], list[str]]:
     """(samples, damage by offset, names that are no samples: links, devices, ``__meta__``) of a tar of ``size`` bytes.
 
     ``windows``: bytes read at a time, where headers lie close together and where the next one is further away than the
@@ -202,7 +159,7 @@ class _Scan:
             self.members.append((name, extended.offset, body, length))
         else:
             self.ignored.append(f"{name} (tar type {chr(kind)!r}, not a regular file)")
-        return body + _padded(length)
+        return body + padded(length)
 
     def _extend(self, offset: int, kind: int, length: int) -> int:
         """Take a header whose data are about the next member: a GNU long name or link, or pax records."""
@@ -233,7 +190,7 @@ class _Scan:
                 self.extended.sparse |= sparse
                 self.extended.name = fields.get("path", self.extended.name)
                 self.extended.size = int(size) if "size" in fields else self.extended.size
-        return body + _padded(length)
+        return body + padded(length)
 
     def _end(self, offset: int) -> None:
         """The archive must close with two zero blocks, and nothing but a record's zeros may follow them."""
@@ -266,16 +223,17 @@ _WEBDATASET_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
 _WEBDATASET_META = re.compile(r"^__[^/]*__($|/)")
 
 
-def _group(members: list[_RawMember], ignored: list[str]) -> tuple[list[Sample], list[Damage]]:
+def _group(members: list[_RawMember], ignored: list[str]) -> tuple[SampleList, list[Damage]]:
     """Consecutive members of one key are a sample; a key that comes back, or an extension twice, is damage."""
-    samples: list[Sample] = []
     damage: list[Damage] = []
     seen: set[str] = set()
     key: str | None = None
-    group: list[Member] = []
     extensions: list[str] = []
-    lower: dict[str, str] = {}  # one string per extension, not one per member
     end = 0
+    keys: list[str] = []
+    first: list[int] = []
+    spelt: dict[str, tuple[int, str]] = {}  # extension -> its number, and it in lower case
+    kept: list[tuple[int, int, int, int]] = []
     for name, header_offset, data_offset, length in members:
         if name.startswith("__") and _WEBDATASET_META.match(name):
             ignored.append(f"{name} (webdataset skips what is below a folder named like this)")
@@ -283,20 +241,20 @@ def _group(members: list[_RawMember], ignored: list[str]) -> tuple[list[Sample],
         slash = name.rfind("/")
         dot = name.find(".", slash + 1)
         if dot > slash + 1:
-            member_key, extension = name[:dot], name[dot + 1 :]
-            extension = lower.get(extension) or lower.setdefault(extension, extension.lower())
+            member_key, spelling = name[:dot], name[dot + 1 :]
         elif odd := _WEBDATASET_NAME.match(name):  # such as "a/.b", which webdataset takes for "a/" and "b"
-            member_key, extension = odd.group(1), odd.group(2).lower()
+            member_key, spelling = odd.groups()
         else:
             damage.append(Damage(header_offset, name, "a name without an extension belongs to no sample"))
             continue
         if not name.isprintable() and any(ord(character) < 32 for character in name):
             damage.append(Damage(header_offset, member_key, "a name with control characters"))
             continue
+        code, extension = spelt.get(spelling) or spelt.setdefault(spelling, (len(spelt), spelling.lower()))
         if member_key != key:
-            if group:
-                samples.append(Sample(key or "", len(samples), tuple(group)))
-            key, group, extensions = member_key, [], []
+            key, extensions = member_key, []
+            keys.append(key)
+            first.append(len(kept))
             if key in seen:
                 message = "this key stood earlier in the shard: a duplicate, or interleaved samples"
                 damage.append(Damage(header_offset, key, message))
@@ -307,12 +265,10 @@ def _group(members: list[_RawMember], ignored: list[str]) -> tuple[list[Sample],
             continue
         elif end != header_offset:
             damage.append(Damage(header_offset, key, "its members do not follow each other"))
-        group.append(Member(name, extension, header_offset, data_offset, length))
+        kept.append((code, header_offset, data_offset, length))
         extensions.append(extension)
         end = data_offset + length + -length % BLOCK
-    if group:
-        samples.append(Sample(key or "", len(samples), tuple(group)))
-    return samples, damage
+    return SampleList(keys, first, list(spelt), np.array(kept, np.int64).reshape(-1, 4).T), damage
 
 
 # --- fields of a header ----------------------------------------------------------------------------------------
@@ -383,7 +339,3 @@ def _checksum_is_right(header: bytes, sums: dict[bytes, int]) -> bool:
 
 def _high(data: bytes) -> int:
     return sum(byte > 127 for byte in data)
-
-
-def _padded(size: int) -> int:
-    return -(-size // BLOCK) * BLOCK

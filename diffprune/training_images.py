@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from diffprune.memory import free_bytes
 from diffprune.progress import progress
 from diffprune.rank_talk import environment_number
 from diffprune.ranks import Ranks
-from diffprune.shards import Sample, ShardIndex, ShardReader, ShardSpec, index_shards
+from diffprune.shards import ShardIndex, ShardReader, ShardSpec, index_shards
 from diffprune.tables import kept_keys
 
 
@@ -53,7 +54,7 @@ def training_images(
     """
     wanted = None if kept is None else kept_keys(kept)
     indexes = index_shards(shards)
-    found = [sample.key for index in indexes for sample in index.samples if wanted is None or sample.key in wanted]
+    found = [key for index in indexes for key in index.samples.keys if wanted is None or key in wanted]
     if wanted is not None and len(found) != len(wanted):
         missing = min(wanted.difference(found))
         raise InputError(f"{kept}: key {missing!r} is in none of the shards; is this a selection of another data set?")
@@ -97,19 +98,19 @@ class StreamedImages:
 
     def __init__(self, indexes: Sequence[ShardIndex], keys: Sequence[str], decoding: Decoding) -> None:
         wanted = frozenset(keys)
-        self.places = [(index, sample) for index in indexes for sample in index.samples if sample.key in wanted]
+        self.indexes = [replace(index, samples=index.samples.only(wanted)) for index in indexes]
+        self.ends = np.cumsum([len(index.samples) for index in self.indexes])
         self.decoding = decoding
         self._pool = ThreadPoolExecutor(decoding_threads(), thread_name_prefix="decode")
 
-    def __len__(self) -> int:
-        return len(self.places)
-
     def __getitem__(self, rows: Tensor) -> Tensor:
-        pixels = self._pool.map(self._decoded, [self.places[row] for row in rows.tolist()])
-        return torch.from_numpy(np.ascontiguousarray(np.stack(list(pixels))))
+        pixels = list(self._pool.map(self._decoded, rows.tolist()))
+        return torch.from_numpy(np.ascontiguousarray(np.stack(pixels)))
 
-    def _decoded(self, place: tuple[ShardIndex, Sample]) -> np.ndarray:
-        index, sample = place
+    def _decoded(self, row: int) -> np.ndarray:
+        shard = int(np.searchsorted(self.ends, row, side="right"))
+        index = self.indexes[shard]
+        sample = index.samples[row - int(self.ends[shard])]  # counted from the end
         try:
             with ShardReader(index.path, index.size, index.version) as reader:
                 return self.decoding.decode(read_image(reader, sample))[0]

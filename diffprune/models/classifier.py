@@ -134,7 +134,7 @@ def load_classifier(folder: str | Path, device: torch.device) -> tuple[Classifie
 
 def _shape(shards: ShardSpec, image_size: int | None) -> tuple[int, int]:
     """(height = width, channels): of gray images one channel; by the first image."""
-    first = next((sample.key for index in index_shards(shards) for sample in index.samples), None)
+    first = next((index.samples[0].key for index in index_shards(shards) if len(index.samples)), None)
     if first is None:
         raise InputError(f"{shards}: expected images, found none")
     _, image = load_images(shards, size=image_size, channels=3, keys=[first])

@@ -99,7 +99,7 @@ def _shrink(pixels: np.ndarray) -> np.ndarray:
 def _drawn(shards: ShardSpec) -> tuple[list[np.ndarray], list[int | None]]:
     """Some images of one size, with labels; a walk in steps could meet the same few classes again and again."""
     indexes = index_shards(shards)
-    keys = [sample.key for index in indexes for sample in index.samples]
+    keys = [key for index in indexes for key in index.samples.keys]
     wanted = frozenset(sorted(keys, key=lambda key: hashlib.blake2b(key.encode()).digest())[:GRID_CANDIDATES])
     images: list[np.ndarray] = []
     labels: list[int | None] = []

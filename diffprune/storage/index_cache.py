@@ -19,9 +19,10 @@ import pyarrow.parquet as pq
 from diffprune.files import atomic_path
 from diffprune.storage.folders import cache_folder
 from diffprune.storage.paths import RemotePath
-from diffprune.tar_index import Damage, Member, Sample
+from diffprune.tar_index import Damage
+from diffprune.tar_samples import SampleList
 
-Index = tuple[list[Sample], list[Damage], list[str]]
+Index = tuple[SampleList, list[Damage], list[str]]
 
 _METADATA_KEY = b"diffprune_index"
 
@@ -37,7 +38,7 @@ def load_index(path: RemotePath, size: int, version: str) -> Index | None:
         if about["of"] != _identity(path, size, version) or about["sha256"] != _digest(table, about):
             return None
         damage = [Damage(*one) for one in about["damage"]]
-        return _samples(table), damage, about["ignored"]
+        return SampleList.of_table(table), damage, about["ignored"]
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):  # not there, or damaged: it is made again
         return None
 
@@ -46,17 +47,7 @@ def save_index(path: RemotePath, size: int, version: str, index: Index) -> None:
     if not version:
         return
     samples, damage, ignored = index
-    members = [(sample.key, sample.index, member) for sample in samples for member in sample.members]
-    columns = {
-        "key": pa.array([key for key, _, _ in members], pa.string()),
-        "sample": pa.array([number for _, number, _ in members], pa.int64()),
-        "name": pa.array([member.name for _, _, member in members], pa.string()),
-        "extension": pa.array([member.extension for _, _, member in members], pa.string()),
-        "header_offset": pa.array([member.header_offset for _, _, member in members], pa.int64()),
-        "data_offset": pa.array([member.data_offset for _, _, member in members], pa.int64()),
-        "size": pa.array([member.size for _, _, member in members], pa.int64()),
-    }
-    table = pa.table(columns)
+    table = samples.table()
     about: dict[str, Any] = {
         "of": _identity(path, size, version),
         "damage": [[one.offset, one.key, one.message] for one in damage],
@@ -69,18 +60,6 @@ def save_index(path: RemotePath, size: int, version: str, index: Index) -> None:
             pq.write_table(table, temporary, compression="zstd")
     except OSError as error:  # a read-only home, a full disk: the work goes on, and reads headers again next time
         warnings.warn(f"header indexes are not kept ({error}); set DIFFPRUNE_CACHE to a folder", stacklevel=2)
-
-
-def _samples(table: pa.Table) -> list[Sample]:
-    columns = [table[name].to_pylist() for name in ("name", "extension", "header_offset", "data_offset", "size")]
-    members = [Member(*fields) for fields in zip(*columns, strict=True)]
-    keys, numbers = table["key"].to_pylist(), table["sample"].to_pylist()
-    samples, start = [], 0
-    for end in range(1, len(members) + 1):
-        if end == len(members) or numbers[end] != numbers[start]:
-            samples.append(Sample(keys[start], numbers[start], tuple(members[start:end])))
-            start = end
-    return samples
 
 
 def _identity(path: RemotePath, size: int, version: str) -> list[Any]:
@@ -102,6 +81,7 @@ def _cache_path(path: RemotePath, size: int, version: str) -> Path:
 @lru_cache
 def _code() -> str:
     """What the index says depends on the code that made it."""
-    import diffprune.tar_index
+    from diffprune import tar_index, tar_samples
 
-    return hashlib.sha256(Path(diffprune.tar_index.__file__).read_bytes()).hexdigest()[:16]
+    files = [Path(module.__file__ or "").read_bytes() for module in (tar_index, tar_samples)]
+    return hashlib.sha256(b"".join(files)).hexdigest()[:16]
