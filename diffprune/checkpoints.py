@@ -29,7 +29,8 @@ from diffprune.files import atomic_dir, read_json, sha256_file, write_json
 from diffprune.models.dit import DiT
 from diffprune.models.kl import KLAutoencoder, build_autoencoder
 from diffprune.models.vqvae import VQVAE
-from diffprune.storage import local_path
+from diffprune.storage import AnyPath, RemotePath, as_path
+from diffprune.storage.spool import kept_file, local_file
 from diffprune.weight_files import check_tensors, in_float32, read_weights
 
 FORMAT_VERSION = 1
@@ -84,8 +85,8 @@ def load_start(path: str | Path, config: DitConfig, latents: Mapping[str, Any]) 
     Raises:
         InputError: nothing readable there, tensors that do not fit ``config``, or latents of another VQ-VAE or scale.
     """
-    path = local_path(path, "a checkpoint")
-    if not path.is_dir():
+    path = as_path(path)
+    if not path.is_dir() and not (path / STATE_FILE).is_file():  # https:// has files, but no folders
         return load_foreign_dit(path, config).state_dict(), sha256_file(path)
     folder = list_checkpoints(path)[-1]
     state = read_state(folder)
@@ -113,26 +114,29 @@ def load_foreign_dit(path: str | Path, config: DitConfig, device: torch.device |
     Raises:
         InputError: no such file, one that holds anything else, or tensors that do not fit ``config``.
     """
-    path = local_path(path, "a checkpoint")
-    return filled(lambda: DiT(**asdict(config)), in_float32(read_weights(path, under=("ema",))), path).to(device)
+    path = as_path(path)
+    with local_file(path) as file:
+        tensors = in_float32(read_weights(file, under=("ema",)))
+    return filled(lambda: DiT(**asdict(config)), tensors, path).to(device)
 
 
-def list_checkpoints(path: str | Path) -> list[Path]:
+def list_checkpoints(path: str | Path) -> list[AnyPath]:
     """The checkpoints of a run folder by step, or the one that ``path`` is; InputError if there is none."""
-    path = local_path(path, "a checkpoint")
+    path = as_path(path)
     if (path / STATE_FILE).is_file():
         return [path]
     found = find_checkpoints(path)
     if not found:
-        what = "no checkpoint in this folder" if path.is_dir() else "no such folder"
+        what = "no checkpoint in this folder" if path.is_dir() else "no such folder, or none that can be listed"
         raise InputError(f"{path}: {what}; expected a run folder of `diffprune train` or one of its step_* folders")
     return found
 
 
-def find_checkpoints(run_folder: str | Path) -> list[Path]:
+def find_checkpoints(run_folder: str | Path) -> list[AnyPath]:
     """The checkpoints of a run folder by step; none if there are none."""
-    folder = local_path(run_folder, "a run folder")
-    names = [entry.name for entry in folder.iterdir() if entry.is_dir()] if folder.is_dir() else []
+    folder = as_path(run_folder)
+    entries = folder.iterdir() if folder.is_dir() else ()
+    names = [entry.name for entry in entries if isinstance(entry, RemotePath) or entry.is_dir()]
     steps = sorted((int(match[1]), name) for name in names if (match := _STEP.fullmatch(name)))
     return [folder / name for _, name in steps]
 
@@ -173,7 +177,7 @@ def checkpoint_path(run_folder: str | Path, step: int) -> Path:
     return Path(run_folder) / f"step_{step:08d}"
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
+def read_state(checkpoint: AnyPath) -> dict[str, Any]:
     """``state.json`` of a checkpoint folder, its fields' presence and types checked; InputError otherwise."""
     path = checkpoint / STATE_FILE
     state = read_json(path)
@@ -186,18 +190,19 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def read_tensors(checkpoint: Path, state: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+def read_tensors(checkpoint: AnyPath, state: Mapping[str, Any], name: str) -> dict[str, Tensor]:
     """The tensors of ``<name>.safetensors`` on the CPU; InputError if it is missing or not the file that was saved."""
     path = checkpoint / f"{name}.safetensors"
     expected = state["files"].get(path.name)
     if expected is None:
         raise InputError(f"{checkpoint}: has no {path.name}; it has {', '.join(sorted(state['files']))}")
-    if not path.is_file():
-        raise InputError(f"{path}: no such file, although {STATE_FILE} lists it; use another checkpoint")
-    if (found := sha256_file(path)) != expected:
-        raise InputError(f"{path}: damaged: expected sha256 {expected}, found {found}; use another checkpoint")
     try:
-        return load_file(path)
+        with kept_file(path) as file:
+            if (found := sha256_file(file)) != expected:
+                raise InputError(f"{path}: damaged: expected sha256 {expected}, found {found}; use another checkpoint")
+            return load_file(file)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file, although {STATE_FILE} lists it; use another checkpoint") from None
     except SafetensorError as error:
         raise InputError(f"{path}: not a readable safetensors file ({error})") from error
 
@@ -216,7 +221,7 @@ def _load(
     return model.to(device).eval(), {**state, "sha256": state["files"][file], "path": str(folder)}
 
 
-def filled(build: Callable[[], Model], tensors: dict[str, Tensor], path: Path) -> Model:
+def filled(build: Callable[[], Model], tensors: dict[str, Tensor], path: AnyPath) -> Model:
     """The model that ``build`` makes, with these tensors, in eval mode; InputError if they don't fit it."""
     with torch.device("meta"):  # no memory and no time spent on initial weights
         model = build()

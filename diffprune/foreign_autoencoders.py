@@ -24,7 +24,7 @@ from diffprune.errors import InputError
 from diffprune.files import read_json, sha256_file
 from diffprune.models.kl import KLAutoencoder, build_autoencoder
 from diffprune.models.vqvae import VQVAE
-from diffprune.storage import local_path
+from diffprune.storage import is_remote, local_path
 from diffprune.weight_files import in_float32, read_weights
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -68,6 +68,8 @@ _ONLY = {"act_fn": ("silu", "swish"), "norm_type": ("group",)}
 
 def is_foreign_autoencoder(path: str | Path) -> bool:
     """Whether ``load_foreign_autoencoder`` is to read it: a file, or a folder with a ``config.json``."""
+    if is_remote(path):
+        return False
     path, _ = _split(path)
     if path.is_dir():
         return not (path / STATE_FILE).is_file() and _diffusers_folder(path) is not None

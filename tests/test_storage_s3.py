@@ -18,11 +18,13 @@ from s3_server import Faults, Object, S3Server, serve
 from small_run import DIT_OVERRIDES
 
 import diffprune
+from diffprune.config import load_config
 from diffprune.decode import read_batches
 from diffprune.errors import InputError, RemoteError, ResumeError
 from diffprune.files import atomic_file
 from diffprune.shards import ShardReader, index_shard, index_shards, list_shards
 from diffprune.storage import as_path, clients, folders, reading, retries, writing
+from diffprune.tables import read_folder, read_table
 
 METHODS = ("loss", "el2n", "grand", "moso", "monotonicity", "random")
 
@@ -49,6 +51,10 @@ def s3(server, monkeypatch, tmp_path):
     left = [path for path in (tmp_path / "spool").rglob("*") if path.is_file()]
     shutil.rmtree(tmp_path / "spool", ignore_errors=True)
     assert all(path.name == "lock" or path.stem.isdigit() for path in left), "a temporary file was left"
+
+
+def arrays(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.npy")}
 
 
 def upload(server: S3Server, folder: Path, name: str) -> str:
@@ -337,14 +343,47 @@ def test_the_command_line_takes_urls(s3, small_run):
     assert result.exit_code == 1 and "credentials have expired" in result.output
 
 
-def test_what_cannot_be_remote_yet_says_so(s3, small_run, tmp_path):
-    from diffprune.config import load_config
+def test_checkpoints_are_read_from_storage(s3, small_run, tmp_path):
+    vqvae, surrogate = upload(s3, small_run.vqvae, "vqvae"), upload(s3, small_run.surrogate, "surrogate")
+    diffprune.encode(small_run.shards, vqvae, tmp_path / "latents")
+    assert arrays(tmp_path / "latents") == arrays(small_run.latents)
+    diffprune.embed(small_run.shards, tmp_path / "embeddings", model=f"vqvae:{vqvae}")
+    assert arrays(tmp_path / "embeddings") == arrays(small_run.embeddings)
+    began = s3.count("GET", ".safetensors")
+    diffprune.score(small_run.latents, surrogate, tmp_path / "scores", methods=METHODS)
+    assert read_folder(tmp_path / "scores").equals(read_folder(small_run.scores))
+    last = sorted(small_run.surrogate.glob("step_*"))[-1]
+    weights = s3.count("GET", "ema.safetensors") + s3.count("GET", "model.safetensors") - began
+    assert weights <= len(list(small_run.surrogate.glob("step_*"))), "each checkpoint is copied here once"
+    config = load_config(None, "dit", [*DIT_OVERRIDES, "train.steps=2"])
+    for name, start in (("local", last), ("remote", f"{surrogate}/{last.name}")):
+        diffprune.train_dit(config, small_run.latents, tmp_path / name, start_from=start)
+    [weights] = {(tmp_path / name / "step_00000002" / "model.safetensors").read_bytes() for name in ("local", "remote")}
+    assert weights
 
+
+def test_a_checkpoint_in_storage_that_is_none_is_named(s3, small_run, tmp_path):
+    surrogate = upload(s3, small_run.surrogate, "surrogate")
+    [*_, state] = sorted(name for name in s3.objects if name.endswith("state.json"))
+    weights = state.replace("state.json", "ema.safetensors")
+    whole = s3.objects[weights].data
+    for damaged, told in ((whole[:-1] + b"x", "damaged: expected sha256"), (None, "no such file, although state.json")):
+        if damaged is None:
+            del s3.objects[weights]
+        else:
+            s3.objects[weights] = Object(damaged)
+        with pytest.raises(InputError, match=rf"s3://{weights}: {told}"):
+            diffprune.score(small_run.latents, surrogate, tmp_path / "x", weights="ema")
+    for url in ("s3://bucket/nothing", "s3://bucket"):
+        with pytest.raises(InputError, match=rf"{url}: no .*; expected a run folder"):
+            diffprune.score(small_run.latents, url, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_what_cannot_be_remote_yet_says_so(s3, small_run, tmp_path):
     url = "s3://bucket/x"
     calls = [
-        lambda: diffprune.score(small_run.latents, url, tmp_path / "x"),
         lambda: diffprune.train_dit(load_config(None, "dit", DIT_OVERRIDES), small_run.latents, url),
-        lambda: diffprune.encode(small_run.shards, url, tmp_path / "x"),
         lambda: diffprune.pack(url, tmp_path / "x"),
     ]
     for call in calls:
@@ -670,8 +709,6 @@ def test_arrays_that_are_none_are_refused(s3, kind):
 
 
 def test_a_small_table_costs_two_requests(s3, small_run):
-    from diffprune.tables import read_table
-
     upload(s3, small_run.scores, "scores")
     name = "images-000000.parquet"
     assert read_table(f"s3://bucket/scores/{name}", ["key"]) == read_table(small_run.scores / name, ["key"])
@@ -681,8 +718,6 @@ def test_a_small_table_costs_two_requests(s3, small_run):
 def test_large_tables_are_read_by_columns(s3, tmp_path, monkeypatch):
     import pyarrow as pa
     import pyarrow.parquet as pq
-
-    from diffprune.tables import read_table
 
     monkeypatch.setattr(reading, "BLOCK", 1 << 20)
     rng = np.random.default_rng(7)

@@ -30,6 +30,17 @@ def local_file(path: AnyPath) -> Iterator[Path]:
         yield local
 
 
+@contextmanager
+def kept_file(path: AnyPath) -> Iterator[Path]:
+    """As ``local_file``, for what may be read again: the copy stays as long as the process, if there is room for it."""
+    local = path
+    if not isinstance(path, Path):
+        with RemoteFile(path) as remote:
+            local = spooled(remote) or path
+    with local_file(local) as found:
+        yield found
+
+
 def spooled(remote: RemoteFile) -> Path | None:
     """A local copy that lasts as long as the process, or None if there is no room left for it.
 
