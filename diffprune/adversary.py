@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from diffprune.config import VqvaeRun
 from diffprune.learner import learning_rate
 from diffprune.models.patchgan import PatchDiscriminator, adaptive_weight, discriminator_loss
 from diffprune.ranks import Ranks
+from diffprune.storage import AnyPath
 from diffprune.training_order import step_generator
 from diffprune.weight_files import check_tensors
 
@@ -102,7 +102,7 @@ class Adversary:
         }
         return {"discriminator": self.model.state_dict(), "discriminator_optimizer": moments}
 
-    def restore(self, checkpoint: Path, state: dict[str, Any]) -> None:
+    def restore(self, checkpoint: AnyPath, state: dict[str, Any]) -> None:
         """Put back what ``tensors`` gave."""
         for file, expected in self.tensors().items():
             found = read_tensors(checkpoint, state, file)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from diffprune.models.lpips import load_lpips
 from diffprune.models.vqvae import VQVAE
 from diffprune.ranks import Ranks
 from diffprune.reconstruction import RECONSTRUCTION_IMAGES, ReconstructionMeasure
+from diffprune.storage import AnyPath
 from diffprune.training_images import TrainingImages
 
 _MEASURED_AT_A_TIME = 2**21  # elements of images, 32 of 256×256 RGB
@@ -131,7 +131,7 @@ class AutoencoderObjective(Objective):
     def more_tensors(self) -> dict[str, dict[str, Tensor]]:
         return {} if self.adversary is None else self.adversary.tensors()
 
-    def restore(self, checkpoint: Path, state: dict[str, Any]) -> None:
+    def restore(self, checkpoint: AnyPath, state: dict[str, Any]) -> None:
         if self.adversary is not None:
             self.adversary.restore(checkpoint, state)
 

@@ -29,7 +29,8 @@ from diffprune.files import atomic_dir, read_json, sha256_file, write_json
 from diffprune.models.dit import DiT
 from diffprune.models.kl import KLAutoencoder, build_autoencoder
 from diffprune.models.vqvae import VQVAE
-from diffprune.storage import AnyPath, RemotePath, as_path
+from diffprune.storage import AnyPath, RemotePath, as_path, existing
+from diffprune.storage.folders import spool_folder
 from diffprune.storage.spool import kept_file, local_file
 from diffprune.weight_files import check_tensors, in_float32, read_weights
 
@@ -138,13 +139,17 @@ def find_checkpoints(run_folder: str | Path) -> list[AnyPath]:
     entries = folder.iterdir() if folder.is_dir() else ()
     names = [entry.name for entry in entries if isinstance(entry, RemotePath) or entry.is_dir()]
     steps = sorted((int(match[1]), name) for name in names if (match := _STEP.fullmatch(name)))
-    return [folder / name for _, name in steps]
+    found = [folder / name for _, name in steps]
+    if isinstance(folder, RemotePath):  # those that came there whole
+        there = existing(path / STATE_FILE for path in found)
+        found = [path for path in found if path / STATE_FILE in there]
+    return found
 
 
 def save_checkpoint(
-    run_folder: str | Path, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]
-) -> Path:
-    """Write ``<run_folder>/step_<state["step"]>`` atomically and return it.
+    run_folder: AnyPath, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]
+) -> AnyPath:
+    """Write ``<run_folder>/step_<state["step"]>`` atomically and return it; of a URL ``state.json`` comes last.
 
     Args:
         state: kind, step, total_steps, lr, images_seen, seed, config, data, latents.
@@ -154,7 +159,7 @@ def save_checkpoint(
     """
     folder = checkpoint_path(run_folder, state["step"])
     try:
-        with atomic_dir(folder) as temporary:
+        with atomic_dir(folder, last=STATE_FILE) as temporary:
             files = {}
             for name, values in tensors.items():
                 path = temporary / f"{name}.safetensors"
@@ -164,7 +169,7 @@ def save_checkpoint(
             write_json(temporary / STATE_FILE, {**state, **head})
     except (OSError, SafetensorError) as error:  # safetensors has no error of its own for a write that failed
         needed = sum(value.nbytes for values in tensors.values() for value in values.values())
-        free = shutil.disk_usage(run_folder).free
+        free = shutil.disk_usage(run_folder if isinstance(run_folder, Path) else spool_folder()).free
         raise DiskFullError(
             f"{folder}: could not be written ({error}); it takes {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB "
             "are free; checkpoints before it stand: make room and run the same command again"
@@ -172,9 +177,9 @@ def save_checkpoint(
     return folder
 
 
-def checkpoint_path(run_folder: str | Path, step: int) -> Path:
+def checkpoint_path(run_folder: AnyPath, step: int) -> AnyPath:
     """Where ``save_checkpoint`` puts a step."""
-    return Path(run_folder) / f"step_{step:08d}"
+    return run_folder / f"step_{step:08d}"
 
 
 def read_state(checkpoint: AnyPath) -> dict[str, Any]:

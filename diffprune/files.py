@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from diffprune.errors import InputError
-from diffprune.storage import AnyPath, RemotePath, as_path, local_path
+from diffprune.storage import AnyPath, RemotePath, as_path
 
 if TYPE_CHECKING:
     from diffprune.storage.writing import Writer
@@ -68,12 +68,19 @@ def atomic_file(path: AnyPath, *, buffering: int = -1, sync_folder: bool = True)
 
 
 @contextmanager
-def atomic_dir(path: str | Path) -> Iterator[Path]:
+def atomic_dir(path: str | Path, *, last: str | None = None) -> Iterator[Path]:
     """Yield a temporary folder beside ``path``; it becomes ``path`` if the block ends without an exception.
 
-    A folder already at ``path`` is replaced.
+    A folder already at ``path`` is replaced. The files of a URL's become objects one by one, that of the name ``last``
+    after all others: it is the proof that they are there.
     """
-    path = local_path(path, "checkpoints")
+    path = as_path(path)
+    if isinstance(path, RemotePath):
+        from diffprune.storage.writing import writing_folder
+
+        with writing_folder(path, last) as temporary:
+            yield temporary
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(TEMPORARY_PREFIX + path.name)
     shutil.rmtree(temporary, ignore_errors=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from diffprune.config import TrainConfig
 from diffprune.errors import DiffpruneError
 from diffprune.ranks import Ranks
 from diffprune.sharding import all_finite, fill, full_norm, is_sharded, own, whole, without_sync, wrapped
+from diffprune.storage import AnyPath
 from diffprune.training_order import batch_rows, step_generator
 
 # Steps that the loss is compared with, to tell an explosion; fewer than the least say too little.
@@ -72,7 +72,7 @@ class Objective:
         """What a checkpoint has to keep beside the model: file name without suffix -> tensor name -> tensor."""
         return {}
 
-    def restore(self, checkpoint: Path, state: dict[str, Any]) -> None:
+    def restore(self, checkpoint: AnyPath, state: dict[str, Any]) -> None:
         """Put back what ``more_tensors`` gave."""
 
     def forward_of_one(self) -> None:
@@ -202,7 +202,7 @@ class Learner:
                 found[name] = value.cpu()
         return found
 
-    def restore(self, checkpoint: Path, state: dict[str, Any]) -> None:
+    def restore(self, checkpoint: AnyPath, state: dict[str, Any]) -> None:
         """Put back what ``tensors`` gave."""
         found = {name: read_tensors(checkpoint, state, name) for name in ("model", "optimizer")}
         if self.ema:

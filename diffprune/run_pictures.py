@@ -17,6 +17,7 @@ from diffprune.files import atomic_path
 from diffprune.generation import Sampler, Solver
 from diffprune.models.dit import DiT
 from diffprune.sampling import grid_columns, write_grid
+from diffprune.storage import AnyPath
 
 LOSS_PLOT = "loss.png"
 SAMPLES = "samples"
@@ -25,7 +26,7 @@ ROWS = 4
 CURVE_POINTS = 80
 
 
-def write_loss_plot(log: Path, out: Path) -> None:
+def write_loss_plot(log: AnyPath, out: AnyPath) -> None:
     """Loss and gradient norm over the steps of a log.jsonl, as a PNG; equal logs give equal bytes."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullLocator
@@ -76,7 +77,7 @@ class SampleGrids:
         self.sampler.set_up(Solver.checked("euler", None, None, None), 1.0, None, "uniform", seed)
         self.count = config.num_classes * ROWS if 0 < config.num_classes <= 20 else 36
 
-    def write(self, weights: Mapping[str, Tensor], path: Path) -> None:
+    def write(self, weights: Mapping[str, Tensor], path: AnyPath) -> None:
         """Write a PNG atomically: a column per class, where there are 20 at most."""
         dit = self.sampler.dit
         dit.load_state_dict({name: tensor.to(self.sampler.device) for name, tensor in weights.items()}, assign=True)

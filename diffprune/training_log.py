@@ -10,6 +10,7 @@ from typing import Any
 from diffprune.errors import InputError
 from diffprune.files import atomic_path
 from diffprune.progress import Progress
+from diffprune.storage import AnyPath
 from diffprune.throughput import duration
 
 LOG_FILE = "log.jsonl"
@@ -63,18 +64,18 @@ class Pace:
 class TrainingLog:
     """``log.jsonl``: a line per ``log_every`` steps; those of steps after the checkpoint resumed from are dropped.
 
-    ``out`` is None on all ranks but the first, which writes for all. With ``tensorboard`` each number is also a scalar
-    of TensorBoard's, which hides those of dropped steps.
+    ``out`` is None on all ranks but the first, which writes for all; a URL's log gets its lines by ``keep``. With
+    ``tensorboard`` each number is also a scalar of TensorBoard's, which hides those of dropped steps.
     """
 
-    def __init__(self, out: Path | None, first_step: int, tensorboard: bool) -> None:
+    def __init__(self, out: AnyPath | None, first_step: int, tensorboard: bool) -> None:
         self.path, self.last, self.writer = None, {}, None
         if out is None:
             return
         self.path = out / LOG_FILE
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-        with atomic_path(self.path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in lines if _logged_step(line) <= first_step))
+        self.text = "".join(f"{line}\n" for line in lines if _logged_step(line) <= first_step)
+        self._write_text()
         if tensorboard:
             self.writer = summary_writer()(str(out / TENSORBOARD), purge_step=first_step + 1)
 
@@ -83,11 +84,24 @@ class TrainingLog:
         if self.path is None:
             return
         every = {**numbers, **pace.since_last()}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **every}) + "\n")
+        line = json.dumps({"step": step, **every}) + "\n"
+        if isinstance(self.path, Path):
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(line)
+        else:
+            self.text += line
         if self.writer is not None:
             for name, value in every.items():
                 self.writer.add_scalar(f"train/{name}", value, step)
+
+    def keep(self) -> None:
+        """Before a checkpoint: have all lines in storage, where nothing can be appended."""
+        if self.path is not None and not isinstance(self.path, Path):
+            self._write_text()
+
+    def _write_text(self) -> None:
+        with atomic_path(self.path) as temporary:
+            temporary.write_text(self.text)
 
     def close(self) -> None:
         if self.writer is not None:

@@ -23,7 +23,7 @@ from diffprune.locks import folder_lock
 from diffprune.prefetch import Prefetch
 from diffprune.progress import progress
 from diffprune.run_pictures import LOSS_PLOT, SAMPLES, SampleGrids, write_loss_plot
-from diffprune.storage import local_path
+from diffprune.storage import AnyPath, as_path, local_path
 from diffprune.throughput import matmul_rate, step_operations
 from diffprune.training_log import LOG_FILE, Pace, TrainingLog, summary_writer
 
@@ -48,14 +48,16 @@ def run_training(
 
     ``grids`` are drawn every ``run.train.sample_every`` steps and at the end.
     """
-    out = local_path(out, "a run folder")
+    out = as_path(out)
+    if run.train.tensorboard:
+        local_path(out, "a run folder with TensorBoard's files")
     # One run at a time: the first process holds the folder for all.
     with nullcontext() if dry_run or objective.ranks.rank else folder_lock(out):
         return _train(objective, run, out, resume, dry_run, grids)
 
 
 def _train(
-    objective: Objective, run: Run, out: Path, resume: bool, dry_run: bool, grids: SampleGrids | None
+    objective: Objective, run: Run, out: AnyPath, resume: bool, dry_run: bool, grids: SampleGrids | None
 ) -> dict[str, Any]:
     train, ranks = run.train, objective.ranks
     if train.tensorboard:
@@ -117,6 +119,7 @@ def _train(
             if done % train.log_every == 0 or done == train.steps:
                 log.write(done, pace, loss=loss, grad_norm=grad_norm, **objective.metrics())
             if done % train.checkpoint_every == 0 or done == train.steps:
+                log.keep()
                 checkpoint = _save(learner, run, out, done)
                 if ranks.rank == 0 and log.last:
                     write_loss_plot(out / LOG_FILE, out / LOSS_PLOT)
@@ -129,7 +132,7 @@ def _train(
 
 
 def _draw_what_is_missing(
-    learner: Learner, train: TrainConfig, out: Path, step: int, grids: SampleGrids | None
+    learner: Learner, train: TrainConfig, out: AnyPath, step: int, grids: SampleGrids | None
 ) -> None:
     """The pictures that belong to the checkpoint gone on from: a kill may have come between it and them."""
     is_first = learner.objective.ranks.rank == 0
@@ -141,7 +144,7 @@ def _draw_what_is_missing(
             grids.write(weights, path)
 
 
-def _save(learner: Learner, run: Run, out: Path, step: int) -> Path:
+def _save(learner: Learner, run: Run, out: AnyPath, step: int) -> AnyPath:
     objective, train = learner.objective, run.train
     tensors = learner.tensors()
     if objective.ranks.rank:
@@ -162,8 +165,8 @@ def _save(learner: Learner, run: Run, out: Path, step: int) -> Path:
 
 
 def _last_checkpoint(
-    objective: Objective, run: Run, out: Path, resume: bool
-) -> tuple[Path | None, dict[str, Any] | None]:
+    objective: Objective, run: Run, out: AnyPath, resume: bool
+) -> tuple[AnyPath | None, dict[str, Any] | None]:
     """The checkpoint to go on from and its state; ResumeError if it is not one of this run."""
     found = find_checkpoints(out)
     if not found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import tarfile
@@ -24,6 +25,7 @@ from diffprune.errors import InputError, RemoteError, ResumeError
 from diffprune.files import atomic_file
 from diffprune.shards import ShardReader, index_shard, index_shards, list_shards
 from diffprune.storage import as_path, clients, folders, reading, retries, writing
+from diffprune.storage.s3 import S3Client
 from diffprune.tables import read_folder, read_table
 
 METHODS = ("loss", "el2n", "grand", "moso", "monotonicity", "random")
@@ -380,16 +382,74 @@ def test_a_checkpoint_in_storage_that_is_none_is_named(s3, small_run, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_a_run_in_storage_has_the_local_bytes_and_goes_on_there(s3, small_run, tmp_path):
+    steps = ["train.steps=6", "train.checkpoint_every=2", "train.log_every=1", "train.sample_every=2"]
+    config = load_config(None, "dit", [*DIT_OVERRIDES, *steps])
+    options = {"decode_with": small_run.vqvae}
+    diffprune.train_dit(config, small_run.latents, tmp_path / "run", **options)
+    url = "s3://bucket/run"
+    first = load_config(None, "dit", [*DIT_OVERRIDES, *steps, "train.steps=4"])
+    report = diffprune.train_dit(first, small_run.latents, url, **options)
+    assert report["checkpoint"] == f"{url}/step_00000004"
+    # a kill while the next checkpoint goes up: weights, but no state.json
+    s3.objects["bucket/run/step_00000006/model.safetensors"] = Object(b"half")
+    assert diffprune.train_dit(config, small_run.latents, url, dry_run=True, **options)["first_step"] == 4
+    report = diffprune.train_dit(config, small_run.latents, url, **options)
+    assert report["first_step"] == 4
+    found, expected = contents(s3, "run"), local_contents(tmp_path / "run")
+    assert found.keys() == expected.keys()
+    different = {name for name in found if found[name] != expected[name]}
+    timed = {"log.jsonl"}  # images per second
+    states = {f"step_{step:08d}/state.json" for step in (2, 4)}  # of a run of so many steps
+    assert different <= timed | states
+    assert [json.loads(line)["step"] for line in found["log.jsonl"].splitlines()] == list(range(1, 7))
+    [losses, again] = ([json.loads(line)["loss"] for line in of["log.jsonl"].splitlines()] for of in (found, expected))
+    assert losses == again
+    other = load_config(None, "dit", [*DIT_OVERRIDES, *steps, "train.seed=9"])
+    with pytest.raises(ResumeError, match=f"{url}/step_00000006: of another run"):
+        diffprune.train_dit(other, small_run.latents, url, **options)
+    assert not list((tmp_path / "spool").rglob("model.safetensors"))
+
+
+def test_a_run_killed_between_objects_goes_on(s3, small_run, tmp_path):
+    """Storage fails for good at the n-th object that is written; the same command then ends as if it had not."""
+    config = load_config(None, "dit", [*DIT_OVERRIDES, "train.steps=4", "train.checkpoint_every=2"])
+    diffprune.train_dit(config, small_run.latents, tmp_path / "run")
+    expected = local_contents(tmp_path / "run")
+    puts = s3.count("PUT")
+    diffprune.train_dit(config, small_run.latents, "s3://bucket/whole")
+    puts = s3.count("PUT") - puts
+    assert puts > 2 * 4, "the files of two checkpoints, and more"
+    put = S3Client.put_bytes
+    for stop in range(puts):
+        count, url = iter(range(1000)), f"s3://bucket/run{stop}"
+
+        def failing(self, path, data, stop=stop, count=count):
+            if next(count) == stop:
+                raise RemoteError(f"{path}: gone", "failed")
+            put(self, path, data)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(S3Client, "put_bytes", failing)
+            with pytest.raises(RemoteError):
+                diffprune.train_dit(config, small_run.latents, url)
+        diffprune.train_dit(config, small_run.latents, url)
+        found = contents(s3, f"run{stop}")
+        assert found.keys() == expected.keys()
+        assert {name for name in found if found[name] != expected[name]} <= {"log.jsonl"}
+
+
 def test_what_cannot_be_remote_yet_says_so(s3, small_run, tmp_path):
     url = "s3://bucket/x"
+    board = load_config(None, "dit", [*DIT_OVERRIDES, "train.tensorboard=true"])
     calls = [
-        lambda: diffprune.train_dit(load_config(None, "dit", DIT_OVERRIDES), small_run.latents, url),
+        lambda: diffprune.train_dit(board, small_run.latents, url),
         lambda: diffprune.pack(url, tmp_path / "x"),
     ]
     for call in calls:
         with pytest.raises(InputError, match=r"s3://bucket/x: .* cannot be a URL yet"):
             call()
-    assert not Path("s3:").exists()
+    assert not Path("s3:").exists() and not s3.objects
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import fnmatch
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -166,7 +167,8 @@ class RemotePath(os.PathLike):
     def unlink(self, missing_ok: bool = False) -> None:
         from diffprune.storage.clients import client_of
 
-        client_of(self).delete(self)
+        with suppress(*[FileNotFoundError] if missing_ok else []):
+            client_of(self).delete(self)
 
     def _listed(self, begin: str = "") -> dict[str, Stat | None]:
         """Names in this folder that begin so: what is known of objects, None for folders."""

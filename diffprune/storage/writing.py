@@ -57,6 +57,19 @@ def writing_file(path: RemotePath) -> Iterator[Path]:
             copy(file, target)
 
 
+@contextmanager
+def writing_folder(path: RemotePath, last: str | None) -> Iterator[Path]:
+    """Yield a temporary folder, whose files become objects; the one called ``last`` goes first and comes last."""
+    refuse_writing(path)
+    with tempfile.TemporaryDirectory(dir=spool_folder()) as folder:
+        yield Path(folder)
+        if last:
+            (path / last).unlink(missing_ok=True)
+        for local in sorted(Path(folder).iterdir(), key=lambda local: (local.name == last, local.name)):
+            with open(local, "rb") as file, writing(path / local.name) as target:
+                copy(file, target)
+
+
 def copy(source: BinaryIO, target: Writer) -> None:
     while data := source.read(4 << 20):
         target.write(data)
