@@ -13,7 +13,7 @@ import numpy as np
 from diffprune.decode import center_crop, read_batches
 from diffprune.errors import InputError
 from diffprune.shards import ShardSpec, index_shards, list_shards
-from diffprune.storage import local_path
+from diffprune.storage import as_path
 
 THUMBNAIL = 112  # pixels a side: shown at half of that, so sharp on dense screens
 LOSSLESS = 64  # up to this side PNG, and scaled up without smoothing
@@ -49,7 +49,7 @@ def sample_grid(source: ShardSpec) -> tuple[str, int, int | None]:
     """
     if isinstance(source, (str, Path)) and Path(source).suffix.lower() == ".png":
         try:
-            data = local_path(source, "a picture").read_bytes()
+            data = as_path(source).read_bytes()
         except OSError as error:
             raise InputError(f"{source}: not a readable image ({error})") from error
         if not data.startswith(PNG_MAGIC):

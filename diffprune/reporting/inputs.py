@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from diffprune.errors import InputError
 from diffprune.files import read_json
 from diffprune.shards import ShardSpec, list_shards
-from diffprune.storage import local_path
+from diffprune.storage import AnyPath, as_path
 from diffprune.tables import METADATA_KEY, read_folder, read_stage, read_table, score_columns, table_metadata
 
 PathLike = str | Path
@@ -136,7 +136,7 @@ def read_evaluations(paths: Sequence[PathLike]) -> list[dict[str, Any]]:
 
 def read_logs(paths: Mapping[str, PathLike]) -> list[Log]:
     """Read training logs: one JSON object a line, those with ``step`` and ``loss`` make the curve."""
-    return [_read_log(name, local_path(path, "a log")) for name, path in paths.items()]
+    return [_read_log(name, as_path(path)) for name, path in paths.items()]
 
 
 def class_names(shards: ShardSpec | None) -> list[str]:
@@ -171,7 +171,7 @@ def _without_nan(values: pa.ChunkedArray, keys: pa.ChunkedArray, folder: PathLik
     return array
 
 
-def _read_log(name: str, path: Path) -> Log:
+def _read_log(name: str, path: AnyPath) -> Log:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
