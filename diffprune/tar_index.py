@@ -54,7 +54,11 @@ _MAX_EXTENDED_HEADER = 1 << 20
 _REGULAR, _OLD_REGULAR, _CONTIGUOUS, _FOLDER, _SPARSE = b"0\x007" + b"5S"
 _WITHOUT_DATA = frozenset(b"123456")  # links, devices, folders, FIFOs, whatever their size field says
 _EXTENDED = frozenset(b"LKxg")
+_NUMBERS = (("mode", 100, 108), ("uid", 108, 116), ("gid", 116, 124), ("mtime", 136, 148))
+_NUMBERS += (("devmajor", 329, 337), ("devminor", 337, 345))
+_MOST_NUMBERS = 10_000
 _DECIMAL = re.compile(r"[0-9]{1,19}")
+_OCTAL = re.compile(rb"\s*[0-7]*\s*")
 
 
 @dataclass
@@ -78,6 +82,7 @@ class _Scan:
     damage: list[Damage] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
     extended: _Extended | None = None
+    numbers: set[tuple[bytes, bytes]] = field(default_factory=set)  # mode, owner and device fields that were right
 
     def run(self) -> None:
         offset, base, window, gap = 0, 0, b"", 0
@@ -104,19 +109,22 @@ class _Scan:
 
     def _plain(self, offset: int, header: bytes) -> int:
         """Take a plain file's header, as nearly all are, in few operations; returns 0 where there is more to it."""
-        digits = header[124:135]
+        digits, time = header[124:135], header[136:147]
         name_end = header.find(0)
         if (
             header[156] != _REGULAR
             or self.extended is not None
             or header[345]
             or header[135] not in b"\0 "
+            or header[147] not in b"\0 "
             or not digits.isdigit()
+            or not time.isdigit()
             or name_end > 100
+            or (header[100:124], header[329:345]) not in self.numbers
         ):
             return 0
         try:
-            name, length = str(header[:name_end], "utf-8"), int(digits, 8)
+            name, length, _ = str(header[:name_end], "utf-8"), int(digits, 8), int(time, 8)
         except ValueError:  # no UTF-8, or an 8 or 9
             return 0
         body = offset + BLOCK
@@ -131,6 +139,12 @@ class _Scan:
         if length is None:
             self._tell(offset, None, "not a tar header: its size field is no number")
             return 0
+        for name, start, end in _NUMBERS:
+            if not _is_number(header[start:end]):
+                self._tell(offset, None, f"not a tar header: its {name} field is no number")
+                return 0
+        if len(self.numbers) < _MOST_NUMBERS:
+            self.numbers.add((header[100:124], header[329:345]))
         if kind in _EXTENDED:
             return self._extend(offset, kind, length)
         extended, self.extended = self.extended or _Extended(offset), None
@@ -302,6 +316,11 @@ def _number(field: bytes) -> int | None:
     if field[0] & 0x80:
         return int.from_bytes(field[1:], "big") if field[0] == 0x80 else None
     return _octal(field) if field.strip(b" \0") else 0
+
+
+def _is_number(field: bytes) -> bool:
+    """Whether ``tarfile`` can read a field that means nothing here, so that it is a header's: octal, or base 256."""
+    return field[0] in b"\x80\xff" or bool(_OCTAL.fullmatch(field.partition(b"\0")[0]))
 
 
 def _pax(body: bytes) -> dict[str, str] | None:

@@ -199,3 +199,33 @@ def test_list_shards_errors_name_what_is_missing(tmp_path):
     write_tar(tmp_path / "copy" / "train-0000.tar", samples(1))
     with pytest.raises(InputError, match="the same name"):
         list_shards([tmp_path, tmp_path / "copy"])
+
+
+@pytest.mark.parametrize("kind", [b"0", b"\0"])
+@pytest.mark.parametrize("name, start", [("mode", 100), ("uid", 108), ("gid", 116), ("mtime", 136), ("devminor", 337)])
+def test_a_header_whose_numbers_are_none_is_no_header(tmp_path, kind, name, start):
+    """`tarfile` ends there, and says nothing."""
+    path = write_tar(tmp_path / "a.tar", samples(3))
+    data = bytearray(path.read_bytes())
+    before = index_shard(path).samples
+    second = before[1].offset
+    header = data[second : second + 512]
+    header[156:157] = kind
+    for field, told in (
+        (b"\1\1\1\1\1\1\1\0", True),
+        (b"0000644\0", False),
+        (b"\xff" * 8, False),
+        (b" 644 \0\1\1", False),
+    ):
+        header[start : start + 8] = field
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        data[second : second + 512] = header
+        path.write_bytes(data)
+        index = index_shard(path)
+        assert [(damage.offset, damage.message) for damage in index.damage] == (
+            [(second, f"not a tar header: its {name} field is no number")] if told else []
+        )
+        assert index.samples == before[: 1 if told else 3]
+        with tarfile.open(path) as tar:
+            assert len(tar.getnames()) == sum(len(sample.members) for sample in index.samples)
