@@ -21,12 +21,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from diffprune.arrays import ArrayFolder, load_array, write_array
-from diffprune.decode import annotation_ranges, read_annotations
+from diffprune.decode import read_all_annotations
 from diffprune.engines import run_stage
 from diffprune.errors import InputError
 from diffprune.files import fingerprint, sha256_file
 from diffprune.progress import Progress
-from diffprune.shards import ShardIndex, ShardReader, ShardSpec, index_shards
+from diffprune.shards import ShardIndex, ShardSpec, index_shards
 from diffprune.storage import AnyPath, as_path
 from diffprune.tables import BASE_SCHEMA, STAGE_FILE, base_table, column_names, read_table
 
@@ -188,21 +188,17 @@ def bind_embeddings(source: str | Path, shards: ShardSpec, out: str | Path, dry_
     def work(stem: str, bar: Progress) -> pa.Table:
         index = indexes[stem]
         array = np.full((len(index.samples), *folder.metadata["shape"]), np.nan, dtype=np.float16)
-        labels, uids, errors = [], [], []
-        with ShardReader(index.path, index.size, index.version) as reader:
-            reader.will_read(annotation_ranges(index.samples))
-            for place, (sample, row) in enumerate(zip(index.samples, rows[stem].tolist(), strict=True)):
-                label, uid, error = read_annotations(reader, sample)
-                if error is None and row < 0:
-                    error = f"no embedding of this key in {source}"
-                if error is None:
-                    part = int(np.searchsorted(starts, row, side="right")) - 1
-                    array[place] = arrays[part][row - starts[part]]
-                    if not np.isfinite(array[place]).all():
-                        error, array[place] = f"its embedding in {source} is NaN or infinite", np.nan
-                labels.append(label)
-                uids.append(uid)
-                errors.append(error)
+        labels, uids, errors = read_all_annotations(index)
+        for place, row in enumerate(rows[stem].tolist()):
+            if errors[place] is not None:
+                continue
+            if row < 0:
+                errors[place] = f"no embedding of this key in {source}"
+                continue
+            part = int(np.searchsorted(starts, row, side="right")) - 1
+            array[place] = arrays[part][row - starts[part]]
+            if not np.isfinite(array[place]).all():
+                errors[place], array[place] = f"its embedding in {source} is NaN or infinite", np.nan
         write_array(as_path(out) / f"{stem}.npy", array)
         bar.advance(len(index.samples))
         return base_table(index.path.name, index.samples, labels, uids, errors)

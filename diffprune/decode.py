@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -118,12 +117,19 @@ def read_annotations(reader: ShardReader, sample: Sample) -> tuple[int | None, s
         return None, _read_uid(reader, sample), str(failure)
 
 
+def read_all_annotations(index: ShardIndex) -> tuple[list[int | None], list[str | None], list[str | None]]:
+    """(labels, uids, errors) of a shard's samples, as ``read_annotations``; no image is read."""
+    with ShardReader(index.path, index.size, index.version) as reader:
+        reader.will_read(_annotation_ranges(index.samples))
+        rows = [read_annotations(reader, sample) for sample in index.samples]
+    return tuple([row[column] for row in rows] for column in range(3))
+
+
 def load_images(
     shards: ShardSpec,
     *,
     size: int | None,
     channels: int,
-    kept: str | Path | None = None,
     keys: Iterable[str] | None = None,
     strict: bool = True,
     max_pixels: int = MAX_PIXELS,
@@ -131,14 +137,14 @@ def load_images(
     """Read whole shards into memory: (base table, images uint8 [N, C, size, size]), row-aligned, in shard order.
 
     ``size``, ``channels``, ``strict`` and ``max_pixels`` as in ``Decoding``.
-    ``kept`` (a kept.parquet) or ``keys`` restrict it; a key that is in no shard raises InputError. Failed samples are
+    ``keys`` restrict it; a key that is in no shard raises InputError. Failed samples are
     in the table with their error, and zero in the array.
     """
     import pyarrow as pa
 
-    from diffprune.tables import base_table, kept_keys
+    from diffprune.tables import base_table
 
-    wanted = frozenset(keys) if keys is not None else kept_keys(kept) if kept is not None else None
+    wanted = None if keys is None else frozenset(keys)
     tables, images = [], []
     for index in index_shards(shards):
         options = {"strict": strict, "max_pixels": max_pixels, "keys": wanted}
@@ -149,9 +155,7 @@ def load_images(
     table = pa.concat_tables(tables) if tables else base_table("", [], [], [], [])
     if wanted is not None and table.num_rows != len(wanted):
         missing = min(wanted.difference(table["key"].to_pylist()))
-        raise InputError(
-            f"{kept or 'keys'}: key {missing!r} is in none of the shards; is this a selection of another data set?"
-        )
+        raise InputError(f"keys: {missing!r} is in none of the shards")
     if not images:
         return table, np.zeros((0, channels, size or 0, size or 0), np.uint8)
     return table, np.ascontiguousarray(np.concatenate(images))
@@ -231,7 +235,7 @@ def _size(shape: tuple[int, ...]) -> str:
     return f"{shape[2]}×{shape[1]}"
 
 
-def annotation_ranges(samples: Iterable[Sample]) -> Iterator[tuple[int, int]]:
+def _annotation_ranges(samples: Iterable[Sample]) -> Iterator[tuple[int, int]]:
     """What ``read_annotations`` reads of these samples, as ``ShardReader.will_read`` wants it."""
     for sample in samples:
         for name, limit in (("cls", _MAX_CLS_BYTES), ("json", MAX_JSON_BYTES)):
@@ -242,7 +246,7 @@ def annotation_ranges(samples: Iterable[Sample]) -> Iterator[tuple[int, int]]:
 def _ranges(samples: Iterable[Sample]) -> Iterator[tuple[int, int]]:
     """What a batch reads of these samples."""
     for sample in samples:
-        yield from annotation_ranges([sample])
+        yield from _annotation_ranges([sample])
         if len(images := sample.images()) == 1 and images[0].size <= MAX_IMAGE_BYTES:
             yield images[0].data_offset, images[0].data_offset + images[0].size
 

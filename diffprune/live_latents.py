@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from diffprune.decode import MAX_PIXELS, annotation_ranges, read_annotations
+from diffprune.decode import MAX_PIXELS, read_all_annotations
 from diffprune.device import pick_device
 from diffprune.encoding import vqvae_network, with_twins
 from diffprune.errors import InputError
@@ -23,7 +23,7 @@ from diffprune.image_maps import ImageMap, Reading
 from diffprune.latent_scales import missing_latent_scale
 from diffprune.prefetch import Prefetch
 from diffprune.progress import progress
-from diffprune.shards import ShardReader, ShardSpec
+from diffprune.shards import ShardSpec
 from diffprune.tables import base_table, kept_keys
 
 _SHARDS_KEPT = 2  # in memory: the one that is scored and the one that is read ahead
@@ -110,11 +110,7 @@ class LiveLatents:
     def unread_table(self, stem: str) -> pa.Table:
         """As ``table``, but without a look at the images: labels are read, and a sample fails for its label only."""
         index = self._images.indexes[stem]
-        with ShardReader(index.path, index.size, index.version) as reader:
-            reader.will_read(annotation_ranges(index.samples))
-            rows = [read_annotations(reader, sample) for sample in index.samples]
-        labels, uids, errors = ([row[column] for row in rows] for column in range(3))
-        return base_table(index.path.name, index.samples, labels, uids, errors)
+        return base_table(index.path.name, index.samples, *read_all_annotations(index))
 
     def _shard(self, stem: str) -> tuple[pa.Table, np.ndarray]:
         with self._lock:  # who asks for a shard that is being encoded waits for it

@@ -18,6 +18,12 @@ def progress_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diffprune.progress._enabled", True)
 
 
+@pytest.fixture(autouse=True)
+def cache_is_the_tests(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Not that of whoever runs the tests."""
+    monkeypatch.setenv("DIFFPRUNE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
     """Stages up to scores and clusters, through the public functions. Tests must not write into it."""

@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 
 from diffprune._version import __version__
-from diffprune.decode import read_annotations
+from diffprune.decode import read_all_annotations
 from diffprune.draws import uniform
 from diffprune.errors import InputError
-from diffprune.shards import ShardReader, ShardSpec, index_shards
+from diffprune.shards import ShardSpec, index_shards
 from diffprune.tables import base_table, write_table
 
 
@@ -27,13 +27,10 @@ def split_samples(
 
     Raises InputError if nothing may be trained on, or for a long tail of samples without labels.
     """
-    tables = []
-    for index in index_shards(shards):
-        with ShardReader(index.path, index.size) as reader:
-            rows = [read_annotations(reader, sample) for sample in index.samples]
-        labels, uids, errors = ([row[column] for row in rows] for column in range(3))
-        tables.append(base_table(index.path.name, index.samples, labels, uids, errors))
-    table = pa.concat_tables(tables)
+    indexes = index_shards(shards)
+    table = pa.concat_tables(
+        base_table(index.path.name, index.samples, *read_all_annotations(index)) for index in indexes
+    )
     labels = np.array([-1 if label is None else label for label in table["label"].to_pylist()], dtype=np.int64)
     classes, group = np.unique(labels, return_inverse=True)
     if skew > 1 and (len(classes) < 2 or classes[0] < 0):
