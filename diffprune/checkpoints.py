@@ -3,6 +3,7 @@
     <run>/step_00000400/model.safetensors       weights and buffers
                         ema.safetensors         moving average of the weights (not for a VQ-VAE)
                         optimizer.safetensors   AdamW's moments, by parameter name
+                        discriminator.safetensors, discriminator_optimizer.safetensors   of an adversarial VQ-VAE
                         state.json              what made it: step, config, data, a sha256 of each file above
 
 There is no state of a random generator in it: all of training's randomness is a function of (seed, step).

@@ -151,7 +151,7 @@ class _Scan:
         name = _name(header) if extended.name is None else extended.name
         if kind not in _WITHOUT_DATA and extended.size is not None:
             length = extended.size
-        is_folder = kind == _FOLDER or (kind == _OLD_REGULAR and name is not None and name.endswith("/"))
+        is_folder = kind == _FOLDER or (kind == _OLD_REGULAR and header[:100].partition(b"\0")[0].endswith(b"/"))
         if is_folder or kind in _WITHOUT_DATA:
             length = 0
         if kind == _SPARSE:  # blocks of a map of holes come before the data

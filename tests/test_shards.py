@@ -229,3 +229,24 @@ def test_a_header_whose_numbers_are_none_is_no_header(tmp_path, kind, name, star
         assert index.samples == before[: 1 if told else 3]
         with tarfile.open(path) as tar:
             assert len(tar.getnames()) == sum(len(sample.members) for sample in index.samples)
+
+
+@pytest.mark.parametrize("name", ["old/", "o" * 120 + "/"])
+def test_an_old_header_is_a_folders_if_its_own_name_ends_in_a_slash(tmp_path, name):
+    """As `tarfile` reads it: not by a long name before it, whose file may have data."""
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        info = tarfile.TarInfo(name)
+        info.type = tarfile.AREGTYPE
+        data = b"" if name == "old/" else b"data" * 200
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
+        for key, data in samples(2):
+            info = tarfile.TarInfo(key)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    index = index_shard(path)
+    assert [sample.key for sample in index.samples] == ["00000", "00001"]
+    assert [damage.message for damage in index.damage] == (
+        [] if name == "old/" else ["a name without an extension belongs to no sample"]
+    )

@@ -192,10 +192,13 @@ def test_changed_tables_are_told_or_do_no_harm(small_run, tmp_path, change):
     diffprune.select(small_run.scores, tmp_path / "kept.parquet", by="loss", keep=0.5)
     for name in ("scores", "clusters", "latents", "embeddings"):
         shutil.copytree(small_run.root / name, tmp_path / name)
+    changed = 0
     for path in [tmp_path / "kept.parquet", *tmp_path.glob("*/*1.parquet")]:
         table = pq.ParquetFile(path).read()
         with contextlib.suppress(ValueError):  # a selection has fewer columns
             pq.write_table(TABLES[change](table), path)
+            changed += 1
+    assert changed >= 4
     out, broken = tmp_path / "out", []
     out.mkdir()
     for name, read in reads(small_run, tmp_path, out).items():
