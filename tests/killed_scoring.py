@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from children import ended, fork
+from small_run import contents
 
 import diffprune.progress
 from diffprune.scoring import METHODS, score
@@ -78,10 +79,6 @@ def run(root: Path, out: Path, stop: int | None = None) -> None:
 
 def finish(root: Path, out: Path) -> None:
     assert ended(fork(lambda: run(root, out)), wait=True)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 if __name__ == "__main__":

@@ -78,3 +78,8 @@ def write_digits(folder: Path, count: int) -> None:
         path = folder / str(int(labels[row])) / f"{i:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(buffer.getvalue())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file in it, by path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -11,8 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from small_run import DIT_OVERRIDES
-from test_stage_ranks import contents
+from small_run import DIT_OVERRIDES, contents
 from test_tables import make_table
 
 import diffprune

@@ -6,7 +6,7 @@ import os
 import shutil
 
 import pytest
-from test_stage_ranks import contents
+from small_run import contents
 
 import diffprune
 from diffprune.errors import InputError

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_stage_ranks import contents
+from small_run import contents
 from worker_recipes import Squares, lines
 
 import diffprune

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_run import contents
 
 import diffprune
 from diffprune.kmeans import KMeans
@@ -32,10 +33,6 @@ def torchrun(processes: int, requests: list[dict], folder: Path) -> None:
         timeout=120,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def blobs() -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ import pytest
 pytest.importorskip("s3fs")
 from s3_server import Faults, Object, S3Server, serve
 from small_run import DIT_OVERRIDES
+from small_run import contents as local_contents
 
 import diffprune
 from diffprune.config import load_config
@@ -70,10 +71,6 @@ def upload(server: S3Server, folder: Path, name: str) -> str:
 def contents(server: S3Server, name: str) -> dict[str, bytes]:
     prefix = f"bucket/{name}/"
     return {key.removeprefix(prefix): one.data for key, one in server.objects.items() if key.startswith(prefix)}
-
-
-def local_contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def write_tar(path: Path, count: int, size: int, begin: str = "k") -> bytes:

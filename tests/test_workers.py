@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+from small_run import contents
 from test_encoding import damage_image
-from test_stage_ranks import contents
 
 import diffprune
 from diffprune.errors import DiskFullError, InputError

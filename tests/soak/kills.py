@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import small_run
 from children import ended, fork
 from small_run import DIT_OVERRIDES, VQVAE_OVERRIDES, SmallRun, write_digits
 
@@ -210,7 +211,7 @@ def finished(out: Path, pieces: str) -> dict[str, tuple]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file's bytes; of a log of training, without times."""
-    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    found = small_run.contents(folder)
     if "log.jsonl" in found:
         lines = [json.loads(line) for line in found["log.jsonl"].decode().splitlines()]
         told = [

@@ -27,6 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/soak"))
     parser.add_argument("--kills", type=int, default=50, help="in each stage")
+    parser.add_argument("--node-kills", type=int, default=12, help="of nodes of a Ray cluster")
     parser.add_argument("--mutations", type=int, default=100_000, help="of tars")
     parser.add_argument("--s3-seconds", type=int, default=180, help="of faults in an S3-compatible server")
     arguments = parser.parse_args()
@@ -36,8 +37,9 @@ def main() -> None:
     began = time.monotonic()
     for name, options, read in (
         ("kills", ["--kills", str(arguments.kills)], rows_of_kills),
+        ("ray_nodes", ["--kills", str(arguments.node_kills)], rows_as_told),
         ("fuzz_shards", ["--count", str(arguments.mutations)], rows_of_mutations),
-        ("s3_faults", ["--seconds", str(arguments.s3_seconds)], rows_of_faults),
+        ("s3_faults", ["--seconds", str(arguments.s3_seconds)], rows_as_told),
     ):
         module = f"tests.soak.{name}"
         if importlib.util.find_spec(module) is None:
@@ -81,7 +83,7 @@ def rows_of_mutations(told: dict[str, Any]) -> list[Row]:
     return [(f"mutated tars: {name}", count, count, 0) for name, count in sorted(told["outcomes"].items())]
 
 
-def rows_of_faults(told: dict[str, Any]) -> list[Row]:
+def rows_as_told(told: dict[str, Any]) -> list[Row]:
     return [(row["what"], row["tried"], row["survived"], row["lost"]) for row in told["rows"]]
 
 
