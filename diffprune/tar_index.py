@@ -304,7 +304,7 @@ def _text(raw: bytes) -> str | None:
 
 
 def _octal(field: bytes) -> int | None:
-    digits = field.strip(b" \0")
+    digits = field.rstrip(b" \0").lstrip(b" ")  # a NUL ends a field: nothing may follow it
     try:
         return int(digits, 8) if digits.isdigit() else None
     except ValueError:

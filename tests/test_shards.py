@@ -250,3 +250,20 @@ def test_an_old_header_is_a_folders_if_its_own_name_ends_in_a_slash(tmp_path, na
     assert [damage.message for damage in index.damage] == (
         [] if name == "old/" else ["a name without an extension belongs to no sample"]
     )
+
+
+@pytest.mark.parametrize("at", [124, 148])
+def test_digits_behind_a_nul_are_no_number(tmp_path, at):
+    """`tarfile` reads a size of 0 there, or a wrong checksum."""
+    path = write_tar(tmp_path / "a.tar", samples(2))
+    data = bytearray(path.read_bytes())
+    second = index_shard(path).samples[1].offset
+    header = data[second : second + 512]
+    header[at] = 0
+    if at != 148:
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+    data[second : second + 512] = header
+    path.write_bytes(data)
+    index = index_shard(path)
+    assert [sample.key for sample in index.samples] == ["00000"] and [d.offset for d in index.damage] == [second]
