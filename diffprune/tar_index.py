@@ -53,7 +53,7 @@ _RECORD = 20 * BLOCK  # what tar pads an archive to by default
 _MAX_EXTENDED_HEADER = 1 << 20
 _REGULAR, _OLD_REGULAR, _CONTIGUOUS, _FOLDER, _SPARSE = b"0\x007" + b"5S"
 _WITHOUT_DATA = frozenset(b"123456")  # links, devices, folders, FIFOs, whatever their size field says
-_EXTENDED = frozenset(b"LKxg")
+_EXTENDED = frozenset(b"LKxXg")
 _NUMBERS = (("mode", 100, 108), ("uid", 108, 116), ("gid", 116, 124), ("mtime", 136, 148))
 _NUMBERS += (("devmajor", 329, 337), ("devminor", 337, 345))
 _MOST_NUMBERS = 10_000
@@ -69,6 +69,11 @@ class _Extended:
     name: str | None = None
     size: int | None = None
     sparse: bool = False
+
+    def take(self, name: str | None, size: int | None) -> None:
+        """Of several that say it the first counts, as for tarfile."""
+        self.name = name if self.name is None else self.name
+        self.size = size if self.size is None else self.size
 
 
 @dataclass
@@ -185,11 +190,12 @@ class _Scan:
             self._tell(offset, None, f"an extended header of {length:,} bytes: damaged or cut")
             return 0
         if kind == ord("L"):
-            self.extended.name = _text(data.rstrip(b"\0"))
-            if self.extended.name is None:
+            name = _text(data.rstrip(b"\0"))
+            if name is None:
                 self._tell(offset, None, "a long name that is not UTF-8")
                 return 0
-        elif kind in b"xg":
+            self.extended.take(name, None)
+        elif kind in b"xXg":
             fields = _pax(data)
             size = None if fields is None else fields.get("size", "0")
             if fields is None or size is None or not _DECIMAL.fullmatch(size):
@@ -202,8 +208,7 @@ class _Scan:
                     return 0
             else:
                 self.extended.sparse |= sparse
-                self.extended.name = fields.get("path", self.extended.name)
-                self.extended.size = int(size) if "size" in fields else self.extended.size
+                self.extended.take(fields.get("path"), int(size) if "size" in fields else None)
         return body + padded(length)
 
     def _end(self, offset: int) -> None:
@@ -290,7 +295,7 @@ def _group(members: list[_RawMember], ignored: list[str]) -> tuple[SampleList, l
 
 def _name(header: bytes) -> str | None:
     name = header[:100].partition(b"\0")[0]
-    if header[345] and header[257:263] == b"ustar\0":
+    if header[345] and header[156] != _SPARSE:  # as tarfile, and so webdataset, joins them: whatever the header's magic
         prefix = header[345:500].partition(b"\0")[0]
         name = prefix + b"/" + name
     return _text(name)
@@ -338,7 +343,7 @@ def _pax(body: bytes) -> dict[str, str] | None:
         record = body[position + len(digits) + 1 : end]
         key, equals, value = record.removesuffix(b"\n").partition(b"=")
         text = _text(value)
-        if not equals or end > len(body) or text is None:
+        if not key or not equals or end > len(body) or not record.endswith(b"\n") or text is None:
             return None
         fields[key.decode("latin-1")] = text
         position = end

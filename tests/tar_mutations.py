@@ -213,7 +213,7 @@ def _agrees_with_tarfile(index: ShardIndex, data: bytes) -> None:
     """Of an archive in which nothing is wrong, every regular file is in a sample or listed, just as tarfile has it."""
     expected = Counter()
     try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:", errors="strict") as tar:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
             for member in tar:
                 if member.isreg():
                     expected[member.name, member.offset_data, member.size] += 1

@@ -267,3 +267,49 @@ def test_digits_behind_a_nul_are_no_number(tmp_path, at):
     path.write_bytes(data)
     index = index_shard(path)
     assert [sample.key for sample in index.samples] == ["00000"] and [d.offset for d in index.damage] == [second]
+
+
+def extended(kind: bytes, data: bytes) -> bytes:
+    info = tarfile.TarInfo("extended")
+    info.type, info.size = kind, len(data)
+    return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % 512)
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        [(b"x", b"14 path=b.png\n")],
+        [(b"X", b"14 path=b.png\n")],
+        [(b"L", b"b.png\0"), (b"x", b"14 path=c.png\n")],
+        [(b"x", b"14 path=b.png\n"), (b"L", b"c.png\0"), (b"x", b"10 size=9\n")],
+        [(b"x", b"10 size=7\n"), (b"x", b"10 size=9\n"), (b"L", b"b.png\0")],
+        [(b"L", b"b.png\0"), (b"L", b"c.png\0")],
+    ],
+)
+def test_extended_headers_mean_what_they_mean_to_tarfile(tmp_path, before):
+    path = write_tar(tmp_path / "a.tar", [("a.png", b"1234567"), ("z.png", b"")])
+    path.write_bytes(b"".join(extended(*one) for one in before) + path.read_bytes())
+    index = index_shard(path)
+    with tarfile.open(path) as tar:
+        expected = [(member.name, member.offset_data, member.size) for member in tar]
+    assert not index.damage and expected[0][0] == "b.png"
+    assert [(m.name, m.data_offset, m.size) for sample in index.samples for m in sample.members] == expected
+
+
+@pytest.mark.parametrize("record", [b"14 path=b.pngX", b"11 =b.png.\n", b"13 path=b.png\n"])
+def test_a_pax_record_that_tarfile_would_cut_or_pass_over_is_damage(tmp_path, record):
+    path = write_tar(tmp_path / "a.tar", [("a.png", b"1234567")])
+    path.write_bytes(extended(b"x", record) + path.read_bytes())
+    assert [damage.message for damage in index_shard(path).damage] == ["a malformed pax header"]
+
+
+@pytest.mark.parametrize("fmt", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT])
+def test_a_names_prefix_counts_as_for_tarfile(tmp_path, fmt):
+    path = write_tar(tmp_path / "a.tar", [("a.png", b"1234567")], fmt)
+    data = bytearray(path.read_bytes())
+    data[345:351] = b"folder"
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    path.write_bytes(data)
+    with tarfile.open(path) as tar:
+        assert index_shard(path).samples[0].key == "folder/a" and tar.getnames() == ["folder/a.png"]
