@@ -23,7 +23,7 @@ from diffprune.locks import folder_lock
 from diffprune.packing import BLOCK, brace_pattern, check_prefix
 from diffprune.plans import claim_folder
 from diffprune.progress import progress
-from diffprune.shards import Sample, ShardSpec, index_each, list_shards
+from diffprune.shards import SampleList, ShardIndex, ShardSpec, index_each, list_shards
 from diffprune.storage import AnyPath, as_path
 from diffprune.tables import read_table
 
@@ -214,20 +214,32 @@ def _check_samples(kept: str | Path, selection: _Selection, sources: Sequence[An
                     f"{path}: damaged at byte {damage.offset} (key {damage.key!r}): {damage.message}; "
                     "fetch or pack this shard again"
                 )
-            found = {sample.key: sample for sample in index.samples}
-            for row in range(start, stop):
-                key, offset, size = selection.keys[row], int(selection.offsets[row]), int(selection.sizes[row])
-                sample = found.get(key)
-                if sample is None or (sample.offset, sample.size) != (offset, size):
-                    raise _misplaced(kept, path, key, offset, size, sample, index.samples)
+            row = start + _first_misplaced(index.samples, selection, slice(start, stop))
+            if row < stop:
+                raise _misplaced(kept, index, selection, row)
             counts.append(len(index.samples))
             bar.advance()
     return counts
 
 
-def _misplaced(
-    kept: str | Path, path: AnyPath, key: str, offset: int, size: int, sample: Sample | None, samples: Sequence[Sample]
-) -> InputError:
+def _first_misplaced(samples: SampleList, selection: _Selection, own: slice) -> int:
+    """The first of the selection's ``own`` rows that is not just so among a shard's samples; as many as there are."""
+    offsets, sizes = samples.spans()
+    place = np.searchsorted(offsets, selection.offsets[own])
+    wrong = place == len(offsets)
+    place[wrong] = 0
+    if len(offsets):
+        wrong |= (offsets[place] != selection.offsets[own]) | (sizes[place] != selection.sizes[own])
+        keys = samples.keys
+        pairs = zip(place.tolist(), selection.keys[own], strict=True)
+        wrong |= np.array([keys[at] != key for at, key in pairs], bool)
+    return int(wrong.argmax()) if wrong.any() else len(wrong)
+
+
+def _misplaced(kept: str | Path, index: ShardIndex, selection: _Selection, row: int) -> InputError:
+    key, offset, size = selection.keys[row], int(selection.offsets[row]), int(selection.sizes[row])
+    path, samples = index.path, index.samples
+    sample = next((other for other in samples if other.key == key), None)
     there = next((f"key {short(other.key)}" for other in samples if other.offset == offset), "no sample")
     where = (
         "and the key nowhere in it" if sample is None else f"and the key at byte {sample.offset} ({sample.size} bytes)"

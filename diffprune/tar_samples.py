@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
-from typing import NamedTuple, overload
+from typing import NamedTuple, TypeVar, overload
 
 import numpy as np
 import pyarrow as pa
 
 BLOCK = 512
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+
+Size = TypeVar("Size", int, np.ndarray)
 
 _AT_A_TIME = 1024  # samples that become objects together
 
@@ -111,6 +113,12 @@ class SampleList(Sequence[Sample]):
         """All keys, in order."""
         return self._keys.to_pylist()
 
+    def spans(self) -> tuple[np.ndarray, np.ndarray]:
+        """Each sample's offset, ascending, and size: [n] int64."""
+        header_offset, data_offset, size = self._places
+        offset, last = header_offset[self._first[:-1]], self._first[1:] - 1
+        return offset, data_offset[last] + padded(size[last]) - offset
+
     def only(self, keys: Set[str]) -> SampleList:
         """Those of these keys, with the numbers that they have here."""
         rows = [row for row, key in enumerate(self.keys) if key in keys]
@@ -165,6 +173,6 @@ class SampleList(Sequence[Sample]):
         return samples
 
 
-def padded(size: int) -> int:
-    """``size`` bytes with what fills the last block of a tar."""
+def padded(size: Size) -> Size:
+    """``size`` bytes, or each of them, with what fills the last block of a tar."""
     return -(-size // BLOCK) * BLOCK

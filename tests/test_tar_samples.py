@@ -52,6 +52,10 @@ def test_each_sample_is_what_was_put_in(found) -> None:
     assert list(packed) == samples and packed == samples and len(packed) == len(samples)
     assert packed.keys == [sample.key for sample in samples]
     assert [packed[row] for row in range(len(samples))] == samples
+    assert [span.tolist() for span in packed.spans()] == [
+        [sample.offset for sample in samples],
+        [sample.size for sample in samples],
+    ]
     assert packed[1:4] == samples[1:4] and packed[::-2] == samples[::-2]
     assert list(pickle.loads(pickle.dumps(packed))) == samples
     assert list(SampleList.of_table(packed.table())) == samples
