@@ -167,16 +167,19 @@ def check(path: Path, items: list[Entry], fmt: str, steps: list[tuple[str, float
     data = mutate(original, steps)
     path.write_bytes(data)
     index = index_shard(path)
-    _is_consistent(index, data)
-    if index.damage:
-        outcome = "damage told"
-    else:
-        _agrees_with_tarfile(index, data)
-        outcome = "still whole" if index.samples else "no sample"
+    outcome = check_index(index, data)
     if not before.damage and {what for what, _, _ in steps} <= ACCIDENTS:
         _nothing_is_lost(index, data, before, original)
-    _every_sample_can_be_asked_for(index)
     return outcome
+
+
+def check_index(index: ShardIndex, data: bytes) -> str:
+    """The promises about any bytes whatever; what became of them."""
+    _is_consistent(index, data)
+    if not index.damage:
+        _agrees_with_tarfile(index, data)
+    _every_sample_can_be_asked_for(index)
+    return "damage told" if index.damage else "still whole" if index.samples else "no sample"
 
 
 def _is_consistent(index: ShardIndex, data: bytes) -> None:
@@ -217,6 +220,8 @@ def _agrees_with_tarfile(index: ShardIndex, data: bytes) -> None:
             for member in tar:
                 if member.isreg():
                     expected[member.name, member.offset_data, member.size] += 1
+            rest = data[tar.offset :]
+        assert not rest.strip(b"\0") and 2 * BLOCK <= len(rest) <= 22 * BLOCK, "not the end of an archive"
     except tarfile.ReadError:  # its first header is none to tarfile: then nothing may be found here either
         assert not expected
     found = Counter((m.name, m.data_offset, m.size) for sample in index.samples for m in sample.members)

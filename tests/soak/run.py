@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+NEEDED = {"ray_nodes": "ray", "fuzz_atheris": "atheris", "s3_faults": "s3fs"}
 Row = tuple[str, int, int, int]  # what, tried, survived, lost
 
 
@@ -39,11 +40,12 @@ def main() -> None:
         ("kills", ["--kills", str(arguments.kills)], rows_of_kills),
         ("ray_nodes", ["--kills", str(arguments.node_kills)], rows_as_told),
         ("fuzz_shards", ["--count", str(arguments.mutations)], rows_of_mutations),
+        ("fuzz_atheris", ["--runs", str(arguments.mutations)], rows_as_told),
         ("s3_faults", ["--seconds", str(arguments.s3_seconds)], rows_as_told),
     ):
         module = f"tests.soak.{name}"
-        if importlib.util.find_spec(module) is None:
-            print(f"{name}: not there, left out", flush=True)
+        if importlib.util.find_spec(NEEDED.get(name, "tests")) is None:
+            print(f"{name}: needs {NEEDED[name]}, left out", flush=True)
             continue
         told = arguments.out / f"{name}.json"
         told.unlink(missing_ok=True)
