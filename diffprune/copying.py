@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import TYPE_CHECKING, Union
 
 from diffprune.errors import InputError
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 Target = Union[int, "Writer"]  # a file descriptor, or an upload
 
 _COPY_BYTES = 4 << 20
+_FLUSHED_BYTES = 2 << 20
 # What a kernel or file system that cannot do it answers: then the next way is tried.
 _UNABLE = {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ENOTSOCK}
 
@@ -31,6 +34,7 @@ def copy_ranges(source: AnyPath, ranges: Iterable[tuple[int, int]], target: Targ
         _copy_through_memory(source, list(ranges), target)
         return
     ways = [way for name, way in _WAYS.items() if name == "read" or hasattr(os, name)]
+    flushed, new = os.lseek(target, 0, os.SEEK_CUR), 0
     with open(source, "rb", buffering=0) as file:
         for begin, end in ranges:
             while begin < end:
@@ -40,7 +44,10 @@ def copy_ranges(source: AnyPath, ranges: Iterable[tuple[int, int]], target: Targ
                     if len(ways) == 1 or error.errno not in _UNABLE:
                         raise
                     copied = 0
-                begin += copied
+                begin, new = begin + copied, new + copied
+                if new >= _FLUSHED_BYTES:
+                    _begin_to_flush(target, flushed, new)
+                    flushed, new = flushed + new, 0
                 if copied == 0:
                     if os.fstat(file.fileno()).st_size < end:
                         raise InputError(
@@ -50,6 +57,7 @@ def copy_ranges(source: AnyPath, ranges: Iterable[tuple[int, int]], target: Targ
                     if len(ways) == 1:
                         raise OSError(errno.EIO, f"{source}: no byte could be read at {begin}")
                     ways = ways[1:]
+    _begin_to_flush(target, flushed, new)
 
 
 def write_all(target: Target, data: bytes) -> None:
@@ -68,6 +76,25 @@ def _copy_through_memory(source: AnyPath, ranges: list[tuple[int, int]], target:
         for begin, end in ranges:
             for at in range(begin, end, _COPY_BYTES):
                 write_all(target, reader.span(at, min(_COPY_BYTES, end - at)))
+
+
+def _begin_to_flush(target: int, begin: int, size: int) -> None:
+    """Have the disk write while the rest is copied, or it idles until the fsync. Only Linux can, and need not."""
+    if size and (flush := _sync_file_range()) is not None:
+        flush(target, begin, size, _WRITE)
+
+
+_WRITE = 2  # SYNC_FILE_RANGE_WRITE: begin, and do not wait
+
+
+@lru_cache
+def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    try:
+        function = ctypes.CDLL(None).sync_file_range
+    except (OSError, AttributeError):
+        return None
+    function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return function
 
 
 def _copy_file_range(source: int, target: int, begin: int, size: int) -> int:

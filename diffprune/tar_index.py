@@ -90,13 +90,13 @@ class _Scan:
     numbers: set[tuple[bytes, bytes]] = field(default_factory=set)  # mode, owner and device fields that were right
 
     def run(self) -> None:
-        offset, base, window, gap = 0, 0, b"", 0
+        offset, base, window, widest = 0, 0, b"", 0  # the widest gap between headers since the last read
         near, far, apart = self.windows
         sums: dict[bytes, int] = {}  # checksum field -> the sum of a header with it
         while True:
             header = window[offset - base : offset - base + BLOCK]
             if len(header) < BLOCK:
-                base, window = offset, self.read(offset, far if gap > apart else near)
+                base, window, widest = offset, self.read(offset, far if widest > apart else near), 0
                 header = window[:BLOCK]
                 if len(header) < BLOCK:
                     self._tell(offset, None, "the file ends where a header or the closing zero blocks should be: cut")
@@ -110,7 +110,8 @@ class _Scan:
             end = self._plain(offset, header) or self._unusual(offset, header)
             if not end:
                 break
-            gap, offset = end - offset, end
+            widest = max(widest, end - offset)
+            offset = end
 
     def _plain(self, offset: int, header: bytes) -> int:
         """Take a plain file's header, as nearly all are, in few operations; returns 0 where there is more to it."""
