@@ -17,7 +17,7 @@ from small_run import DIT_OVERRIDES, VQVAE_OVERRIDES, write_digits
 from test_encoding import damage_image
 from typer.testing import CliRunner
 
-from diffprune.cli.app import app
+from diffprune.cli.app import app, with_ray_address
 from diffprune.shards import index_shard
 from diffprune.tables import read_folder
 
@@ -296,3 +296,17 @@ def test_doctor_says_what_runs_and_why_the_rest_does_not():
     for op, implementations in found["ops"].items():
         assert implementations["reference"] == "runs", op
     assert "kmeans_assign" in invoke("doctor").stdout
+
+
+@pytest.mark.parametrize(
+    "given, meant",
+    [
+        (["score", "x", "--ray"], ["score", "x", "--ray", "auto"]),
+        (["score", "--ray", "-o", "y"], ["score", "--ray", "auto", "-o", "y"]),
+        (["score", "--ray", "host:6379", "-o", "y"], ["score", "--ray", "host:6379", "-o", "y"]),
+        (["score", "--ray=host:6379"], ["score", "--ray=host:6379"]),
+        ([], []),
+    ],
+)
+def test_the_address_of_a_ray_cluster_can_be_left_out(given, meant):
+    assert with_ray_address(given) == meant

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -38,7 +39,15 @@ for panel, verbs in VERBS.items():
 
 def main() -> None:
     """Entry point of the ``diffprune`` command."""
-    app()
+    app(args=with_ray_address(sys.argv[1:]))
+
+
+def with_ray_address(arguments: list[str]) -> list[str]:
+    """``--ray`` without an address means ``--ray auto``: typer has no options whose value can be left out."""
+    given = []
+    for argument, following in zip(arguments, [*arguments[1:], "-"], strict=True):
+        given += [argument, "auto"] if argument == "--ray" and following.startswith("-") else [argument]
+    return given
 
 
 def _version(value: bool) -> None:

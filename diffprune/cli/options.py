@@ -33,7 +33,7 @@ Part = Annotated[
     typer.Option(help="Only the I-th of N parts of the shards, as 3/64, for a job array."),
 ]
 Ray = Annotated[
-    str | None, typer.Option(help="A Ray cluster's address, or auto: its actors take the shards, --workers of them.")
+    str | None, typer.Option(help="A Ray cluster's address, or none for this machine's: its actors take the shards.")
 ]
 MaxFailures = Annotated[int, typer.Option(min=0, help="Stop after so many failures in a row; 0: never.")]
 Resume = Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")]

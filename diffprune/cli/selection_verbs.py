@@ -93,7 +93,8 @@ def score(
     ray: Annotated[
         str | None,
         typer.Option(
-            help="A Ray cluster's address, or auto: its actors take the shards.", rich_help_panel="How it runs"
+            help="A Ray cluster's address, or none for this machine's: its actors take the shards.",
+            rich_help_panel="How it runs",
         ),
     ] = None,
     max_failures: Annotated[
