@@ -45,7 +45,7 @@ def main() -> None:
 def with_ray_address(arguments: list[str]) -> list[str]:
     """``--ray`` without an address means ``--ray auto``: typer has no options whose value can be left out."""
     given = []
-    for argument, following in zip(arguments, [*arguments[1:], "-"], strict=True):
+    for argument, following in zip(arguments, [*arguments, "-"][1:], strict=True):
         given += [argument, "auto"] if argument == "--ray" and following.startswith("-") else [argument]
     return given
 
