@@ -11,6 +11,7 @@ There is no state of a random generator in it: all of training's randomness is a
 
 from __future__ import annotations
 
+import errno
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -30,7 +31,7 @@ from diffprune.files import atomic_dir, read_json, sha256_file, write_json
 from diffprune.models.dit import DiT
 from diffprune.models.kl import KLAutoencoder, build_autoencoder
 from diffprune.models.vqvae import VQVAE
-from diffprune.storage import AnyPath, RemotePath, as_path, existing
+from diffprune.storage import AnyPath, RemotePath, as_path
 from diffprune.storage.folders import spool_folder
 from diffprune.storage.spool import kept_file, local_file
 from diffprune.weight_files import check_tensors, in_float32, read_weights
@@ -89,7 +90,8 @@ def load_start(path: str | Path, config: DitConfig, latents: Mapping[str, Any]) 
     """
     path = as_path(path)
     if not path.is_dir() and not (path / STATE_FILE).is_file():  # https:// has files, but no folders
-        return load_foreign_dit(path, config).state_dict(), sha256_file(path)
+        model, sha256 = _foreign_dit(path, config)
+        return model.state_dict(), sha256
     folder = list_checkpoints(path)[-1]
     state = read_state(folder)
     weights = "ema" if "ema.safetensors" in state["files"] else "model"
@@ -116,10 +118,16 @@ def load_foreign_dit(path: str | Path, config: DitConfig, device: torch.device |
     Raises:
         InputError: no such file, one that holds anything else, or tensors that do not fit ``config``.
     """
-    path = as_path(path)
-    with local_file(path) as file:
-        tensors = in_float32(read_weights(file, under=("ema",)))
-    return filled(lambda: DiT(**asdict(config)), tensors, path).to(device)
+    return _foreign_dit(as_path(path), config)[0].to(device)
+
+
+def _foreign_dit(path: AnyPath, config: DitConfig) -> tuple[DiT, str]:
+    try:
+        with local_file(path) as file:
+            tensors, sha256 = in_float32(read_weights(file, under=("ema",), name=path)), sha256_file(file)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    return filled(lambda: DiT(**asdict(config)), tensors, path), sha256
 
 
 def list_checkpoints(path: str | Path) -> list[AnyPath]:
@@ -142,8 +150,10 @@ def find_checkpoints(run_folder: str | Path) -> list[AnyPath]:
     steps = sorted((int(match[1]), name) for name in names if (match := _STEP.fullmatch(name)))
     found = [folder / name for _, name in steps]
     if isinstance(folder, RemotePath):  # those that came there whole
-        there = existing(path / STATE_FILE for path in found)
-        found = [path for path in found if path / STATE_FILE in there]
+        from diffprune.storage.clients import in_threads
+
+        whole = in_threads(RemotePath.is_file, [path / STATE_FILE for path in found])
+        found = [path for path, there in zip(found, whole, strict=True) if there]
     return found
 
 
@@ -169,6 +179,8 @@ def save_checkpoint(
             head = {"format_version": FORMAT_VERSION, "version": __version__, "files": files}
             write_json(temporary / STATE_FILE, {**state, **head})
     except (OSError, SafetensorError) as error:  # safetensors has no error of its own for a write that failed
+        if isinstance(folder, RemotePath) and getattr(error, "errno", errno.ENOSPC) not in (errno.ENOSPC, errno.EDQUOT):
+            raise
         needed = sum(value.nbytes for values in tensors.values() for value in values.values())
         free = shutil.disk_usage(run_folder if isinstance(run_folder, Path) else spool_folder()).free
         raise DiskFullError(
@@ -196,14 +208,17 @@ def read_state(checkpoint: AnyPath) -> dict[str, Any]:
     return state
 
 
-def read_tensors(checkpoint: AnyPath, state: Mapping[str, Any], name: str) -> dict[str, Tensor]:
-    """The tensors of ``<name>.safetensors`` on the CPU; InputError if it is missing or not the file that was saved."""
+def read_tensors(checkpoint: AnyPath, state: Mapping[str, Any], name: str, *, again: bool = False) -> dict[str, Tensor]:
+    """The tensors of ``<name>.safetensors`` on the CPU; InputError if it is missing or not the file that was saved.
+
+    ``again``: it may be read again by this process, so that a local copy of a URL's is worth keeping.
+    """
     path = checkpoint / f"{name}.safetensors"
     expected = state["files"].get(path.name)
     if expected is None:
         raise InputError(f"{checkpoint}: has no {path.name}; it has {', '.join(sorted(state['files']))}")
     try:
-        with kept_file(path) as file:
+        with (kept_file if again else local_file)(path) as file:
             if (found := sha256_file(file)) != expected:
                 raise InputError(f"{path}: damaged: expected sha256 {expected}, found {found}; use another checkpoint")
             return load_file(file)
@@ -221,7 +236,7 @@ def _load(
     if state["kind"] != kind:
         raise InputError(f"{folder}: expected a checkpoint of a {kind}, found one of a {state['kind']}")
     run = from_dict(kind, state["config"], str(folder / STATE_FILE))
-    tensors = read_tensors(folder, state, weights)
+    tensors = read_tensors(folder, state, weights, again=True)
     file = f"{weights}.safetensors"
     model = filled(lambda: build(run.model), tensors, folder / file)
     return model.to(device).eval(), {**state, "sha256": state["files"][file], "path": str(folder)}

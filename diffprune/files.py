@@ -71,8 +71,8 @@ def atomic_file(path: AnyPath, *, buffering: int = -1, sync_folder: bool = True)
 def atomic_dir(path: str | Path, *, last: str | None = None) -> Iterator[Path]:
     """Yield a temporary folder beside ``path``; it becomes ``path`` if the block ends without an exception.
 
-    A folder already at ``path`` is replaced. The files of a URL's become objects one by one, that of the name ``last``
-    after all others: it is the proof that they are there.
+    A folder already at ``path`` is replaced. Of a URL the files become objects one by one, in place of those of their
+    names, that of the name ``last`` after all others: it is the proof that they are there.
     """
     path = as_path(path)
     if isinstance(path, RemotePath):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +25,7 @@ from diffprune.errors import InputError
 from diffprune.files import read_json, sha256_file
 from diffprune.models.kl import KLAutoencoder, build_autoencoder
 from diffprune.models.vqvae import VQVAE
-from diffprune.storage import is_remote, local_path
+from diffprune.storage import as_path, is_remote, local_path
 from diffprune.weight_files import in_float32, read_weights
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -68,8 +69,9 @@ _ONLY = {"act_fn": ("silu", "swish"), "norm_type": ("group",)}
 
 def is_foreign_autoencoder(path: str | Path) -> bool:
     """Whether ``load_foreign_autoencoder`` is to read it: a file, or a folder with a ``config.json``."""
-    if is_remote(path):
-        return False
+    if is_remote(path):  # which then says that it cannot be one
+        remote = as_path(re.sub(r"@\d+$", "", os.fspath(path)))
+        return remote.suffix in _SUFFIXES or (remote / "config.json").is_file()
     path, _ = _split(path)
     if path.is_dir():
         return not (path / STATE_FILE).is_file() and _diffusers_folder(path) is not None

@@ -13,7 +13,7 @@ from torch import Tensor, distributed
 
 from diffprune.device import pick_device
 from diffprune.errors import InputError
-from diffprune.rank_talk import environment_number, leave
+from diffprune.rank_talk import PATIENCE, environment_number, leave
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ def training_ranks(device: str, batch_size: int) -> tuple[Ranks, torch.device]:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if not distributed.is_initialized():
-        distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        # With patience: while the first process writes a checkpoint to slow storage, the others wait in their next sum.
+        distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=PATIENCE)
         atexit.register(leave)
     return Ranks(distributed.get_rank(), size), chosen
 

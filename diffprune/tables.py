@@ -55,6 +55,7 @@ def base_table(
 
     ``notes`` say what is wrong with samples that are "ok" all the same; they stand in the column ``error`` too.
     """
+    samples = list(samples)  # a SampleList makes them anew each time
     columns = [
         [sample.key for sample in samples],
         [shard] * len(samples),

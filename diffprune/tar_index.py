@@ -58,6 +58,7 @@ _NUMBERS = (("mode", 100, 108), ("uid", 108, 116), ("gid", 116, 124), ("mtime", 
 _NUMBERS += (("devmajor", 329, 337), ("devminor", 337, 345))
 _MOST_NUMBERS = 10_000
 _DECIMAL = re.compile(r"[0-9]{1,19}")
+_NO_SUM = -(1 << 30)  # that no header has
 _OCTAL = re.compile(rb"\s*[0-7]*\s*")
 
 
@@ -186,9 +187,13 @@ class _Scan:
         body = offset + BLOCK
         if self.extended is None:
             self.extended = _Extended(offset)
-        data = self.read(body, length) if length <= _MAX_EXTENDED_HEADER else b""
+        data = self.read(body, padded(length)) if length <= _MAX_EXTENDED_HEADER else b""
         if len(data) < length:
             self._tell(offset, None, f"an extended header of {length:,} bytes: damaged or cut")
+            return 0
+        data, padding = data[:length], data[length:]
+        if padding.strip(b"\0"):  # which tarfile reads too, and stops at
+            self._tell(offset, None, "an extended header whose padding is not zeros: damaged")
             return 0
         if kind == ord("L"):
             name = _text(data.rstrip(b"\0"))
@@ -356,7 +361,8 @@ def _checksum_is_right(header: bytes, sums: dict[bytes, int]) -> bool:
     stored = header[148:156]
     expected = sums.get(stored)
     if expected is None:
-        expected = sums[stored] = (_number(stored) or 0) + sum(stored) - 8 * 32  # the field itself counts as spaces
+        number = _number(stored)  # the field itself counts as spaces
+        expected = sums[stored] = _NO_SUM if number is None else number + sum(stored) - 8 * 32
     # the low half of Adler-32 is 1 + the sum of the bytes, exact for 256 bytes, and much faster than any other sum
     found = (adler32(header[:256]) & 0xFFFF) + (adler32(header[256:]) & 0xFFFF) - 2
     return found == expected or found - 256 * _high(header) == expected - 256 * _high(stored)  # some sum signed bytes

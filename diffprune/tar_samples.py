@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
+from operator import eq
 from typing import NamedTuple, TypeVar, overload
 
 import numpy as np
@@ -152,7 +153,7 @@ class SampleList(Sequence[Sample]):
         return [self._between(number, number + 1)[0] for number in numbers]
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and len(self) == len(other) and all(map(Sample.__eq__, self, other))
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
 
     __hash__ = None  # type: ignore[assignment]
 

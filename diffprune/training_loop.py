@@ -65,6 +65,8 @@ def _train(
     checkpoint, state = _last_checkpoint(objective, run, out, resume)
     ranks.wait()  # nobody writes before everyone has looked
     first_step = state["step"] if state else 0
+    if len(steps := set(ranks.gathered_objects(first_step))) > 1:
+        raise ResumeError(f"{out}: its processes saw different last checkpoints: of steps {sorted(steps)}; run again")
     bfloat16 = _use_bfloat16(train.precision, objective.device)
     operations = step_operations(objective.forward_of_one)
     report = {
@@ -110,6 +112,7 @@ def _train(
             try:
                 loss, grad_norm = learner.step(draw)
             except Stopped as stopped:
+                log.keep()
                 if ranks.rank == 0:
                     last = None if checkpoint is None else str(checkpoint)
                     write_json(out / STOPPED_FILE, {**stopped.details, "last_checkpoint": last})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import struct
 import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffprune.errors import InputError
+from diffprune.storage import AnyPath
 
 # Lightning's .ckpt files have its callbacks' classes as keys of a dictionary beside the state dict, and in their state
 # numbers of NumPy's.
@@ -22,7 +24,8 @@ _LIGHTNING += ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
 
 
 # What torch.load raises for bytes that are no checkpoint, or half of one (EINVAL, for a seek before the file's start).
-_DAMAGED = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, OSError)
+_DAMAGED = (pickle.UnpicklingError, struct.error, RuntimeError, EOFError, ValueError, KeyError, TypeError)
+_DAMAGED += (AttributeError, OSError)
 
 
 class Inert:
@@ -33,32 +36,33 @@ class Inert:
     def __setstate__(self, _: object) -> None: ...
 
 
-def read_weights(path: Path, under: Sequence[str] = ()) -> dict[str, Tensor]:
+def read_weights(path: Path, under: Sequence[str] = (), name: AnyPath | None = None) -> dict[str, Tensor]:
     """The state dict of a ``.safetensors`` file, or of a ``.pt``, ``.pth`` or ``.ckpt``, on the CPU.
 
     A ``.pt`` is a pickle: only tensors and plain containers are accepted (``weights_only=True``), never code; what
     Lightning leaves beside them is read as names that mean nothing. ``under``: names that the state dict may lie under,
-    the first found is taken.
+    the first found is taken. ``name``: what errors call the file.
 
     Raises: InputError for a file that is missing, damaged, or holds anything else.
     """
+    name = name or path
     if not path.is_file():
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{name}: no such file")
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
         except SafetensorError as error:
-            raise InputError(f"{path}: not a readable safetensors file ({error})") from error
+            raise InputError(f"{name}: not a readable safetensors file ({error})") from error
     try:
         with _lightning_names(path):
             tensors = torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGED as error:
         reason = str(error).partition("\n")[0]
-        raise InputError(f"{path}: expected a state dict of tensors and nothing else ({reason})") from error
+        raise InputError(f"{name}: expected a state dict of tensors and nothing else ({reason})") from error
     if isinstance(tensors, dict):
         tensors = next((tensors[name] for name in under if isinstance(tensors.get(name), dict)), tensors)
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise InputError(f"{path}: expected a state dict of tensors, found {type(tensors).__name__}")
+        raise InputError(f"{name}: expected a state dict of tensors, found {type(tensors).__name__}")
     return dict(tensors)
 
 

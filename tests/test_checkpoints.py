@@ -204,9 +204,10 @@ def test_a_foreign_state_dict_loads_and_nothing_else_does(tmp_path, monkeypatch)
     torch.save({"ema": Payload()}, tmp_path / "hostile.pt")
     (tmp_path / "noise.pt").write_bytes(bytes(range(256)) * 4)
     (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "junk.pt").write_bytes(b"junk")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "plain.pt").read_bytes()[:900])
     torch.save([1, 2], tmp_path / "list.pt")
-    for name in ("hostile.pt", "noise.pt", "empty.pt", "cut.pt", "list.pt"):
+    for name in ("hostile.pt", "noise.pt", "empty.pt", "junk.pt", "cut.pt", "list.pt"):
         with pytest.raises(InputError, match=f"{name}: expected a state dict of tensors"):
             load_foreign_dit(tmp_path / name, DIT)
     assert not (tmp_path / "owned").exists()

@@ -313,3 +313,40 @@ def test_a_names_prefix_counts_as_for_tarfile(tmp_path, fmt):
     path.write_bytes(data)
     with tarfile.open(path) as tar:
         assert index_shard(path).samples[0].key == "folder/a" and tar.getnames() == ["folder/a.png"]
+
+
+@pytest.mark.parametrize(
+    "kind, data, at",
+    [
+        (b"x", b"14 path=b.png\n", 14),  # Python 3.13's tarfile stops at it, and says nothing
+        (b"L", b"b.png", 5),  # a letter more of the name, to tarfile
+        (b"x", b"10 size=7\n", 10),
+    ],
+)
+def test_an_extended_headers_padding_is_zeros(tmp_path, kind, data, at):
+    path = write_tar(tmp_path / "a.tar", [("a.png", b"1234567")])
+    before = bytearray(extended(kind, data) + path.read_bytes())
+    path.write_bytes(before)
+    assert not index_shard(path).damage
+    for padding in (b"x", b"14 path=c.png\n"):
+        changed = before.copy()
+        changed[512 + at : 512 + at + len(padding)] = padding
+        path.write_bytes(changed)
+        index = index_shard(path)
+        assert [(one.offset, one.message) for one in index.damage] == [
+            (0, "an extended header whose padding is not zeros: damaged")
+        ]
+        assert index.samples == []
+
+
+def test_a_checksum_that_is_no_number_is_right_for_no_header(tmp_path):
+    """Even where the signed sum of all other bytes is that of none."""
+    path = write_tar(tmp_path / "a.tar", [("a.png", b"1234567")])
+    data = bytearray(path.read_bytes())
+    data[148:156] = b"garbage!"
+    signed = sum(byte - 256 * (byte > 127) for byte in data[:148] + data[156:512])
+    low, rest = divmod(-256 - signed, -128)
+    data[157 : 157 + low] = b"\x80" * low
+    data[157 + low] = rest % 256
+    path.write_bytes(data)
+    assert [one.message for one in index_shard(path).damage] == ["a tar header whose checksum is wrong: damaged"]

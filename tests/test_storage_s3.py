@@ -23,7 +23,8 @@ import diffprune
 from diffprune.config import load_config
 from diffprune.decode import read_batches
 from diffprune.errors import InputError, RemoteError, ResumeError
-from diffprune.files import atomic_file
+from diffprune.files import atomic_dir, atomic_file
+from diffprune.learner import Learner, Stopped
 from diffprune.shards import ShardReader, index_shard, index_shards, list_shards
 from diffprune.storage import as_path, clients, folders, reading, retries, writing
 from diffprune.storage.s3 import S3Client
@@ -434,6 +435,55 @@ def test_a_run_killed_between_objects_goes_on(s3, small_run, tmp_path):
         found = contents(s3, f"run{stop}")
         assert found.keys() == expected.keys()
         assert {name for name in found if found[name] != expected[name]} <= {"log.jsonl"}
+
+
+def test_a_run_in_storage_that_stops_itself_keeps_its_log(s3, small_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(Learner, "step", exploding_at(4, Learner.step))
+    steps = ["train.steps=9", "train.checkpoint_every=3", "train.log_every=1"]
+    with pytest.raises(Stopped):
+        diffprune.train_dit(load_config(None, "dit", [*DIT_OVERRIDES, *steps]), small_run.latents, "s3://bucket/run")
+    found = contents(s3, "run")
+    assert len(found["log.jsonl"].splitlines()) == 4
+    assert json.loads(found["stopped.json"])["last_checkpoint"] == "s3://bucket/run/step_00000003"
+
+
+def exploding_at(stop, step):
+    def one(self, draw):
+        if draw.step == stop:
+            raise Stopped("loss", {"step": draw.step})
+        return step(self, draw)
+
+    return one
+
+
+def test_a_checkpoint_that_is_written_again_is_not_there_in_between(s3, monkeypatch):
+    url = as_path("s3://bucket/run/step_00000001")
+    for text in ("first", "second"):
+        with atomic_dir(url, last="state.json") as folder:
+            for name in ("state.json", "model.safetensors"):  # the last one is not the last that is made
+                (folder / name).write_text(text)
+        assert contents(s3, "run/step_00000001") == {
+            name: text.encode() for name in ("state.json", "model.safetensors")
+        }
+    order = [(method, path.partition("?")[0].rpartition("/")[2]) for method, path, _ in s3.requests if method != "HEAD"]
+    again = [("PUT", "model.safetensors"), ("PUT", "state.json")]
+    assert order == [*again, ("DELETE", "state.json"), *again]
+
+
+def test_other_programs_weights_in_storage(s3, small_run, tmp_path):
+    [last] = list(small_run.surrogate.glob("step_*"))[-1:]
+    s3.objects["bucket/dit.safetensors"] = Object((last / "ema.safetensors").read_bytes())
+    config = load_config(None, "dit", [*DIT_OVERRIDES, "train.steps=1"])
+    options = {"start_from": "s3://bucket/dit.safetensors"}
+    diffprune.train_dit(config, small_run.latents, tmp_path / "run", **options)
+    s3.objects["bucket/dit.safetensors"] = Object(b"junk")
+    with pytest.raises(InputError, match=r"s3://bucket/dit.safetensors: not a readable safetensors file"):
+        diffprune.train_dit(config, small_run.latents, tmp_path / "other", **options)
+    with pytest.raises(InputError, match=r"s3://bucket/none.pt: no such file"):
+        diffprune.train_dit(config, small_run.latents, tmp_path / "other", start_from="s3://bucket/none.pt")
+    for url in ("s3://bucket/kl-f8.ckpt@512", "s3://bucket/dit.safetensors"):
+        with pytest.raises(InputError, match=f"{url.partition('@')[0]}.* cannot be a URL yet"):
+            diffprune.encode(small_run.shards, url, tmp_path / "latents")
 
 
 def test_what_cannot_be_remote_yet_says_so(s3, small_run, tmp_path):

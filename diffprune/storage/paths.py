@@ -6,7 +6,6 @@ import fnmatch
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -167,8 +166,9 @@ class RemotePath(os.PathLike):
     def unlink(self, missing_ok: bool = False) -> None:
         from diffprune.storage.clients import client_of
 
-        with suppress(*[FileNotFoundError] if missing_ok else []):
-            client_of(self).delete(self)
+        if missing_ok and not self.is_file():  # deleting may be denied, or leave a mark, where there is nothing
+            return
+        client_of(self).delete(self)
 
     def _listed(self, begin: str = "") -> dict[str, Stat | None]:
         """Names in this folder that begin so: what is known of objects, None for folders."""

@@ -93,15 +93,20 @@ def kill_nodes(
     tried, lost = 0, 0
     while tried < -(-arguments.kills // 3):
         out, node = root / f"{name}-ray", nodes.pop(rng.randrange(len(nodes)))
-        timer = threading.Timer(rng.uniform(0, took), cluster.remove_node, [node], {"allow_graceful": False})
+        killed: list[Any] = []
+
+        def kill(node: Any = node, killed: list[Any] = killed) -> None:
+            killed.append(node)
+            cluster.remove_node(node, allow_graceful=False)
+
+        timer = threading.Timer(rng.uniform(0, took), kill)
         timer.start()
         run(out, True)
-        hit = timer.finished.is_set()
         timer.cancel()
         timer.join()
         lost += contents(out) != expected
         shutil.rmtree(out)
-        if hit:
+        if killed:
             tried += 1
             node = cluster.add_node(**NODE)
         nodes.append(node)
