@@ -38,5 +38,6 @@ for request in json.loads(Path(sys.argv[1]).read_text()):
         answer = train(config, request["data"], request["out"], **options)
     except DiffpruneError as error:
         answer = {"error": str(error)}
-    Path(request["out"]).mkdir(parents=True, exist_ok=True)
-    Path(request["out"], f"report-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(answer))
+    reports = Path(request.get("reports", request["out"]))
+    reports.mkdir(parents=True, exist_ok=True)
+    (reports / f"report-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(answer))

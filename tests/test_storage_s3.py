@@ -18,6 +18,7 @@ pytest.importorskip("s3fs")
 from s3_server import Faults, Object, S3Server, serve
 from small_run import DIT_OVERRIDES
 from small_run import contents as local_contents
+from test_training_ranks import dit, torchrun
 
 import diffprune
 from diffprune.config import load_config
@@ -445,6 +446,19 @@ def test_a_run_in_storage_that_stops_itself_keeps_its_log(s3, small_run, tmp_pat
     found = contents(s3, "run")
     assert len(found["log.jsonl"].splitlines()) == 4
     assert json.loads(found["stopped.json"])["last_checkpoint"] == "s3://bucket/run/step_00000003"
+
+
+def test_two_processes_train_into_storage(s3, small_run, tmp_path):
+    url, every = "s3://bucket/run", ("train.checkpoint_every=2", "train.log_every=1")
+    requests = [
+        dit(small_run, out, f"train.steps={steps}", *every, reports=str(tmp_path / "reports"))
+        for out, steps in ((tmp_path / "run", 4), (url, 2), (url, 4))
+    ]
+    torchrun(tmp_path / "requests", 2, *requests)
+    found, expected = contents(s3, "run"), local_contents(tmp_path / "run")
+    assert found.keys() == expected.keys()
+    different = {name for name in found if found[name] != expected[name]}
+    assert different <= {"log.jsonl", "step_00000002/state.json"}  # of images per second; of a run of 2 steps
 
 
 def exploding_at(stop, step):
