@@ -48,12 +48,12 @@ def run(
 
 def config(own: str, size: int, itemsize: int, gpu: Gpu) -> tuple[dict[str, int], dict[str, int]]:
     """ROWS queries against COLUMNS keys, of which a program has the ``own`` ones; warps and pipeline stages."""
-    other = "COLUMNS" if own == "ROWS" else "ROWS"
+    other, hopper = "COLUMNS" if own == "ROWS" else "ROWS", gpu.capability >= 90
     if itemsize == 4:
-        height, warps = (32, 4) if size <= 72 else (16, 8)
-        return {own: height, other: 16}, {"num_warps": warps, "num_stages": 1}
-    many = size <= (64 if gpu.capability < 90 else 96)  # more would spill registers
-    return {own: 128, other: 64 if many else 32}, {"num_warps": 8, "num_stages": 2 if size > 32 else 3}
+        warps = 4 if size <= (72 if hopper else 96) else 8
+        return {own: 32 if size <= 72 else 16, other: 16}, {"num_warps": warps, "num_stages": 1}
+    many = size <= (96 if hopper else 64)  # more would spill registers, as a third stage does before Hopper
+    return {own: 128, other: 64 if many else 32}, {"num_warps": 8, "num_stages": 3 if hopper and size <= 32 else 2}
 
 
 def aot_cases() -> Iterator[Case]:

@@ -111,7 +111,10 @@ def config(rows: int, width: int, depth: int, itemsize: int, gpu: Gpu) -> Tile:
     """How the product [rows, width] is tiled. ``itemsize``: bytes of the elements that are multiplied."""
     if itemsize == 4:
         return Tile(128, 64, 16, {"num_warps": 8, "num_stages": 2})
-    return product_tile(rows, width, depth, gpu)
+    tile = product_tile(rows, width, depth, gpu)
+    if gpu.capability >= 100 and tile.rows * tile.columns == 128 * 128:
+        tile.options["num_warps"] = 8  # the sums leave tensor memory all at once: too many registers for four warps
+    return tile
 
 
 def aot_cases() -> Iterator[Case]:
