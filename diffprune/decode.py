@@ -136,9 +136,8 @@ def load_images(
 ) -> tuple[pa.Table, np.ndarray]:
     """Read whole shards into memory: (base table, images uint8 [N, C, size, size]), row-aligned, in shard order.
 
-    ``size``, ``channels``, ``strict`` and ``max_pixels`` as in ``Decoding``.
-    ``keys`` restrict it; a key that is in no shard raises InputError. Failed samples are
-    in the table with their error, and zero in the array.
+    ``size``, ``channels``, ``strict`` and ``max_pixels`` as in ``Decoding``. ``keys`` restrict it; a key that is in no
+    shard raises InputError. Failed samples are in the table with their error, and zero in the array.
     """
     import pyarrow as pa
 

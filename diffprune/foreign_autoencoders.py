@@ -25,7 +25,7 @@ from diffprune.errors import InputError
 from diffprune.files import read_json, sha256_file
 from diffprune.models.kl import KLAutoencoder, build_autoencoder
 from diffprune.models.vqvae import VQVAE
-from diffprune.storage import as_path, is_remote, local_path
+from diffprune.storage import AnyPath, RemotePath, as_path, local_path
 from diffprune.weight_files import in_float32, read_weights
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -69,10 +69,9 @@ _ONLY = {"act_fn": ("silu", "swish"), "norm_type": ("group",)}
 
 def is_foreign_autoencoder(path: str | Path) -> bool:
     """Whether ``load_foreign_autoencoder`` is to read it: a file, or a folder with a ``config.json``."""
-    if is_remote(path):  # which then says that it cannot be one
-        remote = as_path(re.sub(r"@\d+$", "", os.fspath(path)))
-        return remote.suffix in _SUFFIXES or (remote / "config.json").is_file()
     path, _ = _split(path)
+    if isinstance(path, RemotePath):  # which then says that it cannot be one
+        return path.suffix in _SUFFIXES or (path / "config.json").is_file()
     if path.is_dir():
         return not (path / STATE_FILE).is_file() and _diffusers_folder(path) is not None
     return path.is_file() or path.suffix in _SUFFIXES
@@ -118,12 +117,12 @@ def load_foreign_autoencoder(
     return model.to(device), {"sha256": sha256, "path": str(path), "format": what}
 
 
-def _split(path: str | Path) -> tuple[Path, int | None]:
+def _split(path: str | os.PathLike) -> tuple[AnyPath, int | None]:
     """PATH@SIZE -> path and size."""
-    match = _SIZED.fullmatch(str(path))
-    if match is None or Path(path).exists():
-        return Path(path), None
-    return Path(match[1]), int(match[2])
+    match, given = _SIZED.fullmatch(os.fspath(path)), as_path(path)
+    if match is None or given.exists():
+        return given, None
+    return as_path(match[1]), int(match[2])
 
 
 def _diffusers_folder(path: Path) -> Path | None:

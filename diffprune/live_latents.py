@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from copy import copy
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,9 +87,7 @@ class LiveLatents:
         """
         images, wanted = copy(self._images), None if kept is None else kept_keys(kept)
         if wanted is not None:
-            images.indexes = {
-                stem: replace(index, samples=index.samples.only(wanted)) for stem, index in images.indexes.items()
-            }
+            images.indexes = {stem: index.only(wanted) for stem, index in images.indexes.items()}
         if twins:
             images.network = with_twins(images.network)
             images.row_shape = (2, *images.row_shape)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +62,10 @@ class ShardIndex:
     ignored: list[str]
     size: int
     version: str | None = field(default=None, compare=False)
+
+    def only(self, keys: Set[str]) -> ShardIndex:
+        """The index of these samples alone, with the numbers that they have in the shard."""
+        return replace(self, samples=self.samples.only(keys))
 
 
 def list_shards(spec: ShardSpec) -> list[AnyPath]:

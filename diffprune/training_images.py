@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,7 +97,7 @@ class StreamedImages:
 
     def __init__(self, indexes: Sequence[ShardIndex], keys: Sequence[str], decoding: Decoding) -> None:
         wanted = frozenset(keys)
-        self.indexes = [replace(index, samples=index.samples.only(wanted)) for index in indexes]
+        self.indexes = [index.only(wanted) for index in indexes]
         self.ends = np.cumsum([len(index.samples) for index in self.indexes])
         self.decoding = decoding
         self._pool = ThreadPoolExecutor(decoding_threads(), thread_name_prefix="decode")

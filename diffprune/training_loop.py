@@ -63,8 +63,8 @@ def _train(
     if train.tensorboard:
         summary_writer()  # told before the work, and by every process
     checkpoint, state = _last_checkpoint(objective, run, out, resume)
-    ranks.wait()  # nobody writes before everyone has looked
     first_step = state["step"] if state else 0
+    # Nobody writes before everyone has looked.
     if len(steps := set(ranks.gathered_objects(first_step))) > 1:
         raise ResumeError(f"{out}: its processes saw different last checkpoints: of steps {sorted(steps)}; run again")
     bfloat16 = _use_bfloat16(train.precision, objective.device)

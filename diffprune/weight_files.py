@@ -60,7 +60,7 @@ def read_weights(path: Path, under: Sequence[str] = (), name: AnyPath | None = N
         reason = str(error).partition("\n")[0]
         raise InputError(f"{name}: expected a state dict of tensors and nothing else ({reason})") from error
     if isinstance(tensors, dict):
-        tensors = next((tensors[name] for name in under if isinstance(tensors.get(name), dict)), tensors)
+        tensors = next((tensors[one] for one in under if isinstance(tensors.get(one), dict)), tensors)
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise InputError(f"{name}: expected a state dict of tensors, found {type(tensors).__name__}")
     return dict(tensors)

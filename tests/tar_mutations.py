@@ -117,6 +117,12 @@ VALUES = [
 ]
 
 
+def set_checksum(data: bytearray, at: int = 0) -> None:
+    """Make the checksum of the header there right."""
+    data[at + 148 : at + 156] = b" " * 8
+    data[at + 148 : at + 156] = b"%06o\0 " % sum(data[at : at + BLOCK])
+
+
 def mutate(data: bytes, steps: list[tuple[str, float, float]]) -> bytes:
     """Damage a tar in the given steps; "field", "size" and "sum" leave a valid checksum, as an attacker would."""
     for what, where, much in steps:
@@ -150,8 +156,7 @@ def mutate(data: bytes, steps: list[tuple[str, float, float]]) -> bytes:
             value = VALUES[int(much * 997) % len(VALUES)][:width]
             header = bytearray(data[block : block + BLOCK].ljust(BLOCK, b"\0"))
             header[start : start + width] = value.ljust(width, b"\0")
-            header[148:156] = b" " * 8
-            header[148:156] = b"%06o\0 " % sum(header)
+            set_checksum(header)
             data = data[:block] + bytes(header) + data[block + BLOCK :]
     return data
 

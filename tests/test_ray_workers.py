@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import time
-from pathlib import Path
 
 import pytest
+from ray_cluster import three_nodes
 from small_run import contents
 from worker_recipes import Squares, lines
 
@@ -14,7 +13,7 @@ import diffprune
 from diffprune.errors import InputError, WorkerError
 from diffprune.local_workers import Task
 
-ray = pytest.importorskip("ray")
+pytest.importorskip("ray")
 MODEL = """
 import time
 from pathlib import Path
@@ -29,23 +28,10 @@ embed.image_size = 4
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    from ray.cluster_utils import Cluster
-
     models = tmp_path_factory.mktemp("models")
     (models / "slow_model.py").write_text(MODEL)
-    tests = Path(__file__).parent
-    before = dict(os.environ)
-    os.environ |= {"PYTHONPATH": os.pathsep.join(map(str, (models, tests.parent, tests))), "OMP_NUM_THREADS": "1"}
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-    options = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
-    made = Cluster(initialize_head=True, head_node_args=options)
-    del options["include_dashboard"]
-    nodes = [made.add_node(**options) for _ in range(2)]
-    yield made, nodes, models
-    ray.shutdown()
-    made.shutdown()
-    os.environ.clear()
-    os.environ.update(before)
+    with three_nodes(models) as (made, nodes):
+        yield made, nodes, models
 
 
 def test_the_bytes_are_those_of_one_process(small_run, cluster, tmp_path):

@@ -14,7 +14,7 @@ import tracemalloc
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tar_mutations import FORMATS, Entry, build, check, contents, mutations
+from tar_mutations import FORMATS, Entry, build, check, contents, mutations, set_checksum
 
 from diffprune.decode import read_batches
 from diffprune.errors import InputError
@@ -117,8 +117,7 @@ def test_extended_headers_without_a_member_are_told(path):
 def test_a_gnu_sparse_member_is_told_and_what_follows_is_found(path):
     sparse = bytearray(build([Entry("s.png", b"x" * 700, kind=b"S")], "gnu")[: 512 * 3])
     sparse[482] = 1  # one more block of the map of holes
-    sparse[148:156] = b" " * 8
-    sparse[148:156] = b"%06o\0 " % sum(sparse[:512])
+    set_checksum(sparse)
     path.write_bytes(bytes(sparse[:512]) + bytes(512) + bytes(sparse[512:]) + build(SAMPLES, "gnu"))
     index = index_shard(path)
     assert ["sparse" in damage.message for damage in index.damage] == [True]
@@ -181,8 +180,7 @@ def test_a_size_that_is_neither_octal_nor_positive_base_256_is_damage(tmp_path):
     for first in range(128, 256):
         data = bytearray(build([link, last], "gnu"))
         data[124:136] = bytes([first]) + bytes(11)
-        data[148:156] = b" " * 8
-        data[148:156] = b"%06o\0 " % sum(data[:512])
+        set_checksum(data)
         path.write_bytes(data)
         index = index_shard(path)
         assert [sample.key for sample in index.samples] == (["c"] if first == 128 else [])

@@ -438,6 +438,18 @@ def test_a_run_killed_between_objects_goes_on(s3, small_run, tmp_path):
         assert {name for name in found if found[name] != expected[name]} <= {"log.jsonl"}
 
 
+def test_a_report_shows_logs_and_pictures_from_storage(s3, small_run, tmp_path):
+    run = upload(s3, small_run.surrogate, "run")
+    pages = []
+    for name, folder in (("local", small_run.surrogate), ("remote", run)):
+        told = {"logs": {"a": f"{folder}/log.jsonl"}, "samples": {"b": f"{folder}/loss.png"}}
+        diffprune.report(tmp_path / f"{name}.html", scores=[small_run.scores], **told)
+        pages.append((tmp_path / f"{name}.html").read_text().replace(str(folder), "RUN"))
+    assert pages[0] == pages[1] and "data:image/png" in pages[0]
+    with pytest.raises(InputError, match=r"s3://bucket/run/none.jsonl: not a readable log"):
+        diffprune.report(tmp_path / "x.html", scores=[small_run.scores], logs={"a": f"{run}/none.jsonl"})
+
+
 def test_a_run_in_storage_that_stops_itself_keeps_its_log(s3, small_run, tmp_path, monkeypatch):
     monkeypatch.setattr(Learner, "step", exploding_at(4, Learner.step))
     steps = ["train.steps=9", "train.checkpoint_every=3", "train.log_every=1"]

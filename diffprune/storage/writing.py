@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 from diffprune.errors import DiffpruneError, RemoteError
 from diffprune.storage.clients import client_of, refuse_writing
@@ -53,8 +53,7 @@ def writing_file(path: RemotePath) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=spool_folder()) as folder:
         local = Path(folder) / path.name
         yield local
-        with open(local, "rb") as file, writing(path) as target:
-            copy(file, target)
+        _send(local, path)
 
 
 @contextmanager
@@ -66,13 +65,17 @@ def writing_folder(path: RemotePath, last: str | None) -> Iterator[Path]:
         if last:
             (path / last).unlink(missing_ok=True)
         for local in sorted(Path(folder).iterdir(), key=lambda local: (local.name == last, local.name)):
-            with open(local, "rb") as file, writing(path / local.name) as target:
-                copy(file, target)
+            _send(local, path / local.name)
 
 
-def copy(source: BinaryIO, target: Writer) -> None:
-    while data := source.read(4 << 20):
-        target.write(data)
+def _send(local: Path, path: RemotePath) -> None:
+    client = client_of(path)
+    if not isinstance(client, S3Client):
+        client.put(path, local)
+        return
+    with open(local, "rb") as file, _Upload(client, path) as upload:
+        while data := file.read(4 << 20):
+            upload.write(data)
 
 
 class _Upload:

@@ -8,7 +8,6 @@ Hypothesis has shrunk it to. Needs the packages of the extra ``test``.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
@@ -23,6 +22,7 @@ from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from soak_options import soak_parser
 from tar_mutations import FORMATS, check, contents, mutations
 
 MAX_SECONDS = 5.0  # of CPU for one tar of a few kilobytes
@@ -31,11 +31,9 @@ ROUND = 2000  # Hypothesis keeps a tree of what it has tried
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = soak_parser(__doc__)
     parser.add_argument("--count", type=int, default=100_000, help="mutated tars to try")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--json", type=Path, help="also write the counts there")
     arguments = parser.parse_args()
     starts = range(0, arguments.count, ROUND)
     seeds = [arguments.seed * 1_000_003 + number for number in range(len(starts))]

@@ -10,7 +10,6 @@ form.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -28,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import small_run
 from children import ended, fork
 from small_run import DIT_OVERRIDES, VQVAE_OVERRIDES, SmallRun, write_digits
+from soak_options import soak_parser
 
 SHARDS = 6
 METHODS = ("loss", "el2n", "grand", "moso", "monotonicity", "random")
@@ -236,12 +236,10 @@ def finish(stage: Stage, out: Path, workers: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = soak_parser(__doc__)
     parser.add_argument("--kills", type=int, default=50, help="of each stage: half of them with workers, if it has any")
     parser.add_argument("--worker-kills", type=int, help="of those, with workers")
     parser.add_argument("--stages", default="pack,encode,embed,score,cluster,prune,train")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="also write the counts there")
     arguments = parser.parse_args()
     import diffprune.progress
 

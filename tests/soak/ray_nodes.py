@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shutil
 import sys
@@ -22,36 +21,24 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from ray_cluster import NODE, three_nodes
 from small_run import SmallRun, contents
+from soak_options import soak_parser
 
 from tests.soak.kills import METHODS, prepare
 
-NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
-
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = soak_parser(__doc__)
     parser.add_argument("--kills", type=int, default=12)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="also write the counts there")
     arguments = parser.parse_args()
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
-    os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
-    import ray
-    from ray.cluster_utils import Cluster
-
     with tempfile.TemporaryDirectory() as folder:
         small = prepare(Path(folder))
-        cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
-        nodes = [cluster.add_node(**NODE) for _ in range(2)]
-        try:
+        with three_nodes() as (cluster, nodes):
             rows = [
                 kill_nodes(name, run, Path(folder), cluster, nodes, arguments)
                 for name, run in stages(small, cluster.address).items()
             ]
-        finally:
-            ray.shutdown()
-            cluster.shutdown()
     for row in rows:
         print(f"{row['what']:<40}{row['tried']:>6}{row['lost']:>6}")
     if arguments.json:

@@ -44,8 +44,9 @@ def main() -> None:
         ("s3_faults", ["--seconds", str(arguments.s3_seconds)], rows_as_told),
     ):
         module = f"tests.soak.{name}"
-        if importlib.util.find_spec(NEEDED.get(name, "tests")) is None:
-            print(f"{name}: needs {NEEDED[name]}, left out", flush=True)
+        needed = NEEDED.get(name)
+        if needed and importlib.util.find_spec(needed) is None:
+            print(f"{name}: needs {needed}, left out", flush=True)
             continue
         told = arguments.out / f"{name}.json"
         told.unlink(missing_ok=True)

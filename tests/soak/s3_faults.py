@@ -10,7 +10,6 @@ lost. Needs the packages of the extras ``test`` and ``remote``.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -25,16 +24,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from s3_server import Faults, S3Server, serve
 from small_run import DIT_OVERRIDES, VQVAE_OVERRIDES, SmallRun, write_digits
+from soak_options import soak_parser
 
 KINDS = {"error": 0.1, "busy": 0.1, "cut": 0.1, "dropped": 0.1, "lost": 0.1, "slow": 0.01}  # of requests, at most
 MAX_RENEWALS = 20  # of credentials, in a round
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = soak_parser(__doc__)
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="also write the result there")
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # of connections that were dropped
