@@ -17,7 +17,7 @@ from small_run import DIT_OVERRIDES, VQVAE_OVERRIDES, write_digits
 from test_encoding import damage_image
 from typer.testing import CliRunner
 
-from diffprune.cli.app import app, with_ray_address
+from diffprune.cli.app import app, main, with_ray_address
 from diffprune.shards import index_shard
 from diffprune.tables import read_folder
 
@@ -310,3 +310,12 @@ def test_doctor_says_what_runs_and_why_the_rest_does_not():
 )
 def test_the_address_of_a_ray_cluster_can_be_left_out(given, meant):
     assert with_ray_address(given) == meant
+
+
+def test_the_command_takes_ray_without_an_address(monkeypatch, capsys, tmp_path):
+    out = tmp_path / "scores"
+    given = ["score", str(tmp_path / "nowhere"), "--checkpoint", "x", "-o", str(out), "--ray"]
+    monkeypatch.setattr("sys.argv", ["diffprune", *given])
+    with pytest.raises(SystemExit):
+        main()
+    assert "nowhere: no stage.json" in capsys.readouterr().err and not out.exists()
