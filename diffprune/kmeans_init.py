@@ -12,6 +12,9 @@ from diffprune.kernels import kmeans_assign
 from diffprune.kmeans_lloyd import Lloyd
 from diffprune.kmeans_points import HeldPoints, Points
 
+DRAWN_AT_A_TIME = 2**17
+"""Rows; making their random numbers takes 200 bytes each, on a GPU too."""
+
 PARALLEL_ROUNDS = 5
 PARALLEL_POLISH = 20
 """Rounds of weighted k-means on the candidates of k-means||."""
@@ -45,10 +48,8 @@ def parallel(
     over the points for each round, whatever k is.
     """
     seed = int(torch.randint(2**32, (1,), generator=generator))
-    hashes = torch.arange(points.rows, device=points.device) + points.first_row
-    mass = torch.ones(points.rows, device=points.device)
     chance = torch.rand(1, generator=generator, dtype=torch.float64).to(points.device)
-    candidates = points.take(draw_rows(chance, mass, weights, points))
+    candidates = points.take(draw_rows(chance, torch.ones(points.rows, device=points.device), weights, points))
     fresh, owner = candidates, torch.zeros(points.rows, dtype=torch.int64, device=points.device)
     sqdistance = torch.full((points.rows,), math.inf, device=points.device)
     oversampling = max(k / 2, 16)
@@ -60,9 +61,7 @@ def parallel(
             sqdistance[own] = torch.where(closer, square, sqdistance[own])
         if draw == PARALLEL_ROUNDS:
             break
-        parts = shares(sqdistance, weights, points)
-        drawn = uniform(seed, hashes, "k-means||", draw) * points.talk.sum(parts.sum()) < oversampling * parts
-        rows = points.talk.gather(drawn.nonzero().flatten() + points.first_row)
+        rows = points.talk.gather(_drawn(seed, draw, shares(sqdistance, weights, points), oversampling, points))
         if len(rows) == 0:
             continue
         fresh = points.take(rows)
@@ -76,6 +75,16 @@ def parallel(
     start = plus_plus(few, k, generator, masses)
     distinct = len(torch.unique(candidates[masses > 0], dim=0))
     return Lloyd(few, k, largest, masses).run(start, PARALLEL_POLISH, 0.0).centroids if distinct >= k else start
+
+
+def _drawn(seed: int, draw: int, parts: Tensor, oversampling: float, points: Points) -> Tensor:
+    """The rows, among all processes', that become candidates: each with probability min(1, l·part/Σparts)."""
+    everything, found = points.talk.sum(parts.sum()), []
+    for start in range(0, len(parts), DRAWN_AT_A_TIME):
+        own = parts[start : start + DRAWN_AT_A_TIME]
+        rows = torch.arange(start, start + len(own), device=own.device) + points.first_row
+        found.append(rows[uniform(seed, rows, "k-means||", draw) * everything < oversampling * own])
+    return torch.cat(found) if found else parts.new_zeros(0)
 
 
 def random_rows(points: Points, k: int, generator: torch.Generator, weights: Tensor | None = None) -> Tensor:
