@@ -23,9 +23,10 @@ from torch import Tensor
 
 from benchmarks.scoring_data import trained, with_all_weights, write_latents, write_surrogate
 from diffprune.draws import hash_keys
+from diffprune.memory import BatchSize
 from diffprune.models.dit import DiT
 from diffprune.per_sample import per_sample_gradients
-from diffprune.scores.batches import BatchSize, Draws, Network, Samples, draw_losses
+from diffprune.scores.batches import Draws, Network, Samples, draw_losses
 from diffprune.scores.moso import gradient_sum, group_products
 from diffprune.scores.visit import visit
 from diffprune.scoring import score

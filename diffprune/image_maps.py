@@ -13,11 +13,15 @@ import torch
 
 from diffprune.decode import MAX_PIXELS, Batch, Resizer, read_batches
 from diffprune.errors import InputError
+from diffprune.memory import BatchSize, fitting
 from diffprune.progress import Progress
 from diffprune.shards import ShardIndex, ShardSpec, index_shards, list_shards
 from diffprune.tables import base_table
 
 Indexed = tuple[ShardIndex, tuple[int, int] | None]
+
+PIXELS_ON_CPU = 2**20  # that go through a network at once: 16 images of 256×256
+LEAST = 16  # images at once: with fewer, PyTorch takes other convolutions on a CPU, depending on the number of threads
 
 
 class ImageMap:
@@ -26,7 +30,9 @@ class ImageMap:
     def __init__(self, network: Network, shards: ShardSpec | None, batch_size: int, reading: Reading) -> None:
         if batch_size < 1:
             raise InputError(f"batch_size: expected 1 or more, got {batch_size}")
-        self.network, self.batch_size, self.reading = network, batch_size, reading
+        self.network, self.reading = network, reading
+        self.batch_size = max(LEAST, -(-batch_size // 8) * 8)
+        self._piece = _piece_size(network, self.batch_size)
         paths = [] if shards is None else list_shards(shards)
         self._stamps = {path.stem: _stamp(path) for path in paths}  # before they are indexed
         self.indexes = {index.path.stem: index for index in index_shards(paths)} if paths else {}
@@ -86,9 +92,7 @@ class ImageMap:
         for batch in batches:
             start = len(errors)
             with torch.inference_mode():
-                # contiguous: a convolution rounds otherwise for another memory layout
-                images = torch.from_numpy(batch.images).to(network.device).contiguous()
-                values = network.values(images, batch.keys).float().cpu().numpy().astype(np.float16)
+                values = self._values(torch.from_numpy(batch.images).to(network.device), batch.keys)
             for row, error in enumerate(batch.errors):
                 if error is None and not np.isfinite(values[row]).all():
                     error = f"the {network.head['model']} gave NaN, only zeros, or a value too large for float16"
@@ -101,6 +105,26 @@ class ImageMap:
             if bar is not None:
                 bar.advance(len(batch.samples))
         return base_table(index.path.name, index.samples, labels, uids, errors, notes), array
+
+    def _values(self, images: torch.Tensor, keys: Sequence[str]) -> np.ndarray:
+        """float16 [B, ...]: the network's values, of a multiple of 8 images at a time, at least ``LEAST``.
+
+        The last are filled up with the last image: so matrix libraries see no ragged edge, and a row's numbers do not
+        depend on the batch size. Where memory runs out, half as many.
+        """
+        found: list[np.ndarray] = []
+        start = 0
+
+        def piece(rows: int) -> np.ndarray:
+            real = min(rows, len(images) - start)
+            places = [start + min(row, real - 1) for row in range(max(LEAST, -(-real // 8) * 8))]
+            values = self.network.values(images[places], [keys[place] for place in places])  # in NCHW, contiguous
+            return values[:real].float().cpu().numpy().astype(np.float16)
+
+        while start < len(images):
+            found.append(fitting(piece, self._piece, "use a smaller model, or another device"))
+            start += len(found[-1])
+        return np.concatenate(found)
 
 
 @dataclass(frozen=True)
@@ -139,6 +163,13 @@ class Network:
     def size(self) -> tuple[int, int]:
         """(height, width) of its images."""
         return (self.resize, self.resize) if isinstance(self.resize, int) else self.resize.size
+
+
+def _piece_size(network: Network, batch_size: int) -> BatchSize:
+    """On a CPU few images: what they become inside a network should fit into its caches."""
+    height, width = network.size
+    few = max(LEAST, PIXELS_ON_CPU // (height * width) // 8 * 8)
+    return BatchSize(min(batch_size, few) if network.device.type == "cpu" else batch_size, minimum=LEAST)
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

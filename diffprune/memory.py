@@ -1,19 +1,58 @@
-"""How large a batch can be: doubled until memory is short or it no longer helps, then one step back."""
+"""How large a batch can be: halved where memory runs out; found by doubling, one step back from where it is short."""
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from diffprune.errors import InputError
-from diffprune.scores.batches import BatchSize, OutOfMemory, free_memory
 
+Result = TypeVar("Result")
 FASTER = 0.97  # a doubling that takes less than this share of the time per row was worth it
+
+
+class BatchSize:
+    """How many rows go through a network at once, a multiple of 8. It can only shrink."""
+
+    MINIMUM = 8
+
+    def __init__(self, rows: int, minimum: int = MINIMUM) -> None:
+        self.rows, self.minimum = max(self.MINIMUM, -(-rows // 8) * 8), minimum
+
+    def halve(self) -> bool:
+        """Half as many rows; False if that is not possible any more."""
+        if self.rows <= self.minimum:
+            return False
+        self.rows = max(self.minimum, self.rows // 16 * 8)
+        return True
+
+
+class OutOfMemory(InputError):
+    """Even the smallest batch does not fit."""
+
+
+def fitting(work: Callable[[int], Result], size: BatchSize, advice: str) -> Result:
+    """`work(size.rows)`; where memory runs out the size is halved and it is called again.
+
+    Raises: OutOfMemory, with `advice`, once it cannot be halved.
+    """
+    while True:
+        try:
+            return work(size.rows)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            found = str(error).partition("\n")[0]
+        free_memory()  # out of the except block, whose traceback holds on to the batch's tensors
+        if not size.halve():
+            raise OutOfMemory(f"out of memory with the smallest batch, {size.rows} rows ({found}); {advice}")
 
 
 def find_batch_size(attempt: Callable[[int], None], most: int, device: torch.device, memory: int | None) -> int:
@@ -78,3 +117,15 @@ def peak_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or on the CPU (where PyTorch has no class for it)."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def free_memory() -> None:
+    """Give back what nothing refers to."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -27,10 +27,10 @@ from diffprune.engines import Engine
 from diffprune.errors import InputError
 from diffprune.files import read_json, write_json
 from diffprune.local_workers import Task
-from diffprune.memory import find_batch_size, free_bytes, resident_bytes
+from diffprune.memory import BatchSize, find_batch_size, free_bytes, resident_bytes
 from diffprune.prefetch import Prefetch
 from diffprune.progress import progress
-from diffprune.scores.batches import BatchSize, Draws, Samples
+from diffprune.scores.batches import Draws, Samples
 from diffprune.scores.mean_gradients import GradientSum, Mean, MeanGradient, load_tensors, save_tensors
 from diffprune.scores.monotonicity import monotonicity
 from diffprune.scores.moso import SUM_ROWS, gradient_sum, group_products, in_group, moso, whole_set

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from diffprune.draws import hash_keys
 from diffprune.errors import InputError
+from diffprune.memory import BatchSize
 from diffprune.models.dit import DiT
 from diffprune.per_sample import per_sample_gradients
-from diffprune.scores.batches import BatchSize, Draws, Network, Samples, in_batches
+from diffprune.scores.batches import Draws, Network, Samples, in_batches
 from diffprune.scores.grand import GRAND
 from diffprune.scores.loss import EL2N, LOSS
 from diffprune.scores.monotonicity import MONOTONICITY, monotonicity

@@ -23,8 +23,8 @@ from diffprune.cli.app import app
 from diffprune.draws import hash_keys, uniform
 from diffprune.errors import DiskFullError, InputError
 from diffprune.files import TEMPORARY_PREFIX
-from diffprune.memory import find_batch_size
-from diffprune.scores.batches import BatchSize, Draws, Network, OutOfMemory, Samples
+from diffprune.memory import BatchSize, OutOfMemory, find_batch_size
+from diffprune.scores.batches import Draws, Network, Samples
 from diffprune.scores.mean_gradients import GradientSum, MeanGradient, load_tensors
 from diffprune.scores.moso import in_group, moso
 from diffprune.scores.normalise import strata, strata_count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -39,6 +40,7 @@ for panel, verbs in VERBS.items():
 
 def main() -> None:
     """Entry point of the ``diffprune`` command."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch then takes large CPU tensors as huge pages
     app(args=with_ray_address(sys.argv[1:]))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from diffprune.draws import KeyHashes, draw_pair
 from diffprune.errors import InputError
 from diffprune.flow import interpolate, velocity_error_norm, velocity_loss, velocity_target
+from diffprune.memory import BatchSize, fitting
 
 
 @dataclass(frozen=True)
@@ -77,26 +77,6 @@ class Network:
         return Network(self.model, None, self.bf16)
 
 
-class BatchSize:
-    """About how many rows (draws of samples) go through the surrogate at once. It can only shrink."""
-
-    MINIMUM = 8
-
-    def __init__(self, rows: int, minimum: int = MINIMUM) -> None:
-        self.rows, self.minimum = max(self.MINIMUM, -(-rows // 8) * 8), minimum
-
-    def halve(self) -> bool:
-        """Half as many rows; False if that is not possible any more."""
-        if self.rows <= self.minimum:
-            return False
-        self.rows = max(self.minimum, self.rows // 16 * 8)
-        return True
-
-
-class OutOfMemory(InputError):
-    """Even the smallest batch does not fit."""
-
-
 Advance = Callable[[int], None]  # told how many more samples are done
 
 
@@ -117,27 +97,19 @@ def in_batches(
     """
     parts: list[dict[str, Tensor]] = []
     start = 0
+
+    def piece(rows: int) -> tuple[dict[str, Tensor], int]:
+        batch, real = _batch(samples, start, rows, draws_at_once)
+        return work(batch, real), real
+
     while start < len(samples) or not parts:  # no samples: one batch of none, for names and dtypes
-        batch, real = _batch(samples, start, size.rows, draws_at_once)
-        try:
-            parts.append(work(batch, real))
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            found = str(error).partition("\n")[0]
-        else:
-            start += real
-            if advance is not None:
-                advance(real)
-            if not real:
-                break
-            continue
-        free_memory()  # out of the except block, whose traceback holds on to the batch's tensors
-        if not size.halve():
-            raise OutOfMemory(
-                f"out of memory with the smallest batch, {len(batch) * draws_at_once} rows ({found}); "
-                "use fewer --draws, a smaller surrogate, or another device"
-            )
+        part, real = fitting(piece, size, "use fewer --draws, a smaller surrogate, or another device")
+        parts.append(part)
+        start += real
+        if advance is not None:
+            advance(real)
+        if not real:
+            break
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -165,15 +137,3 @@ def draw_losses(network: Network, samples: Samples, draws: Draws, which: range |
     velocity, target = network.velocity(interpolate(x1, x0, t), t, labels), velocity_target(x1, x0)
     shape = (len(samples), len(which))
     return velocity_loss(velocity, target).view(shape), velocity_error_norm(velocity.detach(), target).view(shape)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU or on the CPU (where PyTorch has no class for it)."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
-
-
-def free_memory() -> None:
-    """Give back what nothing refers to."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

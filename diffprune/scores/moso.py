@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from diffprune.errors import InputError
+from diffprune.memory import BatchSize
 from diffprune.per_sample import per_sample_gradients
 from diffprune.scores import score_field
-from diffprune.scores.batches import Advance, BatchSize, Draws, Network, Samples, draw_losses, in_batches
+from diffprune.scores.batches import Advance, Draws, Network, Samples, draw_losses, in_batches
 from diffprune.scores.mean_gradients import GradientSum
 
 MODES = {

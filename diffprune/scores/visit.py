@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from diffprune.memory import BatchSize
 from diffprune.per_sample import per_sample_gradients
-from diffprune.scores.batches import Advance, BatchSize, Draws, Network, Samples, draw_losses, in_batches
+from diffprune.scores.batches import Advance, Draws, Network, Samples, draw_losses, in_batches
 
 
 def visit(
