@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from diffprune._version import __version__
 from diffprune.errors import DiskFullError, InputError, ResumeError
 from diffprune.failures import MAX_FAILURES, Streaks, Tally
-from diffprune.files import TEMPORARY_PREFIX, fingerprint, write_json
+from diffprune.files import TEMPORARY_PREFIX, fingerprint, is_begun, write_json
 from diffprune.local_workers import LocalWorkers, Task
 from diffprune.locks import folder_lock, is_lock, shard_claim
 from diffprune.progress import Progress, progress
@@ -205,9 +205,7 @@ def _map(
 
 def check_resume(out: AnyPath, stage: dict[str, Any]) -> None:
     """Raise ResumeError if ``out`` holds the work of another stage, config or data set."""
-    if not (out / STAGE_FILE).is_file():
-        if out.is_dir() and any(not path.name.startswith(TEMPORARY_PREFIX) for path in out.iterdir()):
-            raise ResumeError(f"{out}: holds other files; give an empty or new folder")
+    if not is_begun(out, STAGE_FILE):
         return
     found = read_stage(out)
     if found.get("fingerprint") == stage["fingerprint"] and found.get("stage") == stage["stage"]:

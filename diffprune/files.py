@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from diffprune.errors import InputError
+from diffprune.errors import InputError, ResumeError
 from diffprune.storage import AnyPath, RemotePath, as_path
 
 if TYPE_CHECKING:
@@ -113,6 +113,21 @@ def read_json(path: str | Path) -> Any:
         raise InputError(f"{path}: no such file") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from error
+
+
+def is_begun(out: AnyPath, manifest: str) -> bool:
+    """Whether the folder ``out`` holds its manifest, a run's first file. ResumeError where it holds other files only.
+
+    Processes may begin one run at once, so what is half-written says nothing, and the manifest is looked for again
+    after the folder was listed.
+    """
+    if (out / manifest).is_file():
+        return True
+    others = out.is_dir() and any(not path.name.startswith(TEMPORARY_PREFIX) for path in out.iterdir())
+    begun = (out / manifest).is_file()
+    if others and not begun:
+        raise ResumeError(f"{out}: holds other files; give an empty or new folder")
+    return begun
 
 
 def open_file(path: str | os.PathLike) -> BinaryIO:

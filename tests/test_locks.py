@@ -153,6 +153,27 @@ def test_parts_run_at_once_into_one_folder(tmp_path):
     assert stage(out)["shards_done_before"] == 7  # the whole finds all of it done
 
 
+@pytest.mark.parametrize("half_written", [True, False])
+def test_a_part_begins_while_another_looks_at_the_folder(tmp_path, monkeypatch, half_written):
+    out, begun = tmp_path / "out", []
+    is_file = Path.is_file
+
+    def slow(path):
+        found = is_file(path)
+        if path == out / "stage.json" and not begun:
+            begun.append(path)
+            if half_written:
+                out.mkdir()
+                (out / ".tmp-stage.json.1").touch()
+            else:
+                stage(out, part=(2, 3))
+        return found
+
+    monkeypatch.setattr(Path, "is_file", slow)
+    assert stage(out, part=(1, 3))["shards"] == 2
+    assert begun
+
+
 def test_parts_that_overlap_are_told(tmp_path):
     out, told = tmp_path / "out", []
 

@@ -17,7 +17,7 @@ import torch
 
 from diffprune._version import __version__
 from diffprune.errors import DiffpruneError, InputError, ResumeError
-from diffprune.files import read_json, write_json
+from diffprune.files import is_begun, read_json, write_json
 from diffprune.locks import folder_lock
 from diffprune.progress import progress, quiet
 from diffprune.sweeping.cells import Cell, find_cell, list_cells, read_result, run_cell
@@ -207,9 +207,7 @@ def _threads(count: int) -> Iterator[None]:
 def _check_folder(settings: SweepConfig, out: Path) -> None:
     """ResumeError unless ``out`` is new, empty, or holds a sweep with the same config but for its grid."""
     path = out / SWEEP_FILE
-    if not path.is_file():
-        if out.is_dir() and any(out.iterdir()):
-            raise ResumeError(f"{out}: holds other files; give an empty or new folder")
+    if not is_begun(out, SWEEP_FILE):
         return
     found = read_json(path)
     theirs = found.get("config") if isinstance(found, dict) else None
