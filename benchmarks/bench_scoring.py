@@ -21,6 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.bench_training import has_bfloat16
 from benchmarks.scoring_data import trained, with_all_weights, write_latents, write_surrogate
 from diffprune.draws import hash_keys
 from diffprune.memory import BatchSize
@@ -32,7 +33,7 @@ from diffprune.scores.visit import visit
 from diffprune.scoring import score
 from diffprune.tables import read_folder
 
-BATCH, ROUNDS, IMAGENET = 32, 3, 1_281_167
+BATCH, ROUNDS, IMAGENET = 32, 7, 1_281_167
 DRAWS = Draws(0, 1)
 
 
@@ -161,6 +162,8 @@ def test_images_per_second_end_to_end(benchmark, tmp_path, capsys):
         "loss,el2n,grand,moso": {},
         "moso --one-pass": {"one_pass": True},
     }
+    if has_bfloat16(torch.device("cpu")):
+        ways |= {f"{way} bf16": {"precision": "bf16"} for way in list(ways)[:4]}
 
     def all_ways() -> None:
         for number, (way, options) in enumerate(ways.items()):
@@ -172,7 +175,7 @@ def test_images_per_second_end_to_end(benchmark, tmp_path, capsys):
             )
             rate = count / took
             lines.append(
-                f"{way:>20}: {rate:8.2f} images/s; "
+                f"{way:>26}: {rate:8.2f} images/s; "
                 f"extrapolated to {IMAGENET:,} images: {IMAGENET / rate / 3600:,.1f} hours"
             )
             benchmark.extra_info[way] = rate
