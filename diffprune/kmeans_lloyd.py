@@ -99,7 +99,7 @@ class Lloyd:
             if self.bounds:
                 new, sqdistance = self.bounds.assign(own, block, old, centroids)
             else:
-                new, sqdistance = kmeans_assign(block, centroids)
+                new, sqdistance = kmeans_assign(block, centroids, check_values=False)  # finite: ``_means``
             self.sqdistance[own] = sqdistance
             self._settle(own, block, old, new)
 
@@ -111,7 +111,7 @@ class Lloyd:
     def _sweep_whole(self, centroids: Tensor) -> None:
         """The same on a GPU, where finding out which points moved would make the host wait.
 
-        So would a check of the centroids, which are finite: ``_means``.
+        So would a check of the centroids.
         """
         self.sums.clear()
         for own, block in self.points.blocks():
@@ -128,7 +128,7 @@ class Lloyd:
         if len(old) and old[0] < 0:  # the first round: of no cluster yet
             self.sums.add(block, own, new)
         elif len(rows):
-            self.sums.move(block[rows], rows + own.start, old[rows], new[rows])
+            self.sums.move(block, rows, rows + own.start, old[rows], new[rows])
         self.assignment[own] = new
 
     def _means(self, centroids: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ change their cluster can be added to one sum and taken from the other without a 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,7 +38,21 @@ SMALLEST64 = -960
 """The same of float64, less the bits of a mantissa."""
 
 
-Change = tuple[Tensor, int]  # an assignment [b], and 1 to add its points or -1 to take them away
+@dataclass(frozen=True)
+class _Change:
+    """Points that come to clusters ``to`` [n], and leave ``out_of`` if given: a block, or its rows ``places``."""
+
+    to: Tensor
+    out_of: Tensor | None = None
+    places: Tensor | None = None
+
+    def signed(self) -> list[tuple[Tensor, int]]:
+        """Labels, and whether the points are added to them or taken away."""
+        return [(self.to, 1)] if self.out_of is None else [(self.to, 1), (self.out_of, -1)]
+
+    def piece(self, own: slice) -> _Change:
+        """Of points that were gathered."""
+        return _Change(self.to[own], None if self.out_of is None else self.out_of[own])
 
 
 class ClusterSums:
@@ -64,11 +79,11 @@ class ClusterSums:
 
     def add(self, points: Tensor, rows: slice | Tensor, assignment: Tensor) -> None:
         """Add ``points`` [b, D], which are the rows ``rows`` of all. Labels are trusted to be in range."""
-        self._add(points, rows, [(assignment, 1)])
+        self._add(points, rows, _Change(assignment))
 
-    def move(self, points: Tensor, rows: Tensor, old: Tensor, new: Tensor) -> None:
-        """Take ``points`` from the clusters ``old`` and add them to ``new``."""
-        self._add(points, rows, [(new, 1), (old, -1)])
+    def move(self, points: Tensor, places: Tensor, rows: Tensor, old: Tensor, new: Tensor) -> None:
+        """Take ``points[places]``, the rows ``rows`` of all, from the clusters ``old`` and add them to ``new``."""
+        self._add(points, rows, _Change(new, old, places))
 
     def counts(self) -> Tensor:
         """[k] int64: points of a weight above 0, of all processes."""
@@ -82,13 +97,13 @@ class ClusterSums:
         """[k, D] float64, of all processes."""
         return self.total.value(self.talk)
 
-    def _add(self, points: Tensor, rows: slice | Tensor, changes: list[Change]) -> None:
+    def _add(self, points: Tensor, rows: slice | Tensor, change: _Change) -> None:
         weights = None if self.weights is None else self.weights[rows]
-        self.total.add(points, changes, weights)
+        self.total.add(points, change, weights)
         if weights is not None:
-            self.mass.add(weights[:, None], changes)
+            self.mass.add(weights[:, None], replace(change, places=None))
         ones = self.own_counts.new_ones(()) if weights is None else (weights > 0).long()
-        for assignment, sign in changes:  # not by bincount: a GPU's makes the host wait
+        for assignment, sign in change.signed():  # not by bincount: a GPU's makes the host wait
             self.own_counts.index_add_(0, assignment, ones.expand(len(assignment)), alpha=sign)
 
 
@@ -128,23 +143,25 @@ class _ExactSums:
         bins = talk.sum(self.bins)
         return bins[0] if len(bins) == 1 else bins[0] + bins[1]
 
-    def add(self, values: Tensor, changes: list[Change], weights: Tensor | None = None) -> None:
+    def add(self, values: Tensor, change: _Change, weights: Tensor | None = None) -> None:
         if _in_cpp(values):
-            for assignment, sign in changes:
-                add_exactly(values, assignment, weights, sign, self.grids, self.bins)
+            more = {"rows": change.places, "out_of": change.out_of, "weights": weights}
+            add_exactly(values, change.to, self.grids, self.bins, **more)
             return
+        if change.places is not None:
+            values = values[change.places]
         if not self.grids:
-            self._add(self.bins[0], values, changes)
+            self._add(self.bins[0], values, change)
             return
         size = max(1, max(CHUNK, self.bins[0].numel()) // values.shape[1])
         for start in range(0, len(values), size):
             own = slice(start, start + size)
             parts = self._split(values[own], None if weights is None else weights[own])
             for sums, part in zip(self.bins, parts, strict=True):
-                self._add(sums, part, [(assignment[own], sign) for assignment, sign in changes])
+                self._add(sums, part, change.piece(own))
 
-    def _add(self, sums: Tensor, values: Tensor, changes: list[Change]) -> None:
-        for assignment, sign in changes:
+    def _add(self, sums: Tensor, values: Tensor, change: _Change) -> None:
+        for assignment, sign in change.signed():
             if len(values) < self.k:  # less work than a table of all clusters; in whatever order, as nothing rounds
                 sums.index_add_(0, assignment.long(), values.double(), alpha=sign)
             else:

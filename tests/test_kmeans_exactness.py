@@ -183,7 +183,7 @@ def test_cpp_and_torch_sum_the_same_bits(dtype: torch.dtype, weighted: bool, row
         monkeypatch.setattr(kmeans_sums, "_in_cpp", lambda values, in_cpp=in_cpp: in_cpp)
         sums = ClusterSums(7, open_points(points, metric="euclidean"), float(points.float().abs().max()), weights)
         sums.add(points, slice(0, 2000), old)
-        sums.move(points[moved], moved, old[moved], new[moved])
+        sums.move(points, moved, moved, old[moved], new[moved])
         found.append(sums.total.bins)
     assert found[0].abs().sum() > 0
     assert torch.equal(*found)

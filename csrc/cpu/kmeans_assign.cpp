@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <new>
 #include <stdexcept>
@@ -16,6 +17,7 @@ namespace {
 
 constexpr int64_t kRowsPerTask = 512;
 constexpr double kUp = 1 + 1e-6;  // pays for rounding a bound to float32
+constexpr double kRound = 6755399441055744.0;
 
 // The tables that `Packed` points to.
 struct Tables {
@@ -24,6 +26,38 @@ struct Tables {
   std::vector<float> step, norm, error, offset, slack;
   Packed packed;
 };
+
+// Several sums side by side, which the compiler can keep in vectors: in one sum each addition waits for the last.
+constexpr int64_t kSums = 8;
+
+// The sum of value(d)^2.
+template <class Value>
+double sum_of_squares(int64_t dimensions, const Value& value) {
+  double sums[kSums] = {};
+  int64_t d = 0;
+  for (; d + kSums <= dimensions; d += kSums)
+    for (int64_t i = 0; i < kSums; ++i) {
+      const double x = value(d + i);
+      sums[i] += x * x;
+    }
+  for (; d < dimensions; ++d) {
+    const double x = value(d);
+    sums[0] += x * x;
+  }
+  for (int64_t i = 1; i < kSums; ++i) sums[0] += sums[i];
+  return sums[0];
+}
+
+// The largest |centroid - centre|.
+double farthest(const float* centroid, const float* centre, int64_t dimensions) {
+  const auto distance = [&](int64_t d) { return std::fabs(static_cast<double>(centroid[d]) - centre[d]); };
+  double largest[kSums] = {};
+  int64_t d = 0;
+  for (; d + kSums <= dimensions; d += kSums)
+    for (int64_t i = 0; i < kSums; ++i) largest[i] = std::max(largest[i], distance(d + i));
+  for (; d < dimensions; ++d) largest[0] = std::max(largest[0], distance(d));
+  return *std::max_element(largest, largest + kSums);
+}
 
 Tables pack(const Variant& variant, const float* centroids, const float* centre, int64_t k, int64_t dimensions,
             int threads) {
@@ -36,45 +70,46 @@ Tables pack(const Variant& variant, const float* centroids, const float* centre,
   for (auto* table : {&tables.step, &tables.norm, &tables.error, &tables.slack}) table->assign(padded, 0);
   tables.offset.assign(padded, -std::numeric_limits<float>::infinity());
   double largest = 0;
-  for (int64_t j = 0; j < k; ++j)
-    for (int64_t d = 0; d < dimensions; ++d)
-      largest = std::max(largest, std::fabs(static_cast<double>(centroids[j * dimensions + d]) - centre[d]));
+  for (int64_t j = 0; j < k; ++j) largest = std::max(largest, farthest(centroids + j * dimensions, centre, dimensions));
   int exponent = 0;
   if (largest > 0) std::frexp(largest, &exponent);
   exponent = std::clamp(exponent, -126, 126);  // a float of that power, and its inverse, is a normal number
   const double scale = std::ldexp(1.0, -exponent);
-  const auto pack_one = [&](int64_t j, std::vector<double>& centred) {
-    double peak = 0, square = 0;
-    for (int64_t d = 0; d < dimensions; ++d) {
-      centred[d] = (static_cast<double>(centroids[j * dimensions + d]) - centre[d]) * scale;
-      peak = std::max(peak, std::fabs(centred[d]));
-      square += centred[d] * centred[d];
-    }
+  const auto pack_one = [&](int64_t j, double* centred, int8_t* codes) {
+    const float* centroid = centroids + j * dimensions;
+    const double peak = farthest(centroid, centre, dimensions) * scale;
+    const double square = sum_of_squares(dimensions, [&](int64_t d) {
+      return centred[d] = (static_cast<double>(centroid[d]) - centre[d]) * scale;
+    });
     const float step = static_cast<float>(peak / variant.code_limit);
+    const double inverse = step > 0 ? 1.0 / step : 0, limit = variant.code_limit;
+    double norm = 0;
     int64_t sum = 0;
-    double norm = 0, error = 0;
-    int8_t* panel = tables.codes.data() + j / columns * groups * columns * 4;
-    for (int64_t d = 0; d < dimensions; ++d) {
-      const double ratio = step > 0 ? centred[d] / step : 0;
-      const double within = std::clamp<double>(ratio, -variant.code_limit, variant.code_limit);
-      const int code = static_cast<int>(within + (within < 0 ? -0.5 : 0.5));
-      const double rounded = static_cast<double>(step) * code;
-      norm += rounded * rounded;
-      error += (centred[d] - rounded) * (centred[d] - rounded);
-      sum += code;
-      panel[(d / 4 * columns + j % columns) * 4 + d % 4] = static_cast<int8_t>(code);
-    }
+    const double error = sum_of_squares(dimensions, [&](int64_t d) {
+      // Adding and taking away 1.5 * 2^52 rounds to a whole number.
+      const double code = std::min(std::max((centred[d] * inverse + kRound) - kRound, -limit), limit);
+      codes[d] = static_cast<int8_t>(static_cast<int32_t>(code));
+      return centred[d] - step * code;
+    });
+    for (int64_t d = 0; d < dimensions; ++d) sum += codes[d];
+    int64_t squares = 0;
+    for (int64_t d = 0; d < dimensions; ++d) squares += int32_t{codes[d]} * codes[d];
+    norm = step * std::sqrt(static_cast<double>(squares));
+    int8_t* panel = tables.codes.data() + j / columns * groups * columns * 4 + j % columns * 4;
+    for (int64_t g = 0; g < groups; ++g) std::memcpy(panel + g * columns * 4, codes + 4 * g, 4);
     const double half = square / 2, rounding = 1e-6 * half + 1e-35;
     tables.correction[j] = static_cast<int32_t>(-(variant.row_limit + 1) * sum);
     tables.step[j] = step;
-    tables.norm[j] = static_cast<float>(std::sqrt(norm) * kUp + 1e-30);
+    tables.norm[j] = static_cast<float>(norm * kUp + 1e-30);
     tables.error[j] = static_cast<float>(std::sqrt(error) * kUp + 1e-30);
     tables.offset[j] = static_cast<float>(-half + rounding);
     tables.slack[j] = static_cast<float>(2 * rounding * kUp);
   };
   in_threads(k * dimensions < 100000 ? 1 : threads, panels, [&](int64_t panel) {
     std::vector<double> centred(dimensions);
-    for (int64_t j = panel * columns; j < std::min(k, (panel + 1) * columns); ++j) pack_one(j, centred);
+    std::vector<int8_t> codes(groups * 4, 0);
+    for (int64_t j = panel * columns; j < std::min(k, (panel + 1) * columns); ++j)
+      pack_one(j, centred.data(), codes.data());
   });
   tables.packed = {tables.codes.data(),  tables.correction.data(), tables.step.data(), tables.norm.data(),
                    tables.error.data(),  tables.offset.data(),     tables.slack.data(), centroids,

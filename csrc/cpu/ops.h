@@ -25,10 +25,12 @@ std::pair<int64_t, int64_t> kmeans_assign(const std::string& variant, uintptr_t 
 void kmeans_update(uintptr_t points, int type, int64_t stride, uintptr_t assignment, uintptr_t weights, int64_t n,
                    int64_t k, int64_t dimensions, uintptr_t sums, uintptr_t counts, int threads);
 
-// Add sign (1 or -1) times the points, or w x, to exact sums: each value is split into a multiple of grids[0] and what is
-// left rounded to a multiple of grids[1] (powers of two; values below 2^51 grids[0]), added to bins [2, K, D] float64.
-// Without grids to bins [K, D] as it is, and then weights must be 0.
-void add_exactly(uintptr_t points, int type, int64_t stride, uintptr_t assignment, uintptr_t weights, int64_t n,
-                 int64_t k, int64_t dimensions, double sign, std::vector<double> grids, uintptr_t bins, int threads);
+// Add points, or w x, to exact sums: point rows[i], or i where rows is 0, to the sum of centroid to[i] and, unless from is
+// 0, take it from that of from[i], for i below n. Each value is split into a multiple of grids[0] and what is left rounded
+// to a multiple of grids[1] (powers of two; values below 2^51 grids[0]), added to bins [2, K, D] float64. Without grids it
+// goes to bins [K, D] as it is, and then weights must be 0. rows [n] int64, to and from [n] int32, weights [n] float64.
+void add_exactly(uintptr_t points, int type, int64_t stride, uintptr_t rows, uintptr_t to, uintptr_t from,
+                 uintptr_t weights, int64_t n, int64_t k, int64_t dimensions, std::vector<double> grids, uintptr_t bins,
+                 int threads);
 
 }  // namespace diffprune::cpu

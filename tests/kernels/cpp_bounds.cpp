@@ -69,12 +69,19 @@ void update(Type type, Number (*make)(float), int64_t n, int64_t k, int64_t d, i
   for (const auto count : counts) total += count;
   bool whole = total == n;
   for (const auto sum : sums) whole = whole && sum == sum;
+  std::vector<int64_t> order(n);
+  for (int64_t i = 0; i < n; ++i) order[i] = n - 1 - i;
+  const std::vector<int32_t> zeros(n), backwards(labels.rbegin(), labels.rend());
   for (const bool exact : {false, true}) {
     if (!exact && weighted) continue;
     std::vector<double> bins((exact ? 2 : 1) * k * d, 0.0);
-    add_exactly(address(points.data()), static_cast<int>(type), stride, address(labels.data()),
-                weighted ? address(weights.data()) : 0, n, k, d, 1,
-                exact ? std::vector<double>{0x1p-20, 0x1p-60} : std::vector<double>{}, address(bins.data()), threads);
+    const auto add = [&](bool ordered, const std::vector<int32_t>& to, const std::vector<int32_t>* from) {
+      add_exactly(address(points.data()), static_cast<int>(type), stride, ordered ? address(order.data()) : 0,
+                  address(to.data()), from ? address(from->data()) : 0, weighted ? address(weights.data()) : 0, n, k, d,
+                  exact ? std::vector<double>{0x1p-20, 0x1p-60} : std::vector<double>{}, address(bins.data()), threads);
+    };
+    add(false, zeros, nullptr);
+    add(true, backwards, &zeros);
     for (int64_t i = 0; i < k * d; ++i)
       whole = whole && std::fabs(bins[i] + (exact ? bins[k * d + i] : 0) - sums[i]) < 1e-6;
   }

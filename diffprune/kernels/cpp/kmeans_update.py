@@ -42,24 +42,36 @@ def run(points: Tensor, assignment: Tensor, k: int, weights: Tensor | None) -> t
 
 
 def add_exactly(
-    points: Tensor, assignment: Tensor, weights: Tensor | None, sign: int, grids: Sequence[float], bins: Tensor
+    points: Tensor,
+    to: Tensor,
+    grids: Sequence[float],
+    bins: Tensor,
+    *,
+    rows: Tensor | None = None,
+    out_of: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> None:
-    """Add ``sign`` times ``points`` [N, D], or weights x points, to the exact sums ``bins`` [1 or 2, k, D] float64.
+    """Add points [N, D], or weights x points, to exact sums, ``bins`` [1 or 2, k, D] float64, of centroids ``to``.
 
-    Each value is split into a multiple of ``grids[0]`` and, of what is left, the nearest multiple of ``grids[1]``, for
-    one bin each. Without grids (and weights) it goes into the one bin as it is. See ``diffprune.kmeans_sums``.
+    ``rows`` [n] int64: of these points only. ``out_of`` [n]: centroids from whose sums they are taken. ``to``,
+    ``rows``, ``out_of`` and ``weights`` have one length. Each value is split into a multiple of ``grids[0]`` and, of
+    what is left, the nearest multiple of ``grids[1]``, for one bin each. Without grids (and weights) it goes into the
+    one bin as it is. See ``diffprune.kmeans_sums``.
     """
-    points, assignment = as_rows(points), assignment.int().contiguous()
+    points, to = as_rows(points), to.int().contiguous()
+    out_of = None if out_of is None else out_of.int().contiguous()
     weights = None if weights is None else weights.double().contiguous()
+    rows = None if rows is None else rows.contiguous()
     extension().add_exactly(
         points.data_ptr(),
         TYPES[points.dtype],
         points.stride(0),
-        assignment.data_ptr(),
+        0 if rows is None else rows.data_ptr(),
+        to.data_ptr(),
+        0 if out_of is None else out_of.data_ptr(),
         0 if weights is None else weights.data_ptr(),
-        *points.shape[:1],
+        len(to),
         *bins.shape[1:],
-        sign,
         list(grids),
         bins.data_ptr(),
         torch.get_num_threads(),
