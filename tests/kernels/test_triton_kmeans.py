@@ -14,6 +14,7 @@ from diffprune.kernels import kmeans_assign, kmeans_update
 from diffprune.kernels.triton import gpu, search, segments
 from diffprune.kernels.triton import kmeans_assign as assigning
 from diffprune.kernels.triton.search import tolerance
+from diffprune.kernels.triton.tiles import MAX_ROWS
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy, of overflow and NaN
 
@@ -81,6 +82,18 @@ def test_assign_ties_go_to_the_smallest_index(searched_again: list[int]) -> None
     assert searched_again == [3]  # ties of three, of two in one pair of columns, of four
 
 
+@pytest.mark.parametrize("distance", [2.0, 8.0])
+def test_assign_ties_of_two_apart(distance: float) -> None:
+    """Nearer than the centre and farther: the tags in the bits of v put the smaller index first, or last."""
+    around = 5 * torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]])
+    centroids = torch.cat([around, around])
+    centroids[[1, 6]] = torch.tensor([[0.0, distance], [distance, 0.0]])
+    points = torch.tensor([[0.0, 0.0], [distance, distance]]) if distance == 2 else torch.tensor([[distance, distance]])
+    assignment, _ = launch(kmeans_assign, points, centroids)
+    assert torch.equal(assignment.long(), brute(points, centroids).argmin(dim=1))
+    assert assignment.tolist() == [1] * len(points)
+
+
 def test_assign_ties_between_tiles() -> None:
     """The same centroids again, in another tile and in the list of the float64 search."""
     centroids = normal(150, 7).repeat(3, 1)
@@ -112,7 +125,7 @@ def test_assign_huge_offset(dtype: torch.dtype) -> None:
     check((normal(40, 24) + 1e3).to(dtype), normal(30, 24, seed=1) + 1e3)
 
 
-@pytest.mark.parametrize("places", [(1, 3), (1, 18), (1, 3, 5), (1, 3, 18), (1, 18, 20)])
+@pytest.mark.parametrize("places", [(1, 3), (1, 18), (18, 1), (1, 3, 5), (1, 3, 18), (1, 18, 20)])
 def test_assign_near_ties_are_decided_exactly(
     places: tuple[int, ...], searched_again: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +207,12 @@ def test_assign_points_that_are_not_finite() -> None:
 def test_assign_no_points() -> None:
     assignment, sqdistance = launch(kmeans_assign, torch.empty(0, 3), torch.ones(2, 3))
     assert assignment.shape == sqdistance.shape == (0,)
+
+
+def test_assign_refuses_more_rows_than_its_indices_hold() -> None:
+    many, one = torch.zeros(1, 1).expand(MAX_ROWS + 1, 1), torch.zeros(1, 1)
+    assert "sizes of at most 2147482624, got (2147482625, 1) and (1, 1)" in assigning.refuse(many, one)
+    assert "sizes of at most" in assigning.refuse(one, many)
 
 
 def test_assign_refuses_float64() -> None:

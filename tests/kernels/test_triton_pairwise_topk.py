@@ -11,6 +11,7 @@ from triton_case import DEVICE
 from diffprune.kernels import pairwise_topk
 from diffprune.kernels.knn_radius import knn_radius
 from diffprune.kernels.triton import pairwise_topk as selecting
+from diffprune.kernels.triton.tiles import MAX_ROWS
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy, of overflow and NaN
 
@@ -111,6 +112,17 @@ def test_near_ties_are_decided_exactly() -> None:
     check(query, points, 5)
 
 
+@pytest.mark.usefixtures("shares")
+def test_as_many_near_ties_as_a_list_holds() -> None:
+    """While another query of the tile still finds nearer points: what the list holds of the ties must stay."""
+    direction = torch.nn.functional.normalize(normal(160, 50, dtype=torch.float64), dim=1)
+    ties = (direction * (1 + 1e-6 * normal(160, 1, seed=1, dtype=torch.float64))).float()
+    far = 3 * torch.nn.functional.normalize(normal(32, 50, seed=2), dim=1)
+    for start in range(0, 160, 16):
+        points = torch.cat([ties[start : start + 16], far, far[:1].repeat(96, 1)])
+        check(torch.cat([torch.zeros(1, 50), far[:3]]), points, 5)
+
+
 def test_far_clusters_with_close_members() -> None:
     """Within a cluster the distances are below the rounding of the products."""
     points = (1e4 * normal(3, 1, 8) + 0.1 * normal(3, 4, 8, seed=1)).flatten(0, 1)
@@ -160,6 +172,12 @@ def test_no_queries() -> None:
 def test_refuses_many_neighbours() -> None:
     with pytest.raises(NotImplementedError, match="triton: needs k of at most 64, got 65"):
         pairwise_topk(torch.ones(2, 2, device=DEVICE), torch.ones(70, 2, device=DEVICE), 65, impl="triton")
+
+
+def test_refuses_more_rows_than_its_indices_hold() -> None:
+    many, one = torch.zeros(1, 1).expand(MAX_ROWS + 1, 1), torch.zeros(1, 1)
+    assert "sizes of at most 2147482624, got (2147482625, 1) and (1, 1)" in selecting.refuse(many, one, 1, False)
+    assert "sizes of at most" in selecting.refuse(one, many, 1, False)
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])

@@ -328,7 +328,7 @@ def _decide_kernel(
         second = tl.load(value_ptr + row * 3 + 1, mask=inside, other=0.0)
         third = tl.load(value_ptr + row * 3 + 2, mask=inside, other=0.0)
         of_two = first - third > twice + TAG * (tl.abs(first) + tl.abs(third))
-        certain = of_two & (first - second > twice + TAG * (tl.abs(first) + tl.abs(second)))
+        certain = first - second > twice + TAG * (tl.abs(first) + tl.abs(second))
         finite = tl.max(infinite.to(tl.int32), axis=1) == 0
         close = finite & of_two & (certain == 0)
         if tl.max(close.to(tl.int32), axis=0) > 0:
