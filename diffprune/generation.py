@@ -20,6 +20,7 @@ from diffprune.flow import FIXED_STEP_METHODS, guided_velocity, sample_ode
 from diffprune.models.autoencoder import Autoencoder
 from diffprune.models.dit import DiT
 from diffprune.ode import solve_adaptive
+from diffprune.pieces import in_pieces, piece_size
 
 METHODS = (*FIXED_STEP_METHODS, "dopri5")
 STEPS = 50
@@ -188,8 +189,14 @@ class Sampler:
                     f"{self.dit_state['path']}: {len(bad)} of {len(keys)} generated latents are not finite, key "
                     f"{bad[0]!r} first; use a checkpoint from before the training diverged, or less guidance"
                 )
-            images = self.vqvae.decode(latents)
-        return ((images + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+            side = self.vqvae.image_size
+            at_once = piece_size(len(latents), side, side, self.device)
+            images = in_pieces(lambda rows: self._pixels(latents[rows]), len(latents), at_once)
+        return images.numpy()
+
+    def _pixels(self, latents: Tensor) -> Tensor:
+        """uint8 [B, C, H, W] in main memory."""
+        return ((self.vqvae.decode(latents) + 1) * 127.5).round().to(torch.uint8).cpu()
 
     def _velocity(self, model: DiT, labels: Tensor | None) -> Callable[..., Tensor]:
         def velocity(x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:

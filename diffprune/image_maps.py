@@ -13,15 +13,12 @@ import torch
 
 from diffprune.decode import MAX_PIXELS, Batch, Resizer, read_batches
 from diffprune.errors import InputError
-from diffprune.memory import BatchSize, fitting
+from diffprune.pieces import LEAST, in_pieces, piece_size
 from diffprune.progress import Progress
 from diffprune.shards import ShardIndex, ShardSpec, index_shards, list_shards
 from diffprune.tables import base_table
 
 Indexed = tuple[ShardIndex, tuple[int, int] | None]
-
-PIXELS_ON_CPU = 2**20  # that go through a network at once: 16 images of 256×256
-LEAST = 16  # images at once: with fewer, PyTorch takes other convolutions on a CPU, depending on the number of threads
 
 
 class ImageMap:
@@ -32,7 +29,7 @@ class ImageMap:
             raise InputError(f"batch_size: expected 1 or more, got {batch_size}")
         self.network, self.reading = network, reading
         self.batch_size = max(LEAST, -(-batch_size // 8) * 8)
-        self._piece = _piece_size(network, self.batch_size)
+        self._piece = piece_size(self.batch_size, *network.size, network.device)
         paths = [] if shards is None else list_shards(shards)
         self._stamps = {path.stem: _stamp(path) for path in paths}  # before they are indexed
         self.indexes = {index.path.stem: index for index in index_shards(paths)} if paths else {}
@@ -107,24 +104,12 @@ class ImageMap:
         return base_table(index.path.name, index.samples, labels, uids, errors, notes), array
 
     def _values(self, images: torch.Tensor, keys: Sequence[str]) -> np.ndarray:
-        """float16 [B, ...]: the network's values, of a multiple of 8 images at a time, at least ``LEAST``.
+        """float16 [B, ...]: the network's values."""
 
-        The last are filled up with the last image: so matrix libraries see no ragged edge, and a row's numbers do not
-        depend on the batch size. Where memory runs out, half as many.
-        """
-        found: list[np.ndarray] = []
-        start = 0
+        def some(rows: list[int]) -> torch.Tensor:
+            return self.network.values(images[rows], [keys[row] for row in rows]).float().cpu()  # NCHW, contiguous
 
-        def piece(rows: int) -> np.ndarray:
-            real = min(rows, len(images) - start)
-            places = [start + min(row, real - 1) for row in range(max(LEAST, -(-real // 8) * 8))]
-            values = self.network.values(images[places], [keys[place] for place in places])  # in NCHW, contiguous
-            return values[:real].float().cpu().numpy().astype(np.float16)
-
-        while start < len(images):
-            found.append(fitting(piece, self._piece, "use a smaller model, or another device"))
-            start += len(found[-1])
-        return np.concatenate(found)
+        return in_pieces(some, len(images), self._piece).numpy().astype(np.float16)
 
 
 @dataclass(frozen=True)
@@ -163,13 +148,6 @@ class Network:
     def size(self) -> tuple[int, int]:
         """(height, width) of its images."""
         return (self.resize, self.resize) if isinstance(self.resize, int) else self.resize.size
-
-
-def _piece_size(network: Network, batch_size: int) -> BatchSize:
-    """On a CPU few images: what they become inside a network should fit into its caches."""
-    height, width = network.size
-    few = max(LEAST, PIXELS_ON_CPU // (height * width) // 8 * 8)
-    return BatchSize(min(batch_size, few) if network.device.type == "cpu" else batch_size, minimum=LEAST)
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

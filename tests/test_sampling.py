@@ -20,6 +20,7 @@ from diffprune.decode import load_images
 from diffprune.draws import draw_noise
 from diffprune.errors import DiffpruneError, InputError, ResumeError
 from diffprune.models.dit import DiT
+from diffprune.models.vqvae import VQVAE
 from diffprune.shards import index_shard
 
 
@@ -91,6 +92,23 @@ def test_batches_shards_and_count_do_not_change_an_image(small_run, lively, tmp_
     diffprune.sample(lively, small_run.vqvae, tmp_path / "e", count=13, steps=2, weights="model")
     assert np.abs(read(tmp_path / "d")[2] - images).max() > 20
     assert np.abs(read(tmp_path / "e")[2] - images).max() > 20
+
+
+def test_where_memory_runs_out_fewer_images_are_decoded_at_once(small_run, lively, tmp_path, monkeypatch):
+    decode, seen = VQVAE.decode, []
+
+    def short_of_memory(self, latents):
+        seen.append(len(latents))
+        if len(latents) > 24:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(self, latents)
+
+    diffprune.sample(lively, small_run.vqvae, tmp_path / "a", count=45, steps=1)
+    monkeypatch.setattr(VQVAE, "decode", short_of_memory)
+    diffprune.sample(lively, small_run.vqvae, tmp_path / "b", count=45, steps=1)
+    assert seen == [48, 24, 24]
+    one, two = (tmp_path / run / "samples-000000.tar" for run in ("a", "b"))
+    assert one.read_bytes() == two.read_bytes()
 
 
 def test_dopri5_is_the_limit_of_small_steps_in_any_batch(small_run, tmp_path):
