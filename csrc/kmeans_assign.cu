@@ -159,7 +159,8 @@ kmeans_decide_rows(const T* points,          // [n, dimensions]
   const float2 own = norms != nullptr ? norms[row] : make_float2(norm, 0.0f);
   const float largest = limits[0], error = limits[1], offset = limits[2];
   const float twice = 2.0f * 1.0001f * (own.y * largest + own.x * error + rounding * own.x * (largest + error) +
-                                        2.4e-7f * ((own.x + own.y) * largest + offset));
+                                        2.4e-7f * ((own.x + own.y) * largest + offset)) +
+                      1e-30f;  // below it the tags are no small part of a value: of 0, say, where all centroids are equal
   // 2^-16: the tags in the last bits of both values, twice over.
   const bool one = value.x - value.y > twice + 1.6e-5f * (fabsf(value.x) + fabsf(value.y));
   const bool two = value.x - value.z > twice + 1.6e-5f * (fabsf(value.x) + fabsf(value.z));

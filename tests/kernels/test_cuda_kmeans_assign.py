@@ -59,6 +59,23 @@ def test_ties_and_duplicates() -> None:
     assert int(assignment.max()) < 45 and not sqdistance.any()
 
 
+@pytest.mark.parametrize("n", [1, 5, 6, 7])
+def test_all_rows_are_searched_again(n: int) -> None:
+    """The list of rows is full, and its last few are not as many as go through the centroids together.
+
+    All centroids are equal, so all v are 0: only the tags in their bits differ.
+    """
+    for dtype in (torch.float32, torch.float16):
+        check(normal(n, 24, seed=1, dtype=dtype), normal(1, 24, seed=2).repeat(9, 1))
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e-25, 1e-30])
+def test_values_that_are_subnormal(scale: float) -> None:
+    centroids = normal(70, 24, seed=2)
+    check(scale * normal(60, 24, seed=1), scale * centroids)
+    check(scale * normal(60, 24, seed=1), scale * centroids.repeat(2, 1))
+
+
 def test_neighbours_that_float16_cannot_tell_apart() -> None:
     """Centroids closer to each other than half precision resolves: two of them, three, and many."""
     base = normal(20, 64, seed=1)
