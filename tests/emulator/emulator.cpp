@@ -175,45 +175,48 @@ void run(dim3 grid, int threads, int shared_bytes, int cluster, const std::funct
   const auto base = reinterpret_cast<uintptr_t>(memory.data());
   current_kernel = &kernel;
   const Faults faults;
+  std::vector<std::pair<unsigned, unsigned>> places;
   for (unsigned y = 0; y < grid.y; ++y)
-    for (unsigned x = 0; x < grid.x; x += cluster) {
-      std::fill(memory.begin(), memory.end(), 0xff);  // NaN
-      barriers.clear();
-      failure.clear();
-      bulk_copies.clear();
-      std::vector<std::unique_ptr<Block>> blocks;
-      std::vector<Block*> members;
-      Gathering cluster_threads{0, 0, threads * cluster};
-      std::vector<Thread> all(threads * cluster);
-      for (int rank = 0; rank < cluster; ++rank) {
-        auto block = std::make_unique<Block>();
-        block->index = make_uint3(x + rank, y, 0);
-        block->grid = grid;
-        block->rank = rank;
-        block->shared_bytes = shared_bytes > kAligned ? shared_bytes - kAligned : 0;
-        block->shared = reinterpret_cast<unsigned char*>((base + 1023) / 1024 * 1024) + rank * kSharedBytes;
-        block->cluster = &members;
-        block->cluster_threads = &cluster_threads;
-        block->threads.members = threads;
-        block->warps.resize((threads + 31) / 32);
-        block->exchange.resize(block->warps.size());
-        for (int i = 0; i < threads; ++i) {
-          ++block->warps[i / 32].members;
-          Thread& thread = all[rank * threads + i];
-          thread.thread = make_uint3(i, 0, 0);
-          thread.block = block.get();
-          thread.straggler = stragglers && random_numbers() % 16 == 0;
-          getcontext(&thread.context);
-          thread.context.uc_stack.ss_sp = stacks.data() + (rank * threads + i) * kStackBytes;
-          thread.context.uc_stack.ss_size = kStackBytes;
-          thread.context.uc_link = &scheduler;
-          makecontext(&thread.context, body, 0);
-        }
-        members.push_back(block.get());
-        blocks.push_back(std::move(block));
+    for (unsigned x = 0; x < grid.x; x += cluster) places.emplace_back(x, y);
+  std::shuffle(places.begin(), places.end(), random_numbers);  // no block may count on another being done
+  for (const auto& [x, y] : places) {
+    std::fill(memory.begin(), memory.end(), 0xff);  // NaN
+    barriers.clear();
+    failure.clear();
+    bulk_copies.clear();
+    std::vector<std::unique_ptr<Block>> blocks;
+    std::vector<Block*> members;
+    Gathering cluster_threads{0, 0, threads * cluster};
+    std::vector<Thread> all(threads * cluster);
+    for (int rank = 0; rank < cluster; ++rank) {
+      auto block = std::make_unique<Block>();
+      block->index = make_uint3(x + rank, y, 0);
+      block->grid = grid;
+      block->rank = rank;
+      block->shared_bytes = shared_bytes > kAligned ? shared_bytes - kAligned : 0;
+      block->shared = reinterpret_cast<unsigned char*>((base + 1023) / 1024 * 1024) + rank * kSharedBytes;
+      block->cluster = &members;
+      block->cluster_threads = &cluster_threads;
+      block->threads.members = threads;
+      block->warps.resize((threads + 31) / 32);
+      block->exchange.resize(block->warps.size());
+      for (int i = 0; i < threads; ++i) {
+        ++block->warps[i / 32].members;
+        Thread& thread = all[rank * threads + i];
+        thread.thread = make_uint3(i, 0, 0);
+        thread.block = block.get();
+        thread.straggler = stragglers && random_numbers() % 16 == 0;
+        getcontext(&thread.context);
+        thread.context.uc_stack.ss_sp = stacks.data() + (rank * threads + i) * kStackBytes;
+        thread.context.uc_stack.ss_size = kStackBytes;
+        thread.context.uc_link = &scheduler;
+        makecontext(&thread.context, body, 0);
       }
-      run_threads(all);
+      members.push_back(block.get());
+      blocks.push_back(std::move(block));
     }
+    run_threads(all);
+  }
 }
 
 float half_value(uint16_t bits) {

@@ -30,7 +30,8 @@ def check(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
-    ("n", "k", "d"), [(1, 1, 1), (3, 2, 5), (130, 3, 64), (70, 300, 40), (300, 65, 77), (40, 520, 136), (1, 257, 200)]
+    ("n", "k", "d"),
+    [(1, 1, 1), (3, 2, 5), (130, 3, 64), (70, 300, 40), (300, 65, 77), (40, 520, 136), (1, 257, 200), (5, 256, 24)],
 )
 def test_odd_sizes(n: int, k: int, d: int, dtype: torch.dtype) -> None:
     check(normal(n, d, seed=1, dtype=dtype), normal(k, d, seed=2, dtype=dtype))

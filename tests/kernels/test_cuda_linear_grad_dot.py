@@ -54,6 +54,11 @@ def test_odd_sizes(b: int, t: int, i: int, o: int, dtype: torch.dtype, bias: boo
     )
 
 
+def test_bias_of_float32() -> None:
+    """Not copied first; as long as the outputs are wide, which is no whole tile."""
+    check(normal(3, 100, 72, seed=1), normal(3, 100, 40, seed=2), normal(40, 72, seed=3), normal(40, seed=4).float())
+
+
 def test_many_tiles_per_block() -> None:
     """More tiles than the emulated device has multiprocessors: blocks go on with the ring where they left it."""
     check(normal(3, 260, 72, seed=1), normal(3, 260, 264, seed=2), normal(264, 72, seed=3), normal(264, seed=4))

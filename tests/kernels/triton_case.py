@@ -26,8 +26,8 @@ def launch(op: Callable[..., Any], *args: Any, impl: str = "triton", place: Plac
     """``op(*args, impl="triton")`` on ``DEVICE``, the answer on the CPU.
 
     Inputs lie between bands of NaN (integers: their largest value), and so does all that the launcher allocates with
-    ``torch.empty``, which is full of them as well, and ``new_zeros``. Fails if a band or an input has changed.
-    ``place``: how memory is found, by default ``banded``.
+    ``torch.empty``, which is full of them as well, ``new_zeros`` and ``new_full``. Fails if a band or an input has
+    changed. ``place``: how memory is found, by default ``banded``.
     """
     place = place or banded
     inputs = [place(arg.shape, arg.dtype, arg) if isinstance(arg, Tensor) else (arg, None) for arg in args]
@@ -58,7 +58,10 @@ def _poisoned_memory(place: Place) -> Iterator[list[tuple[Tensor, Tensor]]]:
     def new_zeros(like: Tensor, *size: Any, dtype: torch.dtype | None = None) -> Tensor:
         return empty(*size, dtype=dtype or like.dtype, device=like.device).zero_()
 
-    with patch.object(torch, "empty", empty), patch.object(Tensor, "new_zeros", new_zeros):
+    def new_full(like: Tensor, size: Any, value: float) -> Tensor:
+        return empty(size, dtype=like.dtype, device=like.device).fill_(value)
+
+    with patch.multiple(torch, empty=empty), patch.multiple(Tensor, new_zeros=new_zeros, new_full=new_full):
         yield allocated
 
 
