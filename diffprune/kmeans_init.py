@@ -84,7 +84,7 @@ def _drawn(seed: int, draw: int, parts: Tensor, oversampling: float, points: Poi
         own = parts[start : start + DRAWN_AT_A_TIME]
         rows = torch.arange(start, start + len(own), device=own.device) + points.first_row
         found.append(rows[uniform(seed, rows, "k-means||", draw) * everything < oversampling * own])
-    return torch.cat(found) if found else parts.new_zeros(0)
+    return torch.cat(found) if found else torch.arange(0, device=parts.device)
 
 
 def random_rows(points: Points, k: int, generator: torch.Generator, weights: Tensor | None = None) -> Tensor:

@@ -69,6 +69,13 @@ def test_parallel_start_takes_candidates_with_the_right_probability(monkeypatch:
         assert np.mean(counts) == pytest.approx(expected, abs=4 * math.sqrt(expected / len(counts)))
 
 
+def test_how_many_rows_are_drawn_at_a_time_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
+    expected = KMeans(9, init="k-means||", max_iter=1, seed=3).fit(points).centroids_
+    monkeypatch.setattr(diffprune.kmeans_init, "DRAWN_AT_A_TIME", 7)
+    assert torch.equal(KMeans(9, init="k-means||", max_iter=1, seed=3).fit(points).centroids_, expected)
+
+
 @pytest.mark.parametrize("init", ["k-means++", "k-means||", "split"])
 def test_starts_find_most_clusters(init: str) -> None:
     """Random rows hit 63 % of 64 equal clusters on average; these hit nearly all."""
