@@ -20,7 +20,7 @@ from diffprune.flow import FIXED_STEP_METHODS, guided_velocity, sample_ode
 from diffprune.models.autoencoder import Autoencoder
 from diffprune.models.dit import DiT
 from diffprune.ode import solve_adaptive
-from diffprune.pieces import in_pieces, piece_size
+from diffprune.pieces import PieceSize, in_pieces
 
 METHODS = (*FIXED_STEP_METHODS, "dopri5")
 STEPS = 50
@@ -190,7 +190,7 @@ class Sampler:
                     f"{bad[0]!r} first; use a checkpoint from before the training diverged, or less guidance"
                 )
             side = self.vqvae.image_size
-            at_once = piece_size(len(latents), side, side, self.device)
+            at_once = PieceSize(len(latents), side, side, self.device)
             images = in_pieces(lambda rows: self._pixels(latents[rows]), len(latents), at_once)
         return images.numpy()
 

@@ -13,7 +13,7 @@ import torch
 
 from diffprune.decode import MAX_PIXELS, Batch, Resizer, read_batches
 from diffprune.errors import InputError
-from diffprune.pieces import LEAST, in_pieces, piece_size
+from diffprune.pieces import PieceSize, in_pieces
 from diffprune.progress import Progress
 from diffprune.shards import ShardIndex, ShardSpec, index_shards, list_shards
 from diffprune.tables import base_table
@@ -27,9 +27,8 @@ class ImageMap:
     def __init__(self, network: Network, shards: ShardSpec | None, batch_size: int, reading: Reading) -> None:
         if batch_size < 1:
             raise InputError(f"batch_size: expected 1 or more, got {batch_size}")
-        self.network, self.reading = network, reading
-        self.batch_size = max(LEAST, -(-batch_size // 8) * 8)
-        self._piece = piece_size(self.batch_size, *network.size, network.device)
+        self.network, self.batch_size, self.reading = network, batch_size, reading
+        self._piece = PieceSize(batch_size, *network.size, network.device)
         paths = [] if shards is None else list_shards(shards)
         self._stamps = {path.stem: _stamp(path) for path in paths}  # before they are indexed
         self.indexes = {index.path.stem: index for index in index_shards(paths)} if paths else {}
@@ -107,7 +106,8 @@ class ImageMap:
         """float16 [B, ...]: the network's values."""
 
         def some(rows: list[int]) -> torch.Tensor:
-            return self.network.values(images[rows], [keys[row] for row in rows]).float().cpu()  # NCHW, contiguous
+            # contiguous: a convolution rounds otherwise for another memory layout
+            return self.network.values(images[rows].contiguous(), [keys[row] for row in rows]).float().cpu()
 
         return in_pieces(some, len(images), self._piece).numpy().astype(np.float16)
 

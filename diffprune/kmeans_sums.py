@@ -116,7 +116,7 @@ def total(values: Tensor, talk: RankTalk = ALONE, rows: int | None = None) -> fl
     high = max(math.frexp(reach)[1] + bits - MANTISSA, SMALLEST64)
     grids = [2.0**high, 2.0 ** max(high + bits - MANTISSA, SMALLEST64)]
     bins = torch.zeros(2, dtype=torch.float64)
-    for piece in values.split(CHUNK):
+    for piece in values.split(4 * PIECE):
         rest = piece.to("cpu", torch.float64, copy=True)
         for number, grid in enumerate(grids):
             part = (rest / grid).round_().mul_(grid)

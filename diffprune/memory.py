@@ -38,10 +38,12 @@ class OutOfMemory(InputError):
     """Even the smallest batch does not fit."""
 
 
-def fitting(work: Callable[[int], Result], size: BatchSize, advice: str) -> Result:
+def fitting(
+    work: Callable[[int], Result], size: BatchSize, advice: str, rows_of: Callable[[int], int] = lambda rows: rows
+) -> Result:
     """`work(size.rows)`; where memory runs out the size is halved and it is called again.
 
-    Raises: OutOfMemory, with `advice`, once it cannot be halved.
+    Raises: OutOfMemory, with `advice` and how many rows that were, `rows_of(size.rows)`, once it cannot be halved.
     """
     while True:
         try:
@@ -52,7 +54,7 @@ def fitting(work: Callable[[int], Result], size: BatchSize, advice: str) -> Resu
             found = str(error).partition("\n")[0]
         free_memory()  # out of the except block, whose traceback holds on to the batch's tensors
         if not size.halve():
-            raise OutOfMemory(f"out of memory with the smallest batch, {size.rows} rows ({found}); {advice}")
+            raise OutOfMemory(f"out of memory with the smallest batch, {rows_of(size.rows)} rows ({found}); {advice}")
 
 
 def find_batch_size(attempt: Callable[[int], None], most: int, device: torch.device, memory: int | None) -> int:

@@ -13,6 +13,7 @@ from diffprune.arrays import ArrayFolder, write_array
 from diffprune.checkpoints import load_vqvae
 from diffprune.decode import load_images
 from diffprune.errors import InputError, ResumeError
+from diffprune.image_maps import ImageMap, Network, Reading
 from diffprune.models.vqvae import VQVAE
 from diffprune.tables import read_folder
 
@@ -53,7 +54,7 @@ def test_embeddings_are_unit_vectors_and_tell_digits_apart(small_run):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("batch_size", [1, 23, 64])
+@pytest.mark.parametrize("batch_size", [16, 23, 64])
 def test_batch_size_and_threads_change_no_byte(small_run, tmp_path, batch_size, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -82,16 +83,51 @@ def test_where_memory_runs_out_fewer_images_go_at_once(small_run, tmp_path, monk
         assert (tmp_path / "a" / f"{stem}.npy").read_bytes() == (small_run.latents / f"{stem}.npy").read_bytes()
 
 
-def test_where_not_even_a_few_images_fit_it_says_so(small_run, tmp_path, monkeypatch):
+def test_a_small_batch_size_is_kept(small_run, tmp_path, monkeypatch):
+    encode, seen = VQVAE.encode, []
+
+    def counted(self, images):
+        seen.append(len(images))
+        return encode(self, images)
+
+    monkeypatch.setattr(VQVAE, "encode", counted)
+    diffprune.encode(small_run.shards, small_run.vqvae, tmp_path / "a", batch_size=3)
+    assert set(seen[1:]) == {3}
+    for stem in ArrayFolder(small_run.latents).stems:
+        a, b = ArrayFolder(tmp_path / "a").array(stem), ArrayFolder(small_run.latents).array(stem)
+        assert np.abs(a.astype(np.float32) - b).max() <= 2e-3  # one float16 rounding step apart at most
+
+
+def test_where_not_even_one_image_fits_it_says_so(small_run, tmp_path, monkeypatch):
+    seen = []
+
     def short_of_memory(self, images):
-        if len(images) > 1:
+        seen.append(len(images))
+        if len(seen) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return torch.zeros(1, *self.latent_shape)
 
     monkeypatch.setattr(VQVAE, "encode", short_of_memory)
-    with pytest.raises(InputError, match=r"out of memory with the smallest batch, 16 rows .*2 GiB.*smaller model"):
+    with pytest.raises(InputError, match=r"out of memory with the smallest batch, 1 rows .*2 GiB.*smaller model"):
         diffprune.encode(small_run.shards, small_run.vqvae, tmp_path / "a", batch_size=64)
+    assert seen[1:] == [56, 32, 16, 8, 4, 2, 1]
     assert not list((tmp_path / "a").glob("*.npy"))
+
+
+@pytest.mark.parametrize("batch_size", [5, 64])
+def test_networks_see_one_memory_layout(small_run, batch_size):
+    """The decoder gives [H, W, C] in memory, in which a convolution would round otherwise."""
+    seen = []
+
+    def function(images):
+        seen.append(images.is_contiguous())
+        return images.float().mean(dim=(2, 3))
+
+    network = Network(function, 16, 3, {"model": "mean"}, "", torch.device("cpu"))
+    images = ImageMap(network, small_run.shards, batch_size, Reading())
+    for stem in images.indexes:
+        images.run(stem, images.batches(stem))
+    assert len(seen) > 2 and all(seen)
 
 
 def test_a_damaged_image_is_a_failed_row_and_the_rest_stands(small_run, tmp_path):

@@ -103,7 +103,12 @@ def in_batches(
         return work(batch, real), real
 
     while start < len(samples) or not parts:  # no samples: one batch of none, for names and dtypes
-        part, real = fitting(piece, size, "use fewer --draws, a smaller surrogate, or another device")
+        part, real = fitting(
+            piece,
+            size,
+            "use fewer --draws, a smaller surrogate, or another device",
+            lambda rows: _at_once(rows, draws_at_once) * draws_at_once,
+        )
         parts.append(part)
         start += real
         if advance is not None:
@@ -113,9 +118,14 @@ def in_batches(
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _batch(samples: Samples, start: int, rows: int, draws_at_once: int) -> tuple[Samples, int]:
+def _at_once(rows: int, draws_at_once: int) -> int:
+    """Samples per batch."""
     step = 8 // math.gcd(8, draws_at_once)
-    count = -(-max(1, rows // draws_at_once) // step) * step
+    return -(-max(1, rows // draws_at_once) // step) * step
+
+
+def _batch(samples: Samples, start: int, rows: int, draws_at_once: int) -> tuple[Samples, int]:
+    count = _at_once(rows, draws_at_once)
     real = min(count, len(samples) - start)
     if not real:
         return samples, 0
