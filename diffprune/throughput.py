@@ -12,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 # A backward pass multiplies each of the forward's matrices twice: for the weight's gradient and for the input's.
 FORWARDS_PER_STEP = 3
 
+MEASURING = 0.3  # long enough for a moment without other work, and for threads and clocks to wake up
+
 
 def step_operations(forward: Callable[[], object]) -> int:
     """Operations of a training step of one image, 2 per multiply-add: three times those of ``forward()``.
@@ -26,11 +28,12 @@ def step_operations(forward: Callable[[], object]) -> int:
 
 @lru_cache(maxsize=8)
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a large square matrix product, measured now: the best of a few. Takes 0.1 s on a CPU."""
+    """Operations per second of a large square matrix product, measured now: the best of ``MEASURING`` seconds."""
     size = 8192 if device.type == "cuda" else 768
     one, two = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
-    seconds = []
-    for _ in range(5):
+    seconds: list[float] = []
+    end = time.perf_counter() + MEASURING
+    while len(seconds) < 5 or time.perf_counter() < end:
         _wait(device)
         begin = time.perf_counter()
         torch.mm(one, two)
