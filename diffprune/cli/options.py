@@ -15,7 +15,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say how much it would do, and do nothing.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Seed = Annotated[int, typer.Option(help="The seed of everything random.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time. Does not change the result.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time. Changes a result by rounding at most.")]
 StrictDecode = Annotated[
     bool,
     typer.Option(help="Refuse a JPEG with any damage, flipped bits too; without it, take what Pillow makes of it."),
