@@ -130,6 +130,7 @@ def _train(
                 weights = learner.averages()
                 if ranks.rank == 0:
                     grids.write(weights, out / SAMPLES / f"{checkpoint_path(out, done).name}.png")
+    ranks.wait()  # no process returns before the first one has written the last checkpoint
     summary = objective.summary() if first_step < train.steps and ranks.rank == 0 else {}
     return {**report, "checkpoint": str(checkpoint), "loss": loss, **log.last, **summary, **pace.whole()}
 

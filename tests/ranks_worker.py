@@ -8,17 +8,26 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import diffprune
 import diffprune.training_images
-from diffprune import dit_objective
+from diffprune import dit_objective, training_loop
 from diffprune.config import load_config
 from diffprune.errors import DiffpruneError
 
+
+def save_slowly(seconds, *arguments):
+    time.sleep(seconds)
+    return save_checkpoint(*arguments)
+
+
 torch.set_num_threads(1)
+save_checkpoint = training_loop.save_checkpoint
 free_bytes = diffprune.training_images.free_bytes
 for request in json.loads(Path(sys.argv[1]).read_text()):
     config = load_config(None, request["kind"], request["overrides"])
@@ -32,12 +41,16 @@ for request in json.loads(Path(sys.argv[1]).read_text()):
             return real(*arguments) * (float("nan") if last and len(calls) == step else 1)
 
         dit_objective.velocity_loss = poisoned
+    if "slow_disk" in request:  # seconds
+        training_loop.save_checkpoint = partial(save_slowly, request["slow_disk"])
     train = diffprune.train_dit if request["kind"] == "dit" else diffprune.train_vqvae
     try:
         options = {"decode_with": request["decode_with"]} if "decode_with" in request else {}
         answer = train(config, request["data"], request["out"], **options)
+        answer["is_there"] = Path(answer["checkpoint"]).is_dir()
     except DiffpruneError as error:
         answer = {"error": str(error)}
+    training_loop.save_checkpoint = save_checkpoint
     reports = Path(request.get("reports", request["out"]))
     reports.mkdir(parents=True, exist_ok=True)
     (reports / f"report-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(answer))

@@ -91,7 +91,7 @@ def test_two_and_four_processes_draw_the_same_curve_and_go_on_from_each_other(sm
     torchrun(
         tmp_path / "two",
         2,
-        dit(small_run, tmp_path / "two", "train.steps=8", "train.accumulate=2"),
+        dit(small_run, tmp_path / "two", "train.steps=8", "train.accumulate=2", slow_disk=1.0),
         vqvae(small_run, tmp_path / "two-vqvae", "train.steps=4"),
         vqvae(small_run, tmp_path / "two-adversary", *ADVERSARY, streamed=True),  # each decodes its share of the shards
         half,
@@ -125,6 +125,7 @@ def test_two_and_four_processes_draw_the_same_curve_and_go_on_from_each_other(sm
     for run, processes in (("two", 2), ("four", 4), ("mixed", 4), ("sharded", 2), ("by-parts", 4)):
         reports = [json.loads((tmp_path / run / f"report-{rank}.json").read_text()) for rank in range(processes)]
         assert all(report["processes"] == processes for report in reports)
+        assert all(report["is_there"] for report in reports)  # for each when it returned, also on a slow disk
         assert len({report["checkpoint"] for report in reports}) == len({report["loss"] for report in reports}) == 1
     first = json.loads((tmp_path / "mixed" / "report-0.json").read_text())
     assert first["first_step"] == 4
