@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -16,6 +16,14 @@ from diffprune.errors import InputError
 
 Result = TypeVar("Result")
 FASTER = 0.97  # a doubling that takes less than this share of the time per row was worth it
+
+
+class Halving(Protocol):
+    """A number of rows that can shrink."""
+
+    rows: int
+
+    def halve(self) -> bool: ...
 
 
 class BatchSize:
@@ -39,7 +47,7 @@ class OutOfMemory(InputError):
 
 
 def fitting(
-    work: Callable[[int], Result], size: BatchSize, advice: str, rows_of: Callable[[int], int] = lambda rows: rows
+    work: Callable[[int], Result], size: Halving, advice: str, rows_of: Callable[[int], int] = lambda rows: rows
 ) -> Result:
     """`work(size.rows)`; where memory runs out the size is halved and it is called again.
 

@@ -7,13 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffprune.memory import BatchSize, fitting
+from diffprune.memory import fitting
 
 PIXELS_ON_CPU = 2**20  # that go through a network at once: 16 images of 256×256
 LEAST = 16  # images at once, unless fewer are asked for: with fewer PyTorch takes other convolutions on a CPU
 
 
-class PieceSize(BatchSize):
+class PieceSize:
     """How many images go through a network at once: a multiple of 8 from ``LEAST`` on, or just so many if fewer."""
 
     def __init__(self, batch_size: int, height: int, width: int, device: torch.device) -> None:

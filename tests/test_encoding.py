@@ -93,7 +93,9 @@ def test_a_small_batch_size_is_kept(small_run, tmp_path, monkeypatch):
     monkeypatch.setattr(VQVAE, "encode", counted)
     diffprune.encode(small_run.shards, small_run.vqvae, tmp_path / "a", batch_size=3)
     assert set(seen[1:]) == {3}
+    diffprune.encode(small_run.shards, small_run.vqvae, tmp_path / "b", batch_size=3)
     for stem in ArrayFolder(small_run.latents).stems:
+        assert (tmp_path / "a" / f"{stem}.npy").read_bytes() == (tmp_path / "b" / f"{stem}.npy").read_bytes()
         a, b = ArrayFolder(tmp_path / "a").array(stem), ArrayFolder(small_run.latents).array(stem)
         assert np.abs(a.astype(np.float32) - b).max() <= 2e-3  # one float16 rounding step apart at most
 

@@ -83,18 +83,15 @@ Tables pack(const Variant& variant, const float* centroids, const float* centre,
     });
     const float step = static_cast<float>(peak / variant.code_limit);
     const double inverse = step > 0 ? 1.0 / step : 0, limit = variant.code_limit;
-    double norm = 0;
-    int64_t sum = 0;
     const double error = sum_of_squares(dimensions, [&](int64_t d) {
       // Adding and taking away 1.5 * 2^52 rounds to a whole number.
       const double code = std::min(std::max((centred[d] * inverse + kRound) - kRound, -limit), limit);
       codes[d] = static_cast<int8_t>(static_cast<int32_t>(code));
       return centred[d] - step * code;
     });
-    for (int64_t d = 0; d < dimensions; ++d) sum += codes[d];
-    int64_t squares = 0;
-    for (int64_t d = 0; d < dimensions; ++d) squares += int32_t{codes[d]} * codes[d];
-    norm = step * std::sqrt(static_cast<double>(squares));
+    int64_t sum = 0, squares = 0;
+    for (int64_t d = 0; d < dimensions; ++d) sum += codes[d], squares += int32_t{codes[d]} * codes[d];
+    const double norm = step * std::sqrt(static_cast<double>(squares));
     int8_t* panel = tables.codes.data() + j / columns * groups * columns * 4 + j % columns * 4;
     for (int64_t g = 0; g < groups; ++g) std::memcpy(panel + g * columns * 4, codes + 4 * g, 4);
     const double half = square / 2, rounding = 1e-6 * half + 1e-35;

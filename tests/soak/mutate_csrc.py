@@ -59,8 +59,6 @@ UNNOTICEABLE = {
 }
 """Why no test here can notice a change -> (file, "before -> after")."""
 
-EQUIVALENT = {change: why for why, changes in UNNOTICEABLE.items() for change in changes}
-
 
 def mutants(name: str) -> list[Mutant]:
     """All changes of one file's kernels, from top to bottom."""
@@ -89,7 +87,7 @@ def mutants(name: str) -> list[Mutant]:
 
 def main() -> int:
     """See the module."""
-    return command_line(__doc__, "files", TESTS, mutants, EQUIVALENT)
+    return command_line(__doc__, "files", TESTS, mutants, UNNOTICEABLE)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 One change at a time, in a copy of the package: a mask of a load or store goes, one side of an ``&`` goes, the condition
 of a ``tl.where`` is always true or always false, ``<`` before a size becomes ``<=``, a ``tl.minimum`` keeps one side, a
 launcher's guard goes. Then the tests of that kernel run in Triton's interpreter, to the first failure. What no test
-notices is printed, unless EQUIVALENT says why it can not be noticed; exits 1 if there is such. Takes hours on one core.
+notices is printed, unless UNNOTICEABLE says why it can not be noticed; exits 1 if there is such. Takes about an hour.
 """
 
 from __future__ import annotations
@@ -129,8 +129,6 @@ UNNOTICEABLE = {
     "an empty grid, which the interpreter runs and a GPU refuses": (("segments.py", "sums.numel() -> True"),),
 }
 """Why no test here can notice a change -> (file name, "before -> after")."""
-
-EQUIVALENT = {change: why for why, changes in UNNOTICEABLE.items() for change in changes}
 
 
 @dataclass(frozen=True)
@@ -288,7 +286,7 @@ class Copy:
 
 def main() -> int:
     """See the module."""
-    return command_line(__doc__, "modules", TESTS, mutants, EQUIVALENT)
+    return command_line(__doc__, "modules", TESTS, mutants, UNNOTICEABLE)
 
 
 def command_line(
@@ -296,7 +294,7 @@ def command_line(
     what: str,
     tests: Mapping[str, tuple[str, ...]],
     mutants: Callable[[str], list[Mutant]],
-    equivalent: dict[tuple[str, str], str],
+    unnoticeable: Mapping[str, tuple[tuple[str, str], ...]],
 ) -> int:
     """What the user asks for, of ``tests``' keys, which are ``what``: the exit status."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -313,6 +311,7 @@ def command_line(
     if options.list:
         print(*work, sep="\n")
         return 0
+    equivalent = {change: why for why, changes in unnoticeable.items() for change in changes}
     return survive(work, equivalent, options.jobs, options.seconds)
 
 

@@ -6,12 +6,12 @@ VNNI, and about 10 float32 distances per point; no temporary grows with N.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from diffprune.kernels.cpp import TYPES, as_rows, extension, instruction_set
 from diffprune.kernels.cpu import refuse_device
+from diffprune.kernels.cpu.search import centre_of
 
 MAX_DIMENSIONS = 65536
 """255 · 127 · D has to fit in 32 bits."""
@@ -39,7 +39,7 @@ def search(points: Tensor, centroids: Tensor, variant: str) -> tuple[Tensor, Ten
     sqdistance = points.new_empty(points.shape[0], dtype=torch.float32)
     points = as_rows(points)
     centroids = centroids.float().contiguous()
-    centre = _centre_of(centroids)
+    centre = centre_of(centroids, torch.float32)
     counts = extension().kmeans_assign(
         variant,
         points.data_ptr(),
@@ -54,10 +54,3 @@ def search(points: Tensor, centroids: Tensor, variant: str) -> tuple[Tensor, Ten
         torch.get_num_threads(),
     )
     return assignment, sqdistance, counts
-
-
-def _centre_of(centroids: Tensor) -> Tensor:
-    """As ``cpu.search.centre_of``, but by one thread: OpenMP's would still spin on the cores that the search needs."""
-    sample = centroids[:: max(1, len(centroids) // 64)].numpy()
-    middle = (len(sample) - 1) // 2
-    return torch.from_numpy(np.partition(sample, middle, axis=0)[middle].copy())

@@ -7,6 +7,7 @@ few are then compared in float64 by their differences.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,9 +66,13 @@ def centre_of(points: Tensor, dtype: torch.dtype) -> Tensor:
     """[D], in the middle of finite ``points`` [M, D].
 
     Any centre is right. One in the middle keeps the norms and with them the error bound small, and no outlier moves a
-    median.
+    median. On the CPU one thread finds it: OpenMP's would spin on the cores that the search needs next.
     """
-    return points[:: max(1, points.shape[0] // 64)].to(dtype).median(dim=0).values
+    sample = points[:: max(1, points.shape[0] // 64)].to(dtype)
+    if sample.device.type != "cpu":
+        return sample.median(dim=0).values
+    middle = (len(sample) - 1) // 2
+    return torch.from_numpy(np.partition(sample.numpy(), middle, axis=0)[middle].copy())
 
 
 def pair_sqdistances(queries: Tensor, points: Tensor, row: Tensor, column: Tensor) -> Tensor:
