@@ -204,23 +204,26 @@ class ShardReader:
             samples = list(samples)
             self.will_read((sample.offset, sample.offset + sample.size) for sample in samples)
         block: list[Sample] = []
-        end = 0
+        start = end = 0
         for sample in samples:
-            if block and (sample.offset != end or end - block[0].offset > _BLOCK_BYTES):
-                yield from self._read_block(block, end)
+            offset = sample.members[0].header_offset
+            if block and (offset != end or end - start > _BLOCK_BYTES):
+                yield from self._read_block(block, start, end)
                 block = []
+            if not block:
+                start = offset
             block.append(sample)
-            end = sample.offset + sample.size
+            end = sample.members[-1].end
         if block:
-            yield from self._read_block(block, end)
+            yield from self._read_block(block, start, end)
 
-    def _read_block(self, block: list[Sample], end: int) -> Iterator[tuple[Sample, dict[str, bytes]]]:
-        start = block[0].offset
+    def _read_block(self, block: list[Sample], start: int, end: int) -> Iterator[tuple[Sample, dict[str, bytes]]]:
         data = self.read_at(start, end - start)
         for sample in block:
             members = {}
             for _, extension, _, offset, size in sample.members:
-                members[extension] = piece = data[offset - start : offset - start + size]
+                begin = offset - start
+                members[extension] = piece = data[begin : begin + size]
                 if len(piece) != size:
                     self.span(offset, size)  # raises: it has become shorter
             yield sample, members

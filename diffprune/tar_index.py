@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from zlib import adler32
 
 import numpy as np
 
+from diffprune.tar_headers import SPARSE, checksum_is_right, is_number, name_of, number_of, pax_fields, text_of
+from diffprune.tar_members import Members, RawMember, new_members
 from diffprune.tar_samples import BLOCK, SampleList, padded
 
 Read = Callable[[int, int], bytes]  # offset, size -> the bytes there, fewer at the end of the file
@@ -28,38 +29,35 @@ class Damage:
 
 
 def index_tar(
-    read: Read, size: int, windows: tuple[int, int, int] | None = None
+    read: Read, size: int, windows: tuple[int, int, int] | None = None, members: Members | None = None
 ) -> tuple[SampleList, list[Damage], list[str]]:
     """(samples, damage by offset, names that are no samples: links, devices, ``__meta__``) of a tar of ``size`` bytes.
 
     ``windows``: bytes read at a time, where headers lie close together and where the next one is further away than the
-    third number; by default what suits a local disk.
+    third number; by default what suits a local disk. ``members``: an empty collection of them, by default the fastest.
 
     Samples are grouped as webdataset groups them: the key is the name up to the first dot of its last part (folders
     included), consecutive members of one key are one sample, extensions are lower-cased.
     """
-    scan = _Scan(read, size, windows or (_NEAR, _FAR, _GAP))
+    scan = _Scan(read, size, windows or (_NEAR, _FAR, _GAP), new_members() if members is None else members)
     scan.run()
-    samples, grouping_damage = _group(scan.members, scan.ignored)
+    samples, grouping_damage = scan.members.samples(), []
+    if samples is None:
+        samples, grouping_damage = _group(scan.members.all(), scan.ignored)
     return samples, sorted(scan.damage + grouping_damage, key=lambda d: d.offset), scan.ignored
 
-
-_RawMember = tuple[str, int, int, int]  # name, header offset, data offset, size
 
 _NEAR = 128 << 10  # bytes read at a time where headers lie close together
 _FAR = 4 << 10  # and where the next header is further away than _GAP, so that images are not read for nothing
 _GAP = 16 << 10
 _RECORD = 20 * BLOCK  # what tar pads an archive to by default
 _MAX_EXTENDED_HEADER = 1 << 20
-_REGULAR, _OLD_REGULAR, _CONTIGUOUS, _FOLDER, _SPARSE = b"0\x007" + b"5S"
+_REGULAR, _OLD_REGULAR, _CONTIGUOUS, _FOLDER = b"0\x0075"
 _WITHOUT_DATA = frozenset(b"123456")  # links, devices, folders, FIFOs, whatever their size field says
 _EXTENDED = frozenset(b"LKxXg")
 _NUMBERS = (("mode", 100, 108), ("uid", 108, 116), ("gid", 116, 124), ("mtime", 136, 148))
 _NUMBERS += (("devmajor", 329, 337), ("devminor", 337, 345))
-_MOST_NUMBERS = 10_000
 _DECIMAL = re.compile(r"[0-9]{1,19}")
-_NO_SUM = -(1 << 30)  # that no header has
-_OCTAL = re.compile(rb"\s*[0-7]*\s*")
 
 
 @dataclass
@@ -84,84 +82,60 @@ class _Scan:
     read: Read
     size: int
     windows: tuple[int, int, int]
-    members: list[_RawMember] = field(default_factory=list)
+    members: Members
     damage: list[Damage] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
     extended: _Extended | None = None
-    numbers: set[tuple[bytes, bytes]] = field(default_factory=set)  # mode, owner and device fields that were right
 
     def run(self) -> None:
         offset, base, window, widest = 0, 0, b"", 0  # the widest gap between headers since the last read
         near, far, apart = self.windows
-        sums: dict[bytes, int] = {}  # checksum field -> the sum of a header with it
+        sums: dict[bytes, int] = {}
         while True:
-            header = window[offset - base : offset - base + BLOCK]
-            if len(header) < BLOCK:
+            if offset + BLOCK > base + len(window):
                 base, window, widest = offset, self.read(offset, far if widest > apart else near), 0
-                header = window[:BLOCK]
-                if len(header) < BLOCK:
+                if len(window) < BLOCK:
                     self._tell(offset, None, "the file ends where a header or the closing zero blocks should be: cut")
                     break
+            if self.extended is None:
+                end, gap = self.members.take(window, base, offset, self.size)
+                if end > offset:
+                    offset, widest = end, max(widest, gap)
+                    continue
+            header = window[offset - base : offset - base + BLOCK]
             if not header[0] and not header.strip(b"\0"):
                 self._end(offset)
                 break
-            if not _checksum_is_right(header, sums):
+            if not checksum_is_right(header, sums):
                 self._tell(offset, None, "a tar header whose checksum is wrong: damaged")
                 break
-            end = self._plain(offset, header) or self._unusual(offset, header)
+            end = self._unusual(offset, header)
             if not end:
                 break
             widest = max(widest, end - offset)
             offset = end
 
-    def _plain(self, offset: int, header: bytes) -> int:
-        """Take a plain file's header, as nearly all are, in few operations; returns 0 where there is more to it."""
-        digits, time = header[124:135], header[136:147]
-        name_end = header.find(0)
-        if (
-            header[156] != _REGULAR
-            or self.extended is not None
-            or header[345]
-            or header[135] not in b"\0 "
-            or header[147] not in b"\0 "
-            or not digits.isdigit()
-            or not time.isdigit()
-            or name_end > 100
-            or (header[100:124], header[329:345]) not in self.numbers
-        ):
-            return 0
-        try:
-            name, length, _ = str(header[:name_end], "utf-8"), int(digits, 8), int(time, 8)
-        except ValueError:  # no UTF-8, or an 8 or 9
-            return 0
-        body = offset + BLOCK
-        if body + length > self.size:
-            return 0
-        self.members.append((name, offset, body, length))
-        return body + length + -length % BLOCK
-
     def _unusual(self, offset: int, header: bytes) -> int:
         """Take any header that is not a plain file's; returns where the next one is, or 0 if that is unknown."""
-        length, kind, body = _number(header[124:136]), header[156], offset + BLOCK
+        length, kind, body = number_of(header[124:136]), header[156], offset + BLOCK
         if length is None:
             self._tell(offset, None, "not a tar header: its size field is no number")
             return 0
         for name, start, end in _NUMBERS:
-            if not _is_number(header[start:end]):
+            if not is_number(header[start:end]):
                 self._tell(offset, None, f"not a tar header: its {name} field is no number")
                 return 0
-        if len(self.numbers) < _MOST_NUMBERS:
-            self.numbers.add((header[100:124], header[329:345]))
+        self.members.trust(header)
         if kind in _EXTENDED:
             return self._extend(offset, kind, length)
         extended, self.extended = self.extended or _Extended(offset), None
-        name = _name(header) if extended.name is None else extended.name
+        name = name_of(header) if extended.name is None else extended.name
         if kind not in _WITHOUT_DATA and extended.size is not None:
             length = extended.size
         is_folder = kind == _FOLDER or (kind == _OLD_REGULAR and header[:100].partition(b"\0")[0].endswith(b"/"))
         if is_folder or kind in _WITHOUT_DATA:
             length = 0
-        if kind == _SPARSE:  # blocks of a map of holes come before the data
+        if kind == SPARSE:  # blocks of a map of holes come before the data
             more = header[482]
             while more:
                 block = self.read(body, BLOCK)
@@ -172,12 +146,12 @@ class _Scan:
             return 0
         if name is None:
             self._tell(extended.offset, None, "its name is not UTF-8")
-        elif kind == _SPARSE or extended.sparse:
+        elif kind == SPARSE or extended.sparse:
             self._tell(extended.offset, name, "a sparse member, whose data are not in one piece; pack it again")
         elif is_folder:
             pass
         elif kind in (_REGULAR, _OLD_REGULAR, _CONTIGUOUS):
-            self.members.append((name, extended.offset, body, length))
+            self.members.add(name, extended.offset, body, length)
         else:
             self.ignored.append(f"{name} (tar type {chr(kind)!r}, not a regular file)")
         return body + padded(length)
@@ -196,13 +170,13 @@ class _Scan:
             self._tell(offset, None, "an extended header whose padding is not zeros: damaged")
             return 0
         if kind == ord("L"):
-            name = _text(data.rstrip(b"\0"))
+            name = text_of(data.rstrip(b"\0"))
             if name is None:
                 self._tell(offset, None, "a long name that is not UTF-8")
                 return 0
             self.extended.take(name, None)
         elif kind in b"xXg":
-            fields = _pax(data)
+            fields = pax_fields(data)
             size = None if fields is None else fields.get("size", "0")
             if fields is None or size is None or not _DECIMAL.fullmatch(size):
                 self._tell(offset, None, "a malformed pax header")
@@ -248,7 +222,7 @@ _WEBDATASET_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
 _WEBDATASET_META = re.compile(r"^__[^/]*__($|/)")
 
 
-def _group(members: list[_RawMember], ignored: list[str]) -> tuple[SampleList, list[Damage]]:
+def _group(members: list[RawMember], ignored: list[str]) -> tuple[SampleList, list[Damage]]:
     """Consecutive members of one key are a sample; a key that comes back, or an extension twice, is damage."""
     damage: list[Damage] = []
     seen: set[str] = set()
@@ -294,79 +268,3 @@ def _group(members: list[_RawMember], ignored: list[str]) -> tuple[SampleList, l
         extensions.append(extension)
         end = data_offset + length + -length % BLOCK
     return SampleList(keys, first, list(spelt), np.array(kept, np.int64).reshape(-1, 4).T), damage
-
-
-# --- fields of a header ----------------------------------------------------------------------------------------
-
-
-def _name(header: bytes) -> str | None:
-    name = header[:100].partition(b"\0")[0]
-    if header[345] and header[156] != _SPARSE:  # as tarfile, and so webdataset, joins them: whatever the header's magic
-        prefix = header[345:500].partition(b"\0")[0]
-        name = prefix + b"/" + name
-    return _text(name)
-
-
-def _text(raw: bytes) -> str | None:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError:
-        return None
-
-
-def _octal(field: bytes) -> int | None:
-    digits = field.rstrip(b" \0").lstrip(b" ")  # a NUL ends a field: nothing may follow it
-    try:
-        return int(digits, 8) if digits.isdigit() else None
-    except ValueError:
-        return None
-
-
-def _number(field: bytes) -> int | None:
-    """A numeric header field: octal text, or base 256 after a byte 128 (GNU); empty is 0, negative ones are none."""
-    if field[0] & 0x80:
-        return int.from_bytes(field[1:], "big") if field[0] == 0x80 else None
-    return _octal(field) if field.strip(b" \0") else 0
-
-
-def _is_number(field: bytes) -> bool:
-    """Whether ``tarfile`` can read a field that means nothing here, so that it is a header's: octal, or base 256."""
-    return field[0] in b"\x80\xff" or bool(_OCTAL.fullmatch(field.partition(b"\0")[0]))
-
-
-def _pax(body: bytes) -> dict[str, str] | None:
-    """The records of a pax extended header (``length key=value\\n``), or None if malformed."""
-    fields: dict[str, str] = {}
-    position = 0
-    if body and not body.strip(b"\0"):  # wiped: the name that it held is lost
-        return None
-    body = body.rstrip(b"\0")
-    while position < len(body):
-        digits, space, _ = body[position : position + 20].partition(b" ")
-        if not space or not digits.isdigit() or int(digits) <= len(digits) + 1:
-            return None
-        end = position + int(digits)
-        record = body[position + len(digits) + 1 : end]
-        key, equals, value = record.removesuffix(b"\n").partition(b"=")
-        text = _text(value)
-        if not key or not equals or end > len(body) or not record.endswith(b"\n") or text is None:
-            return None
-        fields[key.decode("latin-1")] = text
-        position = end
-    return fields
-
-
-def _checksum_is_right(header: bytes, sums: dict[bytes, int]) -> bool:
-    """Whether a header's bytes add up to what it says; ``sums`` is a cache: checksum field -> the sum of all bytes."""
-    stored = header[148:156]
-    expected = sums.get(stored)
-    if expected is None:
-        number = _number(stored)  # the field itself counts as spaces
-        expected = sums[stored] = _NO_SUM if number is None else number + sum(stored) - 8 * 32
-    # the low half of Adler-32 is 1 + the sum of the bytes, exact for 256 bytes, and much faster than any other sum
-    found = (adler32(header[:256]) & 0xFFFF) + (adler32(header[256:]) & 0xFFFF) - 2
-    return found == expected or found - 256 * _high(header) == expected - 256 * _high(stored)  # some sum signed bytes
-
-
-def _high(data: bytes) -> int:
-    return sum(byte > 127 for byte in data)

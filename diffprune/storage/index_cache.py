@@ -81,7 +81,7 @@ def _cache_path(path: RemotePath, size: int, version: str) -> Path:
 @lru_cache
 def _code() -> str:
     """What the index says depends on the code that made it."""
-    from diffprune import tar_index, tar_samples
+    from diffprune import tar_headers, tar_index, tar_members, tar_samples
 
-    files = [Path(module.__file__ or "").read_bytes() for module in (tar_index, tar_samples)]
+    files = [Path(module.__file__ or "").read_bytes() for module in (tar_headers, tar_index, tar_members, tar_samples)]
     return hashlib.sha256(b"".join(files)).hexdigest()[:16]

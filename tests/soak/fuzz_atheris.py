@@ -67,7 +67,8 @@ def write_corpus(folder: Path) -> None:
 def fuzz(arguments: argparse.Namespace) -> None:
     import atheris
 
-    with atheris.instrument_imports(include=["diffprune.tar_index", "diffprune.tar_samples", "diffprune.shards"]):
+    modules = ("tar_headers", "tar_members", "tar_index", "tar_samples", "shards")
+    with atheris.instrument_imports(include=[f"diffprune.{module}" for module in modules]):
         from diffprune.shards import index_shard
     from tar_mutations import check_index, set_checksum
 

@@ -1,0 +1,144 @@
+"""The walk over plain headers in C++ and in Python: the same members, samples and stops, whatever the window."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from tar_mutations import BLOCK, Entry, build, set_checksum
+
+from diffprune import tar_members
+from diffprune.tar_index import index_tar
+from diffprune.tar_members import PythonMembers, new_members
+
+WHOLE = 1 << 20
+
+
+def entries(*names: str) -> list[Entry]:
+    return [Entry(name, bytes([65 + i]) * (i * 301)) for i, name in enumerate(names)]
+
+
+PLAIN = entries("a.png", "a.cls", "a.JSON", "b/c.png", "b/c.seg.png", "d.cls")
+
+
+def index(data: bytes, members, windows=(4096, 1024, 2000)):
+    return index_tar(lambda offset, size: data[offset : offset + size], len(data), windows, members)
+
+
+def test_the_compiled_walk_is_what_runs():
+    assert not isinstance(new_members(), PythonMembers)
+
+
+def test_without_the_extension_python_walks(monkeypatch):
+    monkeypatch.setattr(tar_members, "find_spec", lambda name: None)
+    assert isinstance(new_members(), PythonMembers)
+
+
+@pytest.mark.parametrize("kind", [new_members, PythonMembers])
+def test_plain_headers_are_taken_up_to_the_end_of_the_window(kind):
+    data = build(PLAIN, "ustar")
+    whole, _, _ = index(data, PythonMembers())
+    places = [member for sample in whole for member in sample.members]
+    members = kind()
+    assert members.take(data, 0, 0, len(data)) == (0, 0)  # nobody has looked at its owner yet
+    members.trust(data[:BLOCK])
+    window = data[: places[3].header_offset + BLOCK - 1]  # the fourth header is not whole
+    assert members.take(window, 0, 0, len(data)) == (places[3].header_offset, 2 * BLOCK + BLOCK)
+    assert members.take(window, 0, places[3].header_offset, len(data)) == (places[3].header_offset, 0)
+    base = places[3].header_offset - 7  # a window that does not begin at a header
+    end, widest = members.take(data[base:], base, base + 7, len(data))
+    assert end == places[-1].end and widest == max(m.end - m.header_offset for m in places[3:])
+    assert members.all() == [(m.name, m.header_offset, m.data_offset, m.size) for m in places]
+
+
+NAMES = {
+    "plain": [entry.name for entry in PLAIN],
+    "no extension": ["a.png", "b", "c.png"],
+    "begins with a dot": ["a.png", ".hidden", "x/.y", "c.png"],
+    "meta": ["__meta__/a.png", "b.png", "__x.png"],
+    "letters": ["é.png", "é.cls", "b.ü", "b.Ü"],
+    "control characters": ["a\tb.png", "c.png", "d.\x1f"],
+    "delete is none of them": ["a\x7fb.png"],
+    "an extension twice": ["a.png", "a.PNG", "a.cls"],
+    "a key twice": ["a.png", "b.png", "a.cls"],
+    "dots": ["a..png", "a.", "b.tar.gz", "x.y/z.png", "x.y/z"],
+    "a name as long as its field": ["k" * 96 + ".png", "l" * 97 + ".cls"],
+    "keys that begin alike": ["a.png", "aa.png", "a/a.png"],
+    "nothing": [],
+}
+
+
+@pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
+@pytest.mark.parametrize("fmt", ["ustar", "gnu", "pax"])
+def test_names(names, fmt):
+    data = build(entries(*names), fmt)
+    found = index(data, new_members())
+    for windows in itertools.product((512, 1500, WHOLE), (512, 3000), (100, WHOLE)):
+        assert index(data, PythonMembers(), windows) == found
+        assert index(data, new_members(), windows) == found
+
+
+FIELDS = {
+    "size in spaces": (124, b"        303 "),
+    "size of eleven digits and a space": (124, b"00000000303 "),
+    "size with a letter after it": (124, b"00000000303x"),
+    "size of an 8": (124, b"00000000308\0"),
+    "size in base 256": (124, b"\x80" + (303).to_bytes(11, "big")),
+    "size over the end": (124, b"77777777777\0"),
+    "time in spaces": (136, b"          1 "),
+    "time of a 9": (136, b"00000000009\0"),
+    "another mode": (100, b"0000600\0"),
+    "a mode that is no number": (100, b"mode\0\0\0\0"),
+    "an old regular file": (156, b"\0"),
+    "a contiguous one": (156, b"7"),
+    "a link": (156, b"2"),
+    "a prefix": (345, b"folder\0"),
+    "no name": (0, b"\0"),
+    "no UTF-8": (0, b"\xff.png\0"),
+    "a device": (329, b"0000001\0"),
+    "a byte over 127": (500, b"\x90"),
+    "padding that counts": (505, b"\x7f"),
+}
+SUMS = {
+    "as tar writes it": b"%06o\0 ",
+    "the other way round": b"%06o \0",
+    "two NULs": b"%06o\0\0",
+    "seven digits": b"%07o\0",
+    "in spaces": b"%6o\0 ",
+    "a letter behind it": b"%06o\0x",
+    "a letter in it": b"%06ox ",
+    "eight digits": b"%08o",
+}
+
+
+@pytest.mark.parametrize("place", [0, 1, 3])
+@pytest.mark.parametrize("sum_format", SUMS.values(), ids=SUMS)
+@pytest.mark.parametrize("change", [None, *FIELDS.values()], ids=["as it is", *FIELDS])
+def test_headers(place, sum_format, change):
+    """Of the first, second or fourth member."""
+    data = bytearray(build(PLAIN, "ustar"))
+    whole, _, _ = index(bytes(data), PythonMembers())
+    at = [member.header_offset for sample in whole for member in sample.members][place]
+    if change:
+        start, value = change
+        data[at + start : at + start + len(value)] = value
+    set_checksum(data, at)
+    number = int(data[at + 148 : at + 154], 8)
+    for total in (number, number - 1, number + 1):
+        data[at + 148 : at + 156] = sum_format % total
+        found = index(bytes(data), new_members())
+        assert found == index(bytes(data), PythonMembers())
+        assert total == number or found[1], "a checksum that is wrong"
+
+
+@pytest.mark.parametrize("kind", [new_members, PythonMembers])
+def test_only_so_many_owners_are_remembered_and_all_are_taken(kind, monkeypatch):
+    monkeypatch.setattr(tar_members, "_MOST_OWNERS", 3)
+    data, header = bytearray(), bytearray(build([Entry("a.cls", b"")], "ustar")[:BLOCK])
+    for number in range(10_100):
+        header[:10] = b"%05d.cls\0" % number
+        header[108:116] = b"%07o\0" % number
+        set_checksum(header)
+        data += header
+    samples, damage, _ = index(bytes(data + bytes(1024)), kind())
+    assert len(samples) == 10_100 and damage == []
