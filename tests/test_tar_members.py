@@ -34,6 +34,12 @@ def test_without_the_extension_python_walks(monkeypatch):
     assert isinstance(new_members(), PythonMembers)
 
 
+def kind_trusting(kind, header: bytes):
+    members = kind()
+    members.trust(header)
+    return members
+
+
 @pytest.mark.parametrize("kind", [new_members, PythonMembers])
 def test_plain_headers_are_taken_up_to_the_end_of_the_window(kind):
     data = build(PLAIN, "ustar")
@@ -48,6 +54,9 @@ def test_plain_headers_are_taken_up_to_the_end_of_the_window(kind):
     base = places[3].header_offset - 7  # a window that does not begin at a header
     end, widest = members.take(data[base:], base, base + 7, len(data))
     assert end == places[-1].end and widest == max(m.end - m.header_offset for m in places[3:])
+    first = places[1]
+    small = data[first.header_offset : first.header_offset + 2 * BLOCK] + data[:BLOCK]  # a wide gap, then a narrow one
+    assert kind_trusting(kind, data).take(small, 0, 0, WHOLE) == (3 * BLOCK, 2 * BLOCK)
     assert members.all() == [(m.name, m.header_offset, m.data_offset, m.size) for m in places]
 
 
@@ -62,8 +71,9 @@ NAMES = {
     "an extension twice": ["a.png", "a.PNG", "a.cls"],
     "a key twice": ["a.png", "b.png", "a.cls"],
     "dots": ["a..png", "a.", "b.tar.gz", "x.y/z.png", "x.y/z"],
-    "a name as long as its field": ["k" * 96 + ".png", "l" * 97 + ".cls"],
+    "names as long as their field": ["a.png", "k" * 96 + ".png", "l" * 96 + ".cls", "m" * 97 + ".cls"],
     "keys that begin alike": ["a.png", "aa.png", "a/a.png"],
+    "a member each": ["a.png", "b.cls", "c.json"],
     "nothing": [],
 }
 

@@ -11,7 +11,7 @@ namespace diffprune::cpu {
 namespace {
 
 constexpr int64_t kBlock = 512;
-constexpr size_t kMostTrusted = 10'000;
+constexpr size_t kMostTrusted = 10'000;  // or a hostile tar would fill the memory
 
 // The number that `digits` octal digits at `text` and a NUL or space after them make, or -1.
 int64_t octal(const char* text, int digits) {
@@ -65,7 +65,7 @@ std::pair<int64_t, int64_t> TarMembers::take(std::string_view window, int64_t ba
     const char* bytes = header.data();
     const int64_t length = octal(bytes + 124, 11), time = octal(bytes + 136, 11);
     const size_t name_end = header.find('\0');
-    if (bytes[156] != '0' || bytes[345] != 0 || length < 0 || time < 0 || name_end == 0 || name_end > 100) break;
+    if (bytes[156] != '0' || bytes[345] != 0 || length < 0 || time < 0 || name_end > 100) break;
     const int64_t body = offset + kBlock;
     if (body > size || length > size - body || !sum_is_right(bytes)) break;
     if (last_trusted_.compare(0, 24, bytes + 100, 24) != 0 || last_trusted_.compare(24, 16, bytes + 329, 16) != 0) {
