@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ import diffprune.training_images
 from diffprune import dit_objective, training_loop
 from diffprune.config import load_config
 from diffprune.errors import DiffpruneError
+from diffprune.models.dit import DiT
 
 
 def save_slowly(seconds, *arguments):
@@ -27,6 +28,8 @@ def save_slowly(seconds, *arguments):
 
 
 torch.set_num_threads(1)
+# All but the compiler's last stage, which takes half a minute. TEST_COMPILER=inductor, by hand, for all of it.
+DiT.compile_blocks = partialmethod(DiT.compile_blocks, os.environ.get("TEST_COMPILER", "aot_eager"))
 save_checkpoint = training_loop.save_checkpoint
 free_bytes = diffprune.training_images.free_bytes
 for request in json.loads(Path(sys.argv[1]).read_text()):

@@ -26,6 +26,7 @@ VQVAE += ["train.log_every=1", "train.lr=1e-5"]  # its biases without effect fol
 ADVERSARY = ["loss.adversarial_weight=0.5", "loss.discriminator_channels=4", "loss.discriminator_layers=2"]
 ADVERSARY += ["loss.pixel=l1", "train.steps=3"]
 FSDP = ["train.sharding=fsdp"]
+COMPILED = ["train.compile=true"]
 RECOMPUTED = "train.activation_checkpointing=true"
 # Sums of the same numbers in another order: float32 rounding, which training carries on.
 RELATIVE, ABSOLUTE = 1e-4, 1e-4
@@ -98,6 +99,8 @@ def test_two_and_four_processes_draw_the_same_curve_and_go_on_from_each_other(sm
         dit(small_run, tmp_path / "sharded", *FSDP, "train.steps=8", "train.sample_every=8", **decoded),
         dit(small_run, tmp_path / "by-parts", *FSDP, "train.steps=4", "train.accumulate=2", RECOMPUTED),
         dit(small_run, tmp_path / "alone-at-last", *FSDP, "train.steps=4"),
+        dit(small_run, tmp_path / "compiled", *COMPILED, "train.steps=8"),
+        dit(small_run, tmp_path / "sharded-compiled", *FSDP, *COMPILED, RECOMPUTED, "train.steps=8"),
         dit(small_run, tmp_path / "broken", *FSDP, "train.steps=8", "train.checkpoint_every=2", poisoned_step=3),
     )
     torchrun(
@@ -112,7 +115,7 @@ def test_two_and_four_processes_draw_the_same_curve_and_go_on_from_each_other(sm
     # What two processes began with a part of the weights each, one ends with all of them.
     last = load_config(None, "dit", [*DIT, "train.steps=8", "train.device=cpu"])
     diffprune.train_dit(last, small_run.latents, tmp_path / "alone-at-last")
-    for run in ("two", "four", "mixed", "sharded", "by-parts", "alone-at-last"):
+    for run in ("two", "four", "mixed", "sharded", "compiled", "sharded-compiled", "by-parts", "alone-at-last"):
         assert_same(alone / "dit", tmp_path / run, 8)
         load_dit(tmp_path / run)
     grid = {"count": 40, "grid": tmp_path / "grid.png", "device": "cpu"}
