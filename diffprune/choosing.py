@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # torch takes longer to import than a million rows to rank
 
 _FEATURES = 512
 _BANDWIDTH_ROWS = 1000
+_DRAWN_AT_ONCE = 1 << 14  # random numbers: what they need stays in the cache, five times as fast
 
 
 def choose(
@@ -221,9 +222,11 @@ class _Chooser:
 
         from diffprune.draws import hash_keys, uniform
 
-        hashes = hash_keys(self.table["key"].take(pa.array(self.rows)).to_pylist())
-        blocks = hashes.split(1 << 14)  # what a block needs stays in the cache: five times as fast
-        return torch.cat([uniform(self.request.seed, block, "random") for block in blocks]).numpy()
+        keys, draws = self.table["key"].take(pa.array(self.rows)), []
+        for start in range(0, len(keys), _DRAWN_AT_ONCE):
+            hashes = hash_keys(keys.slice(start, _DRAWN_AT_ONCE).to_pylist())
+            draws.append(uniform(self.request.seed, hashes, "random"))
+        return torch.cat(draws).numpy()
 
     @cached_property
     def score(self) -> np.ndarray:

@@ -28,7 +28,7 @@ from diffprune.files import fingerprint, sha256_file
 from diffprune.progress import Progress
 from diffprune.shards import ShardIndex, ShardSpec, index_shards
 from diffprune.storage import AnyPath, as_path
-from diffprune.tables import BASE_SCHEMA, STAGE_FILE, base_table, column_names, read_table
+from diffprune.tables import BASE_SCHEMA, STAGE_FILE, base_table, column_names, in_memory, read_table
 
 MODEL = "clip-retrieval"
 ROWS_AT_A_TIME = 65_536
@@ -88,7 +88,7 @@ class ClipRetrievalFolder(ArrayFolder):
         if "uid" in found.column_names:
             uids = self._strings(found["uid"], path, "uid")
             columns["uid"] = pc.if_else(pc.match_substring_regex(uids, "^[0-9a-f]{32}$"), uids, None)
-        return pa.Table.from_arrays([columns[name] for name in BASE_SCHEMA.names], schema=BASE_SCHEMA)
+        return in_memory(pa.Table.from_arrays([columns[name] for name in BASE_SCHEMA.names], schema=BASE_SCHEMA))
 
     def keys(self, stem: str) -> pa.Table:
         if not self._unique:
@@ -211,5 +211,5 @@ def bind_embeddings(source: str | Path, shards: ShardSpec, out: str | Path, dry_
 
 def _rows_of(index: ShardIndex, keys: pa.Array) -> np.ndarray:
     """The row of each sample's key in ``keys``, -1 where it is not there."""
-    wanted = pa.array(index.samples.keys, pa.string())
+    wanted = pa.array(index.samples.keys, keys.type)
     return pc.fill_null(pc.index_in(wanted, value_set=keys), -1).to_numpy()

@@ -207,7 +207,7 @@ class EmbeddingRows:
             self.spans[stem] = (self.rows, rows, len(array))
             keys.append(table["key"].filter(ok))
             self.rows += len(rows)
-        self.keys = pa.chunked_array([chunk for column in keys for chunk in column.chunks], pa.string())
+        self.keys = pa.chunked_array([chunk for column in keys for chunk in column.chunks], pa.large_string())
         if not self.parts and self.stems:  # more processes than shards: this one has none of their rows
             array = self.folders[self.stems[0]].array(self.stems[0], by_rows=True)
             self.parts.append(Part(array, np.zeros(0, dtype=np.int64)))

@@ -26,6 +26,7 @@ from diffprune.storage import THREADS, AnyPath, as_path, existing
 
 METADATA_KEY = b"diffprune"
 STAGE_FILE = "stage.json"
+_ROWS_AT_ONCE = 1 << 20
 
 BASE_SCHEMA = pa.schema(
     [
@@ -51,7 +52,7 @@ def base_table(
     errors: Sequence[str | None],
     notes: Sequence[str | None] | None = None,
 ) -> pa.Table:
-    """The base columns of samples of one shard; a sample with an error is "failed".
+    """The base columns of samples of one shard, in memory; a sample with an error is "failed".
 
     ``notes`` say what is wrong with samples that are "ok" all the same; they stand in the column ``error`` too.
     """
@@ -68,14 +69,27 @@ def base_table(
         [error or note for error, note in zip(errors, notes or [None] * len(samples), strict=True)],
     ]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, BASE_SCHEMA, strict=True)]
-    return pa.Table.from_arrays(arrays, schema=BASE_SCHEMA)
+    return in_memory(pa.Table.from_arrays(arrays, schema=BASE_SCHEMA))
 
 
 def write_table(path: str | Path, table: pa.Table, metadata: dict[str, Any]) -> None:
     """Write a table atomically with ``metadata`` (JSON) in its schema; field metadata is kept."""
     encoded = json.dumps(metadata, sort_keys=True, allow_nan=False).encode()
+    table = _with_text_as(
+        pa.string(), pa.Table.from_batches(table.to_batches(max_chunksize=_ROWS_AT_ONCE), table.schema)
+    )
     with atomic_path(path) as temporary:
         pq.write_table(table.replace_schema_metadata({METADATA_KEY: encoded}), temporary)
+
+
+def in_memory(table: pa.Table) -> pa.Table:
+    """Text as ``large_string``: a ``string`` column, which files have, ends at 2 GiB, fewer than 100 million keys."""
+    return _with_text_as(pa.large_string(), table)
+
+
+def _with_text_as(text: pa.DataType, table: pa.Table) -> pa.Table:
+    fields = [field.with_type(text) if _is_text(field.type) else field for field in table.schema]
+    return table.cast(pa.schema(fields, table.schema.metadata))
 
 
 def table_metadata(table: pa.Table | str | Path) -> dict[str, Any]:
@@ -99,8 +113,8 @@ def read_table(
 ) -> pa.Table:
     """Read one parquet file; InputError that names it if it is missing, malformed or lacks a column.
 
-    Base columns must be of their types, and keys not null, unless the file is ``foreign``. ``threads``: decode columns
-    in parallel; where many small files are read at once, that costs more than it saves.
+    Text is ``large_string``. Base columns must be of their types, and keys not null, unless the file is ``foreign``.
+    ``threads``: decode columns in parallel; where many small files are read at once, that costs more than it saves.
     """
     with _readable(path) as file:
         schema = file.schema_arrow
@@ -108,7 +122,7 @@ def read_table(
         if missing:
             raise InputError(f"{as_path(path)}: no column {missing[0]!r}; it has {', '.join(schema.names)}")
         _check_columns(path, schema, foreign)
-        table = file.read(columns=columns, use_threads=threads)
+        table = in_memory(file.read(columns=columns, use_threads=threads))
         if not foreign and "key" in table.column_names and table["key"].null_count:
             raise InputError(f"{as_path(path)}: key: {table['key'].null_count} rows have no key")
         return table

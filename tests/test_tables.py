@@ -11,7 +11,18 @@ from diffprune.engines import run_stage
 from diffprune.errors import DiskFullError, InputError, ResumeError
 from diffprune.files import atomic_dir, atomic_path, fingerprint, read_json, write_json
 from diffprune.shards import Member, Sample
-from diffprune.tables import base_table, kept_keys, read_folder, read_table, read_tables, score_columns, table_metadata
+from diffprune.tables import (
+    BASE_SCHEMA,
+    base_table,
+    in_memory,
+    kept_keys,
+    read_folder,
+    read_table,
+    read_tables,
+    score_columns,
+    table_metadata,
+    write_table,
+)
 
 
 def make_table(stem: str, keys: list[str], **columns: list) -> pa.Table:
@@ -173,3 +184,26 @@ def test_a_failing_write_leaves_nothing_and_keeps_what_was(tmp_path, monkeypatch
 def test_fingerprints_tell_values_apart():
     assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
     assert len({fingerprint(v) for v in ({"a": 1}, {"a": 2}, {"b": 1}, [1], 1, "1", None)}) == 7
+
+
+def test_text_is_wide_in_memory_and_plain_in_files(tmp_path):
+    """A ``string`` column overflows at 2 GiB, which the keys and shards of 100 million samples have."""
+    table = make_table("s", ["k0", "k1"], loss=[1.0, 2.0]).replace_schema_metadata()
+    path = tmp_path / "t.parquet"
+    write_table(path, table, {"stage": "score"})
+    found = read_table(path)
+    assert {str(field.type) for field in found.schema if field.name in ("key", "shard", "uid", "status", "error")} == {
+        "large_string"
+    }
+    assert found.to_pydict() == table.to_pydict()
+    write_table(tmp_path / "again.parquet", found, {"stage": "score"})
+    assert (tmp_path / "again.parquet").read_bytes() == path.read_bytes()
+    with pq.ParquetFile(path) as file:
+        assert file.schema_arrow.remove_metadata() == BASE_SCHEMA.append(pa.field("loss", pa.float64()))
+
+
+def test_a_table_of_many_rows_is_written_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("diffprune.tables._ROWS_AT_ONCE", 3)
+    table = make_table("s", [f"k{i}" for i in range(10)])
+    write_table(tmp_path / "t.parquet", in_memory(table), {"stage": "score"})
+    assert read_table(tmp_path / "t.parquet").to_pydict() == table.to_pydict()
