@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffprune.errors import InputError
 from diffprune.kernels import kmeans_assign
+from diffprune.kernels.kmeans_assign import NearestOf
 from diffprune.kmeans_bounds import GroupBounds
 from diffprune.kmeans_points import Points
 from diffprune.kmeans_rounds import Rounds
@@ -94,12 +95,13 @@ class Lloyd:
         if self.bounds is None and self._want_bounds(centroids):
             self.bounds = GroupBounds(centroids, self.points.rows)
         self.moved = 0
+        nearest_of = NearestOf(centroids)  # their values are finite: ``_means``
         for own, block in self.points.blocks():
             old = self.assignment[own]
             if self.bounds:
                 new, sqdistance = self.bounds.assign(own, block, old, centroids)
             else:
-                new, sqdistance = kmeans_assign(block, centroids, check_values=False)  # finite: ``_means``
+                new, sqdistance = nearest_of(block)
             self.sqdistance[own] = sqdistance
             self._settle(own, block, old, new)
 

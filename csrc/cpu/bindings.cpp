@@ -1,4 +1,4 @@
-// The Python module diffprune._cpu: the functions of ops.h, as they are, and the walk over a tar's headers.
+// The Python module diffprune._cpu: what ops.h has, as it is, and the walk over a tar's headers.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -26,10 +26,13 @@ pybind11::object grouped(const diffprune::cpu::TarMembers& members) {
 
 PYBIND11_MODULE(_cpu, module) {
   namespace py = pybind11;
-  module.doc() = "C++ kernels of diffprune for the CPU: plain functions of addresses and sizes; see csrc/cpu/ops.h.";
+  module.doc() = "C++ of diffprune for the CPU: kernels, which take addresses and sizes, and the walk over tars; see csrc/cpu.";
   module.def("variants", &diffprune::cpu::variants);
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
-  module.def("kmeans_assign", &diffprune::cpu::kmeans_assign, unlocked);
+  using diffprune::cpu::CentroidSearch;
+  py::class_<CentroidSearch>(module, "CentroidSearch")
+      .def(py::init<const std::string&, uintptr_t, uintptr_t, int64_t, int64_t, int>(), unlocked)
+      .def("assign", &CentroidSearch::assign, unlocked);
   module.def("kmeans_update", &diffprune::cpu::kmeans_update, unlocked);
   module.def("add_exactly", &diffprune::cpu::add_exactly, unlocked);
 

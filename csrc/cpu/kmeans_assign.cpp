@@ -13,11 +13,6 @@
 #include "threads.h"
 
 namespace diffprune::cpu {
-namespace {
-
-constexpr int64_t kRowsPerTask = 512;
-constexpr double kUp = 1 + 1e-6;  // pays for rounding a bound to float32
-constexpr double kRound = 6755399441055744.0;
 
 // The tables that `Packed` points to.
 struct Tables {
@@ -26,6 +21,12 @@ struct Tables {
   std::vector<float> step, norm, error, offset, slack;
   Packed packed;
 };
+
+namespace {
+
+constexpr int64_t kRowsPerTask = 512;
+constexpr double kUp = 1 + 1e-6;  // pays for rounding a bound to float32
+constexpr double kRound = 6755399441055744.0;
 
 // Several sums side by side, which the compiler can keep in vectors: in one sum each addition waits for the last.
 constexpr int64_t kSums = 8;
@@ -179,19 +180,25 @@ std::vector<std::string> variants() {
   return names;
 }
 
-std::pair<int64_t, int64_t> kmeans_assign(const std::string& name, uintptr_t points, int type, int64_t stride,
-                                          uintptr_t centroids, uintptr_t centre, int64_t n, int64_t k,
-                                          int64_t dimensions, uintptr_t assignment, uintptr_t sqdistance, int threads) {
+CentroidSearch::CentroidSearch(const std::string& name, uintptr_t centroids, uintptr_t centre, int64_t k,
+                               int64_t dimensions, int threads) {
   const auto found = std::find_if(usable().begin(), usable().end(), [&](const auto* v) { return name == v->name; });
   if (found == usable().end()) throw std::invalid_argument("kmeans_assign: this processor does not run " + name);
-  const Tables tables = pack(**found, reinterpret_cast<const float*>(centroids),
-                             reinterpret_cast<const float*>(centre), k, dimensions, threads);
+  variant_ = *found;
+  tables_ = std::make_unique<const Tables>(pack(*variant_, reinterpret_cast<const float*>(centroids),
+                                                reinterpret_cast<const float*>(centre), k, dimensions, threads));
+}
+
+CentroidSearch::~CentroidSearch() = default;
+
+std::pair<int64_t, int64_t> CentroidSearch::assign(uintptr_t points, int type, int64_t stride, int64_t n,
+                                                   uintptr_t assignment, uintptr_t sqdistance, int threads) const {
   const Points given{reinterpret_cast<const void*>(points), static_cast<Type>(type), stride};
   std::atomic<int64_t> candidates{0}, exact{0};
   std::atomic<bool> failed{false};
   in_threads(threads, (n + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task) {
     const int64_t first = task * kRowsPerTask;
-    const Counts counts = (*found)->assign(tables.packed, given, first, std::min(n, first + kRowsPerTask),
+    const Counts counts = variant_->assign(tables_->packed, given, first, std::min(n, first + kRowsPerTask),
                                            reinterpret_cast<int32_t*>(assignment),
                                            reinterpret_cast<float*>(sqdistance));
     if (counts.candidates < 0) failed = true;

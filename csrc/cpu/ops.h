@@ -1,7 +1,8 @@
-// What the Python module diffprune._cpu offers: plain functions of addresses and sizes, no torch.
+// What the Python module diffprune._cpu offers to kernels: addresses and sizes, no torch.
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -10,15 +11,28 @@
 
 namespace diffprune::cpu {
 
+struct Tables;
+
 // Instruction sets that this processor has and whose integer products were verified, the fastest first.
 std::vector<std::string> variants();
 
-// Nearest centroids of points [N, D] (`type` is a Type, not float64; rows `stride` elements apart) among
-// centroids [K, D] float32: assignment [N] int32, sqdistance [N] float32. centre [D] is near the centroids.
-// Returns how many pairs were compared in float32 and in float64.
-std::pair<int64_t, int64_t> kmeans_assign(const std::string& variant, uintptr_t points, int type, int64_t stride,
-                                          uintptr_t centroids, uintptr_t centre, int64_t n, int64_t k,
-                                          int64_t dimensions, uintptr_t assignment, uintptr_t sqdistance, int threads);
+// The search for nearest centroids among centroids [K, D] float32, which stay the caller's and have to stay; so does centre
+// [D], which is near them. What the search needs of them alone is made once, for any number of points.
+class CentroidSearch {
+ public:
+  CentroidSearch(const std::string& variant, uintptr_t centroids, uintptr_t centre, int64_t k, int64_t dimensions,
+                 int threads);
+  ~CentroidSearch();
+
+  // Of points [N, D] (`type` is a Type, not float64; rows `stride` elements apart): assignment [N] int32, sqdistance [N]
+  // float32. Returns how many pairs were compared in float32 and in float64.
+  std::pair<int64_t, int64_t> assign(uintptr_t points, int type, int64_t stride, int64_t n, uintptr_t assignment,
+                                     uintptr_t sqdistance, int threads) const;
+
+ private:
+  const Variant* variant_;
+  std::unique_ptr<const Tables> tables_;
+};
 
 // Sum and number of the points [N, D] of each of k centroids, added in row order in float64: sums [K, D] float64, counts
 // [K] int64. assignment [N] int32 in range. weights [N] float64 or 0: sums of w x instead.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,25 @@ def kmeans_assign(
     Raises ValueError for another rank, shape, dtype or device, and for centroids that are not finite.
     """
     return _op(points.detach(), centroids.detach(), impl, check_values)
+
+
+class NearestOf:
+    """``kmeans_assign`` to the same centroids, block after block: what an implementation needs of them alone is made
+    once. Values are not checked."""
+
+    def __init__(self, centroids: Tensor) -> None:
+        self.centroids = centroids.detach()
+        self._prepared: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {}
+
+    def __call__(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """``points`` [N, D]: assignment [N] int32 and squared distance [N]."""
+        _check(points, self.centroids)
+        module = _implementations.choose("auto", points, self.centroids)
+        if not hasattr(module, "prepare"):
+            return kmeans_assign(points, self.centroids, check_values=False)
+        if module.__name__ not in self._prepared:
+            self._prepared[module.__name__] = module.prepare(self.centroids)
+        return self._prepared[module.__name__](points.detach())
 
 
 @torch.library.custom_op("diffprune::kmeans_assign", mutates_args=())

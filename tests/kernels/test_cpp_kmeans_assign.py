@@ -14,7 +14,7 @@ from diffprune.kernels import cpp, kmeans_assign
 if cpp.unavailable() is not None:
     pytest.skip(cpp.unavailable(), allow_module_level=True)
 
-from diffprune.kernels.cpp.kmeans_assign import search
+from diffprune.kernels.cpp.kmeans_assign import Search
 
 VARIANTS = cpp.extension().variants()
 
@@ -25,7 +25,7 @@ def distances(points: Tensor, centroids: Tensor) -> Tensor:
 
 def check(points: Tensor, centroids: Tensor, variant: str) -> tuple[int, int]:
     """Exact labels and distances; returns how many pairs were compared in float32 and float64."""
-    assignment, sqdistance, counts = search(points, centroids, variant)
+    assignment, sqdistance, counts = Search(centroids, variant)(points)
     expected = distances(points, centroids)
     chosen = expected.gather(1, assignment.long()[:, None])[:, 0]
     torch.testing.assert_close(chosen, expected.amin(dim=1), rtol=1e-13, atol=0)
@@ -91,7 +91,7 @@ def test_many_equal_centroids(variant: str, copies: int, generator: torch.Genera
     centroids = torch.randn(7, 12, generator=generator).repeat_interleave(copies, dim=0)
     points = torch.randn(200, 12, generator=generator)
     check(points, centroids, variant)
-    assignment, _, _ = search(points, centroids, variant)
+    assignment, _, _ = Search(centroids, variant)(points)
     assert (assignment % copies == 0).all()
 
 
@@ -122,10 +122,10 @@ def test_scales(variant: str, scale: float, generator: torch.Generator) -> None:
         torch.randn(300, 20, generator=generator) * scale,
         torch.randn(40, 20, generator=generator) * scale,
     )
-    assignment, _, _ = search(points, centroids, variant)
+    assignment, _, _ = Search(centroids, variant)(points)
     assert torch.equal(assignment.long(), distances(points, centroids).argmin(dim=1))
     mixed = torch.cat([points, torch.randn(100, 20, generator=generator)])
-    assignment, _, _ = search(mixed, centroids, variant)
+    assignment, _, _ = Search(centroids, variant)(mixed)
     expected = distances(mixed, centroids)
     torch.testing.assert_close(
         expected.gather(1, assignment.long()[:, None])[:, 0], expected.amin(dim=1), rtol=1e-13, atol=0
@@ -141,8 +141,8 @@ def test_half_precision_is_read_exactly(variant: str, dtype: torch.dtype, genera
     points[1], points[2, 5], points[3, 36] = 0, torch.inf, torch.nan
     centroids = torch.randn(29, 37, generator=generator)
     centroids[4] = 0
-    assignment, sqdistance, _ = search(points, centroids, variant)
-    whole, exact, _ = search(points.float(), centroids, variant)
+    assignment, sqdistance, _ = Search(centroids, variant)(points)
+    whole, exact, _ = Search(centroids, variant)(points.float())
     assert torch.equal(assignment, whole)
     assert torch.equal(sqdistance[4:], exact[4:]) and torch.equal(sqdistance[:2], exact[:2])
     assert not sqdistance[2:4].isfinite().any()
@@ -153,12 +153,12 @@ def test_half_precision_is_read_exactly(variant: str, dtype: torch.dtype, genera
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_rows_that_are_not_finite_disturb_no_other(variant: str, generator: torch.Generator) -> None:
     points, centroids = torch.randn(500, 24, generator=generator), torch.randn(30, 24, generator=generator)
-    clean = search(points, centroids, variant)
+    clean = Search(centroids, variant)(points)
     bad = torch.zeros(500, dtype=torch.bool)
     bad[::7] = True
     points[bad, torch.randint(0, 24, (int(bad.sum()),), generator=generator)] = torch.nan
     points[7] = -torch.inf
-    assignment, sqdistance, _ = search(points, centroids, variant)
+    assignment, sqdistance, _ = Search(centroids, variant)(points)
     assert torch.equal(assignment[~bad], clean[0][~bad])
     assert torch.equal(sqdistance[~bad], clean[1][~bad])
     assert not sqdistance[bad].isfinite().any()
@@ -197,13 +197,13 @@ def test_strides(variant: str, generator: torch.Generator) -> None:
 
 def test_instruction_sets_agree(generator: torch.Generator) -> None:
     points, centroids = torch.randn(2000, 77, generator=generator), torch.randn(301, 77, generator=generator)
-    found = [search(points, centroids, variant)[0] for variant in VARIANTS]
+    found = [Search(centroids, variant)(points)[0] for variant in VARIANTS]
     assert all(torch.equal(found[0], other) for other in found)
 
 
 def test_unknown_instruction_set() -> None:
     with pytest.raises(ValueError, match="this processor does not run avx1024"):
-        search(torch.ones(1, 1), torch.ones(1, 1), "avx1024")
+        Search(torch.ones(1, 1), "avx1024")(torch.ones(1, 1))
 
 
 def test_what_it_refuses() -> None:

@@ -8,8 +8,10 @@ from cpp_case import needs_cpp
 from torch import Tensor
 
 from diffprune.kernels import kmeans_assign
+from diffprune.kernels.cpp import kmeans_assign as cpp_search
 from diffprune.kernels.cpu import kmeans_assign as blocked
 from diffprune.kernels.cpu import search
+from diffprune.kernels.kmeans_assign import NearestOf
 
 IMPLS = ["reference", "cpu", pytest.param("cpp", marks=needs_cpp)]
 
@@ -229,3 +231,26 @@ def test_compiles_into_one_graph(generator: torch.Generator) -> None:
 def test_keeps_no_graph(generator: torch.Generator) -> None:
     points = torch.randn(5, 3, generator=generator, requires_grad=True)
     assert not kmeans_assign(points, torch.ones(2, 3))[1].requires_grad
+
+
+def test_block_after_block_is_the_same(generator: torch.Generator) -> None:
+    """Whatever the blocks' dtypes; of float64, for which the compiled search is not, too."""
+    centroids = torch.randn(30, 9, generator=generator)
+    nearest_of = NearestOf(centroids)
+    for dtype, rows in ((torch.float32, 40), (torch.float16, 0), (torch.float64, 7), (torch.float32, 1)):
+        block = torch.randn(rows, 9, generator=generator, dtype=torch.float64).to(dtype)
+        for found, expected in zip(nearest_of(block), kmeans_assign(block, centroids), strict=True):
+            assert found.dtype == expected.dtype and torch.equal(found, expected)
+    with pytest.raises(ValueError, match="points and centroids of equal D"):
+        nearest_of(torch.zeros(4, 8))
+
+
+@needs_cpp
+def test_what_centroids_need_is_made_once(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    real = cpp_search.prepare
+    monkeypatch.setattr(cpp_search, "prepare", lambda centroids: made.append(1) or real(centroids))
+    nearest_of = NearestOf(torch.randn(30, 9, generator=generator))
+    for _ in range(3):
+        nearest_of(torch.randn(40, 9, generator=generator))
+    assert made == [1]

@@ -6,6 +6,8 @@ VNNI, and about 10 float32 distances per point; no temporary grows with N.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -29,28 +31,36 @@ def refuse(points: Tensor, centroids: Tensor) -> str | None:
 
 def run(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """See ``kernels/kmeans_assign.py``."""
-    assignment, sqdistance, _ = search(points, centroids, instruction_set())
-    return assignment, sqdistance
+    return prepare(centroids)(points)
 
 
-def search(points: Tensor, centroids: Tensor, variant: str) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """Assignment, squared distance, and how many pairs were compared in float32 and in float64."""
-    assignment = points.new_empty(points.shape[0], dtype=torch.int32)
-    sqdistance = points.new_empty(points.shape[0], dtype=torch.float32)
-    points = as_rows(points)
-    centroids = centroids.float().contiguous()
-    centre = centre_of(centroids, torch.float32)
-    counts = extension().kmeans_assign(
-        variant,
-        points.data_ptr(),
-        TYPES[points.dtype],
-        points.stride(0),
-        centroids.data_ptr(),
-        centre.data_ptr(),
-        *points.shape[:1],
-        *centroids.shape,
-        assignment.data_ptr(),
-        sqdistance.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return assignment, sqdistance, counts
+def prepare(centroids: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """``run`` to the same centroids, whose codes and bounds are made once."""
+    search = Search(centroids, instruction_set())
+    return lambda points: search(points)[:2]
+
+
+class Search:
+    """Nearest of ``centroids`` [K, D], by the instruction set ``variant``."""
+
+    def __init__(self, centroids: Tensor, variant: str) -> None:
+        self.centroids = centroids.float().contiguous()
+        self.centre = centre_of(self.centroids, torch.float32)
+        addresses = self.centroids.data_ptr(), self.centre.data_ptr()
+        self.search = extension().CentroidSearch(variant, *addresses, *centroids.shape, torch.get_num_threads())
+
+    def __call__(self, points: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """Assignment, squared distance, and how many pairs were compared in float32 and in float64."""
+        assignment = points.new_empty(points.shape[0], dtype=torch.int32)
+        sqdistance = points.new_empty(points.shape[0], dtype=torch.float32)
+        points = as_rows(points)
+        counts = self.search.assign(
+            points.data_ptr(),
+            TYPES[points.dtype],
+            points.stride(0),
+            points.shape[0],
+            assignment.data_ptr(),
+            sqdistance.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return assignment, sqdistance, counts
