@@ -169,8 +169,6 @@ def bind_embeddings(source: str | Path, shards: ShardSpec, out: str | Path, dry_
     Then selections know where each sample lies. A sample of the shards without an embedding is a failed row; raises
     InputError if not one has an embedding.
     """
-    from diffprune.image_maps import describe
-
     folder = ClipRetrievalFolder(source)
     table = folder.whole_table()
     keys = table["key"].combine_chunks()
@@ -204,7 +202,8 @@ def bind_embeddings(source: str | Path, shards: ShardSpec, out: str | Path, dry_
         return base_table(index.path.name, index.samples, labels, uids, errors)
 
     total = sum(len(index.samples) for index in indexes.values())
-    config = {**folder.metadata, "embeddings": folder.fingerprint, "inputs": describe(list(indexes.values()))}
+    inputs = {index.path.name: index.size for index in indexes.values()}  # as ``ImageMap``
+    config = {**folder.metadata, "embeddings": folder.fingerprint, "inputs": inputs}
     metadata = {"model_path": str(source)}
     return run_stage("embed", out, config, list(indexes), work, total=total, metadata=metadata, dry_run=dry_run)
 

@@ -17,7 +17,7 @@ from diffprune.clip_retrieval import bind_embeddings
 from diffprune.decode import MAX_PIXELS, Batch
 from diffprune.device import full_float32, pick_device
 from diffprune.draws import draw_noise
-from diffprune.engines import TableWriter, open_workers, run_stage
+from diffprune.engines import Engine, TableWriter, open_workers, run_stage
 from diffprune.errors import InputError
 from diffprune.failures import MAX_FAILURES, Tally
 from diffprune.files import read_json
@@ -28,7 +28,7 @@ from diffprune.models.embedders import load_embedder
 from diffprune.models.kl import KLAutoencoder
 from diffprune.prefetch import Prefetch
 from diffprune.progress import Progress
-from diffprune.shards import ShardIndex, ShardSpec
+from diffprune.shards import ShardSpec
 from diffprune.storage import AnyPath, as_path
 
 
@@ -187,8 +187,9 @@ class _Images:
     batch_size: int
     reading: Reading
 
-    def __call__(self, shards: ShardSpec | None = None) -> _Worker:
-        return _Worker(ImageMap(self.network(), shards, self.batch_size, self.reading), self.out)
+    def __call__(self, shards: ShardSpec | None = None, engine: Engine | None = None) -> _Worker:
+        own = engine and engine.whole
+        return _Worker(ImageMap(self.network(), shards, self.batch_size, self.reading, own), self.out)
 
 
 class _Worker:
@@ -221,9 +222,8 @@ class _Worker:
 def _map_images(recipe: _Images, shards: ShardSpec, dry_run: bool, **how: Any) -> dict[str, Any]:
     """``how``: as ``open_workers``."""
     with open_workers(recipe, **how) as engine:
-        worker = recipe(shards)
-        images, out = worker.images, recipe.out
-        stems = list(images.indexes)
+        worker = recipe(shards, engine)
+        images, out, stems = worker.images, recipe.out, worker.images.stems
         if worker.twins:
             images.config["shape"] = list(images.row_shape[1:])
         asked_for: set[str] = set()
@@ -236,15 +236,15 @@ def _map_images(recipe: _Images, shards: ShardSpec, dry_run: bool, **how: Any) -
                 lambda stem, bar: worker.done(stem, batches.parts(stem), bar),
                 total=sum(len(images.indexes[stem].samples) for stem in engine.whole(stems)),
                 begin=asked_for.update,
-                metadata={"model_path": images.network.path, "sampled": _how_sampled(images.indexes)},
+                metadata={"model_path": images.network.path, "sampled": _how_sampled(images.paths)},
                 dry_run=dry_run,
                 engine=engine,
                 task=lambda stem, writer: Task(stem, "table", (images.indexed(stem), writer)),
             )
 
 
-def _how_sampled(indexes: dict[str, ShardIndex]) -> dict[str, Any] | None:
+def _how_sampled(shards: Sequence[AnyPath]) -> dict[str, Any] | None:
     """What ``sample`` wrote about images that it generated: steps, guidance, seed and checkpoint."""
-    manifests = {index.path.parent / "sample.json" for index in indexes.values()}
+    manifests = {path.parent / "sample.json" for path in shards}
     manifest = manifests.pop()
     return read_json(manifest).get("plan") if not manifests and manifest.is_file() else None

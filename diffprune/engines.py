@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -35,6 +35,8 @@ Found = pa.Table | tuple[pa.Table, list[bool]]
 """A shard's table; and which of its rows count where failures in a row are counted, if not all do."""
 
 Work = Callable[[str, Progress], Found]
+
+Shard = TypeVar("Shard", str, AnyPath)
 
 
 class Workers(Protocol):
@@ -65,7 +67,7 @@ class Engine:
     ranks: RankTalk = ALONE
     max_failures: int = MAX_FAILURES
 
-    def whole(self, shards: Sequence[str]) -> list[str]:
+    def whole(self, shards: Sequence[Shard]) -> list[Shard]:
         """The shards of this run: all, or those of its part."""
         i, n = self.part or (1, 1)
         return list(shards[(i - 1) * len(shards) // n : i * len(shards) // n])

@@ -16,20 +16,32 @@ from diffprune.errors import InputError
 from diffprune.pieces import PieceSize, in_pieces
 from diffprune.progress import Progress
 from diffprune.shards import ShardIndex, ShardSpec, index_shards, list_shards
+from diffprune.storage import AnyPath, sizes
 from diffprune.tables import base_table
 
 Indexed = tuple[ShardIndex, tuple[int, int] | None]
 
 
 class ImageMap:
-    """The images of shards, and a network's values of them. Without ``shards``, of those that are taken later."""
+    """The images of shards, and a network's values of them. Without ``shards``, of those that are taken later.
 
-    def __init__(self, network: Network, shards: ShardSpec | None, batch_size: int, reading: Reading) -> None:
+    ``own``: of all shards those that are indexed, as for a part of a run; of the others only the size is looked at.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        shards: ShardSpec | None,
+        batch_size: int,
+        reading: Reading,
+        own: Callable[[Sequence[AnyPath]], Sequence[AnyPath]] | None = None,
+    ) -> None:
         if batch_size < 1:
             raise InputError(f"batch_size: expected 1 or more, got {batch_size}")
         self.network, self.batch_size, self.reading = network, batch_size, reading
         self._piece = PieceSize(batch_size, *network.size, network.device)
-        paths = [] if shards is None else list_shards(shards)
+        self.paths = [] if shards is None else list_shards(shards)
+        paths = self.paths if own is None else own(self.paths)
         self._stamps = {path.stem: _stamp(path) for path in paths}  # before they are indexed
         self.indexes = {index.path.stem: index for index in index_shards(paths)} if paths else {}
         with torch.inference_mode():
@@ -40,9 +52,22 @@ class ImageMap:
             **network.head,
             "shape": list(self.row_shape),
             "image_size": height if height == width else [height, width],
-            "inputs": describe(list(self.indexes.values())),
+            "inputs": self._inputs(),
             **reading.config,
         }
+
+    @property
+    def stems(self) -> list[str]:
+        """Of all shards, indexed or not."""
+        return [path.stem for path in self.paths]
+
+    def _inputs(self) -> dict[str, int]:
+        """What identifies the shards in a fingerprint: name -> bytes."""
+        there = sizes(path for path in self.paths if path.stem not in self.indexes)
+        there |= {index.path: index.size for index in self.indexes.values()}
+        if gone := [path for path in self.paths if path not in there]:
+            raise _gone(gone[0])
+        return {path.name: there[path] for path in self.paths}
 
     def indexed(self, stem: str) -> Indexed:
         """One shard, for `take` in another process."""
@@ -183,8 +208,3 @@ def spread_images(
             whole = [row for row, error in enumerate(batch.errors) if error is None]
             if whole:
                 yield np.ascontiguousarray(batch.images[whole])
-
-
-def describe(indexes: list[ShardIndex]) -> dict[str, list[int]]:
-    """What identifies a set of shards in a fingerprint: name -> [bytes, samples]."""
-    return {index.path.name: [index.size, len(index.samples)] for index in indexes}

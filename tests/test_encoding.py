@@ -9,12 +9,14 @@ import pytest
 import torch
 
 import diffprune
+from diffprune import image_maps
 from diffprune.arrays import ArrayFolder, write_array
 from diffprune.checkpoints import load_vqvae
 from diffprune.decode import load_images
 from diffprune.errors import InputError, ResumeError
 from diffprune.image_maps import ImageMap, Network, Reading
 from diffprune.models.vqvae import VQVAE
+from diffprune.shards import index_shards
 from diffprune.tables import read_folder
 
 
@@ -162,6 +164,30 @@ def test_another_vqvae_or_other_shards_are_refused(small_run, tmp_path):
     one = sorted(small_run.shards.glob("*.tar"))[0]
     with pytest.raises(ResumeError, match="inputs"):
         diffprune.encode(one, small_run.vqvae, out)
+
+
+def test_parts_index_their_own_shards_only_and_make_the_same_folder(small_run, tmp_path, monkeypatch):
+    shutil.copytree(small_run.shards, tmp_path / "shards")
+    paths = sorted((tmp_path / "shards").glob("*.tar"))
+    assert len(paths) == 3
+    whole = paths[2].read_bytes()
+    paths[2].write_bytes(b"x" + whole[1:])  # damaged, but not one of the first part's
+    indexed = []
+    monkeypatch.setattr(image_maps, "index_shards", lambda own: indexed.append(list(own)) or index_shards(own))
+    out = tmp_path / "latents"
+    for part, done in (("1/4", 0), ("2/4", 1), ("3/4", 1)):
+        report = diffprune.encode(tmp_path / "shards", small_run.vqvae, out, part=part)
+        assert (report["shards"], report["samples"]) == (done, 50 * done)
+    with pytest.raises(InputError, match=f"{paths[2]}: at byte"):
+        diffprune.encode(tmp_path / "shards", small_run.vqvae, out, part="4/4")
+    paths[2].write_bytes(whole)
+    diffprune.encode(tmp_path / "shards", small_run.vqvae, out, part="4/4")
+    assert indexed == [[paths[0]], [paths[1]], [paths[2]], [paths[2]]]
+    for file in sorted(small_run.latents.glob("*.*")):
+        assert (out / file.name).read_bytes() == file.read_bytes(), file.name
+    paths[0].write_bytes(paths[0].read_bytes() + bytes(512))
+    with pytest.raises(ResumeError, match=rf"inputs\.{paths[0].name} was \d+, is now \d+"):
+        diffprune.encode(tmp_path / "shards", small_run.vqvae, out, part="4/4")
 
 
 def test_arrays_that_do_not_fit_their_table_are_refused(small_run, tmp_path):

@@ -17,7 +17,7 @@ pytest.importorskip("fsspec")
 from diffprune.errors import InputError, RemoteError
 from diffprune.files import atomic_file, atomic_path, read_json, write_json
 from diffprune.shards import index_shard, index_shards, list_shards
-from diffprune.storage import RemotePath, as_path, existing, is_remote, local_path
+from diffprune.storage import RemotePath, as_path, existing, is_remote, local_path, sizes
 
 
 @pytest.fixture
@@ -140,6 +140,13 @@ def test_a_missing_shard_is_named(memory, tar_bytes):
         list_shards("memory://nowhere")
     assert existing([as_path("memory://b/train-01.tar"), as_path("memory://b/x")]) == {
         as_path("memory://b/train-01.tar")
+    }
+    size = len(tar_bytes("k0"))
+    for count in (3, 22):  # one by one, and by a listing
+        urls = [as_path(f"memory://b/train-{i:02d}.tar") for i in range(22 - count, 22)]
+        assert sizes(urls) == dict.fromkeys(urls[:-2], size)
+    assert sizes([Path(__file__), Path(__file__).parent, Path(__file__).with_name("gone")]) == {
+        Path(__file__): Path(__file__).stat().st_size
     }
 
 

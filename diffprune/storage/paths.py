@@ -121,15 +121,18 @@ class RemotePath(os.PathLike):
         return client_of(self).head(self)
 
     def is_file(self) -> bool:
+        return self._size() is not None
+
+    def _size(self) -> int | None:
+        """Bytes, or None where there is no object."""
         try:
-            self.stat()
+            return self.stat().st_size
         except FileNotFoundError:
-            return False
+            return None
         except RemoteError as error:
             if self.scheme in READ_ONLY and error.kind == "denied":  # as storage behind a web server may say "missing"
-                return False
+                return None
             raise
-        return True
 
     def is_dir(self) -> bool:
         """Whether an object's name begins with this one and a slash."""
@@ -204,9 +207,14 @@ def local_path(path: str | os.PathLike, what: str) -> Path:
 
 
 def existing(paths: Iterable[AnyPath]) -> set[AnyPath]:
-    """Which of these are files. Many objects of one folder cost one listing, not a request each."""
+    """Which of these are files; as ``sizes``."""
+    return set(sizes(paths))
+
+
+def sizes(paths: Iterable[AnyPath]) -> dict[AnyPath, int]:
+    """Bytes of those of these that are files. Many objects of one folder cost one listing, not a request each."""
     paths = list(paths)
-    there = {path for path in paths if isinstance(path, Path) and path.is_file()}
+    found = {path: path.stat().st_size for path in paths if isinstance(path, Path) and path.is_file()}
     folders: dict[RemotePath, list[RemotePath]] = {}
     for path in paths:
         if isinstance(path, RemotePath):
@@ -215,11 +223,12 @@ def existing(paths: Iterable[AnyPath]) -> set[AnyPath]:
         if len(ours) <= _ASK_ONE_BY_ONE or folder.scheme in READ_ONLY:
             from diffprune.storage.clients import in_threads
 
-            there |= {path for path, found in zip(ours, in_threads(RemotePath.is_file, ours), strict=True) if found}
+            their_sizes = zip(ours, in_threads(RemotePath._size, ours), strict=True)
         else:
-            found = folder._listed(_common_begin(min(ours).name, max(ours).name))
-            there |= {path for path in ours if found.get(path.name) is not None}
-    return there
+            listed = folder._listed(_common_begin(min(ours).name, max(ours).name))
+            their_sizes = ((path, stat and stat.st_size) for path in ours for stat in [listed.get(path.name)])
+        found |= {path: size for path, size in their_sizes if size is not None}
+    return found
 
 
 def _common_begin(one: str, other: str) -> str:
