@@ -188,7 +188,7 @@ class _Images:
     reading: Reading
 
     def __call__(self, shards: ShardSpec | None = None, engine: Engine | None = None) -> _Worker:
-        own = engine and engine.whole
+        own = engine and engine.mine
         return _Worker(ImageMap(self.network(), shards, self.batch_size, self.reading, own), self.out)
 
 
@@ -234,7 +234,7 @@ def _map_images(recipe: _Images, shards: ShardSpec, dry_run: bool, **how: Any) -
                 images.config,
                 stems,
                 lambda stem, bar: worker.done(stem, batches.parts(stem), bar),
-                total=sum(len(images.indexes[stem].samples) for stem in engine.whole(stems)),
+                total=engine.ranks.count(sum(len(index.samples) for index in images.indexes.values())),
                 begin=asked_for.update,
                 metadata={"model_path": images.network.path, "sampled": _how_sampled(images.paths)},
                 dry_run=dry_run,

@@ -72,7 +72,7 @@ class Engine:
         i, n = self.part or (1, 1)
         return list(shards[(i - 1) * len(shards) // n : i * len(shards) // n])
 
-    def mine(self, shards: Sequence[str]) -> list[str]:
+    def mine(self, shards: Sequence[Shard]) -> list[Shard]:
         """The shards that this process, or its workers, have to do: with several ranks, neighbours."""
         whole, rank, size = self.whole(shards), self.ranks.rank, self.ranks.size
         return whole[rank * len(whole) // size : (rank + 1) * len(whole) // size]
