@@ -29,6 +29,7 @@ from diffprune.progress import Progress
 from diffprune.shards import ShardIndex, ShardSpec, index_shards
 from diffprune.storage import AnyPath, as_path
 from diffprune.tables import BASE_SCHEMA, STAGE_FILE, base_table, column_names, in_memory, read_table
+from diffprune.unique_keys import repeated_key
 
 MODEL = "clip-retrieval"
 ROWS_AT_A_TIME = 65_536
@@ -126,13 +127,8 @@ class ClipRetrievalFolder(ArrayFolder):
     def whole_table(self) -> pa.Table:
         """As ``ArrayFolder.whole_table``."""
         table = pa.concat_tables([self.table(stem) for stem in self.stems])
-        counts = pc.value_counts(table["key"])
-        twice = counts.filter(pc.greater(counts.field("counts"), 1))
-        if len(twice):
-            raise InputError(
-                f"{self.folder}: key {twice[0]['values'].as_py()!r} stands in it {twice[0]['counts'].as_py()} times; "
-                f"keys must be unique"
-            )
+        if (twice := repeated_key(table["key"])) is not None:
+            raise InputError(f"{self.folder}: key {twice!r} stands in it twice; keys must be unique")
         self._unique = True
         return table
 

@@ -31,6 +31,7 @@ from diffprune.storage import AnyPath, as_path
 from diffprune.storage.folders import partials_folder
 from diffprune.storage.spool import local_file
 from diffprune.tables import BASE_COLUMNS, STAGE_FILE, read_folder
+from diffprune.unique_keys import repeated_key
 
 CENTROIDS_FILE = "centroids.safetensors"
 ENGINES = ("diffprune", "faiss")
@@ -234,10 +235,8 @@ class EmbeddingRows:
 def _twice(keys: pa.ChunkedArray, talk: RankTalk) -> str | None:
     """What is to be said of a key that stands twice among those of all processes, if there is one."""
     if talk.size == 1:
-        counts = pc.value_counts(keys)
-        twice = counts.filter(pc.greater(counts.field("counts"), 1))
-        said = twice[0].as_py() if len(twice) else None
-        return said and f"key {said['values']!r} stands in it {said['counts']} times"
+        twice = repeated_key(keys)
+        return None if twice is None else f"key {twice!r} stands in it twice"
     digests = [hashlib.blake2b(key.as_py().encode(), digest_size=16).digest() for key in keys]
     own = np.frombuffer(b"".join(digests), dtype=np.int64).reshape(-1, 2)
     here = []  # each process looks at the digests that fall to it, of all

@@ -21,6 +21,7 @@ from diffprune.files import fingerprint
 from diffprune.requests import NEEDS, Request, read_quota
 from diffprune.storage import AnyPath, as_path
 from diffprune.tables import read_stage, read_tables, table_metadata, write_table
+from diffprune.unique_keys import repeated_key
 
 __all__ = ["select"]
 
@@ -206,8 +207,8 @@ def _rows_of(table: pa.Table, theirs: pa.Table, folder: ArrayFolder) -> np.ndarr
     if theirs["key"].equals(table["key"]):
         rows = np.arange(table.num_rows)
     else:
-        if pc.count_distinct(theirs["key"]).as_py() < len(theirs):
-            raise InputError(f"{folder.folder}: a sample key stands in it twice; keys must be unique")
+        if (twice := repeated_key(theirs["key"])) is not None:
+            raise InputError(f"{folder.folder}: key {twice!r} stands in it twice; keys must be unique")
         found = pc.index_in(table["key"], value_set=theirs["key"].combine_chunks())
         rows = pc.fill_null(found, -1).to_numpy().astype(np.int64)
     usable = (rows >= 0) & pc.equal(theirs["status"], "ok").to_numpy()[rows] if len(theirs) else rows >= 0

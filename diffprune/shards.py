@@ -15,13 +15,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from diffprune.errors import InputError
 from diffprune.storage import AnyPath, RemotePath, as_path, existing
 from diffprune.storage.paths import READ_ONLY
 from diffprune.tar_index import Damage, index_tar
 from diffprune.tar_samples import BLOCK, IMAGE_EXTENSIONS, Member, Sample, SampleList
+from diffprune.unique_keys import first_repeated
 
 if TYPE_CHECKING:
     from diffprune.storage.reading import RemoteFile
@@ -130,22 +129,8 @@ def index_each(paths: Sequence[AnyPath]) -> Iterator[ShardIndex]:
 def find_duplicate_key(indexes: Iterable[ShardIndex]) -> tuple[str, AnyPath, AnyPath] | None:
     """The first key that stands in two shards, with the two, or None."""
     indexes = list(indexes)
-    # Hashes first: eight bytes a key, where all keys in a dict are two hundred.
-    hashes = np.empty(sum(len(index.samples) for index in indexes), np.int64)
-    end = 0
-    for index in indexes:
-        start, end = end, end + len(index.samples)
-        hashes[start:end] = [hash(key) for key in index.samples.keys]
-    hashes.sort()
-    twice = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
-    seen: dict[str, AnyPath] = {}
-    for index in indexes if twice else ():
-        for key in index.samples.keys:
-            if hash(key) in twice:
-                if key in seen:
-                    return key, seen[key], index.path
-                seen[key] = index.path
-    return None
+    found = first_repeated([len(index.samples) for index in indexes], lambda shard: indexes[shard].samples.keys)
+    return found and (found[0], indexes[found[1]].path, indexes[found[2]].path)
 
 
 class ShardReader:

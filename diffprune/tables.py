@@ -23,6 +23,7 @@ from diffprune.errors import InputError
 from diffprune.files import atomic_path, open_file, read_json
 from diffprune.shards import Sample
 from diffprune.storage import THREADS, AnyPath, as_path, existing
+from diffprune.unique_keys import repeated_key
 
 METADATA_KEY = b"diffprune"
 STAGE_FILE = "stage.json"
@@ -182,8 +183,8 @@ def _read_shards(folder: AnyPath, columns: list[str] | None = None) -> pa.Table:
 
 
 def _check_unique(table: pa.Table, folder: str | Path) -> None:
-    if "key" in table.column_names and pc.count_distinct(table["key"]).as_py() != table.num_rows:
-        raise InputError(f"{folder}: a sample key stands in it twice; keys must be unique over all shards")
+    if "key" in table.column_names and (twice := repeated_key(table["key"])) is not None:
+        raise InputError(f"{folder}: key {twice!r} stands in it twice; keys must be unique over all shards")
 
 
 def read_tables(folders: str | Path | Sequence[str | Path], columns: list[str] | None = None) -> pa.Table:

@@ -164,7 +164,7 @@ def broken(folder: Path, what: str) -> None:
         ("no keys", r"metadata_10.parquet: no column 'key'; it has caption"),
         ("keys of lists", r"metadata_10.parquet: key: expected strings, found list"),
         ("null key", "image_path: row 3 has no key"),
-        ("twice", "stands in it 2 times"),
+        ("twice", "stands in it twice"),
         ("width", "embeddings of 23 dimensions, but img_emb_2.npy has 24: they are of two models"),
         ("pickle", r"img_emb_10.npy: not a readable .npy file"),
         ("integers", r"expected \[n, D\] float16 or float32, found \[17, 24\] int32"),

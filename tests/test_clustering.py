@@ -123,7 +123,7 @@ def test_several_folders_of_one_model_and_mixed_models(tmp_path, values):
     for suffix in ("npy", "parquet"):
         (again / f"b.{suffix}").rename(again / f"d.{suffix}")
     (again / "stage.json").write_text(json.dumps({**stage, "shards": ["d"]}))
-    with pytest.raises(InputError, match=r"one, .*again: key 'b/070' stands in it 2 times"):
+    with pytest.raises(InputError, match=r"one, .*again: key 'b/070' stands in it twice"):
         diffprune.cluster([one, again], tmp_path / "c", k=3)
     for name in ("b.npy", "b.parquet"):  # a shard of the other model in the folder of the first
         (one / name).write_bytes((other / name).read_bytes())
