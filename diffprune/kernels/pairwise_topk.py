@@ -64,6 +64,7 @@ def _check(queries: Tensor, points: Tensor, k: int, exclude_self: bool) -> None:
         raise ValueError(f"expected points [M, D] with D at least 1, got {tuple(points.shape)}")
     if exclude_self:
         expect_equal("length", "queries and points (exclude_self)", queries.shape[0], points.shape[0])
-    if not 1 <= k <= points.shape[0] - exclude_self:
+    available = points.shape[0] - int(exclude_self)  # a symbolic size less a bool is an error in PyTorch 2.11
+    if not 1 <= k <= available:
         others = " other than the query" if exclude_self else ""
-        raise ValueError(f"expected k from 1 to the {points.shape[0] - exclude_self} points{others}, got {k}")
+        raise ValueError(f"expected k from 1 to the {available} points{others}, got {k}")
