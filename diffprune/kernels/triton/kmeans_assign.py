@@ -138,7 +138,9 @@ def config(k: int, depth: int, gpu: Gpu, itemsize: int = 2) -> tuple[dict[str, i
     Wide tiles, because a point is read from the L2 cache once per tile of centroids, and a centroid once per tile of
     points. 128 points at a time: those that all multiprocessors work on stay in the L2 cache.
     """
-    rows, columns = 128, power_of_2(k, 16, 256 if gpu.capability >= 90 else 128)
+    # Triton 3.6 has no tcgen05 for int8: its sums lie in registers there, and 256 columns of them spill.
+    wide = gpu.capability >= 90 and (itemsize > 1 or gpu.capability < 100)
+    rows, columns = 128, power_of_2(k, 16, 256 if wide else 128)
     step = power_of_2(depth, 32 // itemsize, (128 if gpu.capability >= 90 else 64) // itemsize)
     stages = min(3 if gpu.capability >= 90 else 4, (gpu.shared - 16384) // ((rows + columns) * step * itemsize))
     return {"ROWS": rows, "COLUMNS": columns, "STEP": step}, {"num_warps": 8, "num_stages": stages}
@@ -222,7 +224,7 @@ def _search_kernel(
         for d in range(0, depth, STEP):
             x = load(points, row, d, n, depth, points_stride, ROWS, STEP, DESCRIBED)
             y = load(centroids, column, d, k, depth, centroids_stride, COLUMNS, STEP, DESCRIBED)
-            product = tl.dot(x, y.T, product)
+            product = tl.dot(x, y.T, product, out_dtype=product.dtype)
         c = column + tl.arange(0, COLUMNS)
         offset = tl.load(offset_ptr + c, mask=c < k, other=-LOWEST)
         v = product.to(tl.float32) * scale[:, None] - offset[None, :]

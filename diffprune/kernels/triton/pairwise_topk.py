@@ -115,12 +115,13 @@ def search(rounded: Rounded, k: int, exclude_self: bool) -> tuple[Tensor, Tensor
 def config(n: int, m: int, k: int, depth: int, gpu: Gpu) -> tuple[dict[str, int], int, dict[str, int]]:
     """The tile of the products, the STEP through D and the LIST; the number of shares; warps and pipeline stages."""
     kept = power_of_2(k + 8, 16, 128)
-    rows = 128 if kept <= 32 else 64
+    rows = 128 if kept <= (16 if gpu.capability >= 100 else 32) else 64  # more spills registers
     columns = power_of_2(m, 16, 128)
     step = power_of_2(depth, 16, 64 if gpu.capability >= 90 and kept < 128 else 32)
     most = min(256 // kept, triton.cdiv(m, 8 * columns))
     shares = max(1, min(most, triton.cdiv(4 * gpu.processors, triton.cdiv(n, rows))))
-    return {"ROWS": rows, "COLUMNS": columns, "STEP": step, "LIST": kept}, shares, {"num_warps": 8, "num_stages": 3}
+    options = {"num_warps": 8, "num_stages": 3, "maxnreg": 255}  # Triton 3.6 sets small tiles a limit at which they spill
+    return {"ROWS": rows, "COLUMNS": columns, "STEP": step, "LIST": kept}, shares, options
 
 
 def aot_cases() -> Iterator[Case]:
