@@ -60,8 +60,9 @@ def within_bounds() -> Iterator[None]:
         yield
 
 
-def _check(what: str, tensors: list[Tensor], addresses: np.ndarray, mask: np.ndarray) -> None:
-    touched = np.broadcast_to(addresses, np.broadcast_shapes(addresses.shape, mask.shape))[mask.astype(bool)]
+def _check(what: str, tensors: list[Tensor], addresses: np.ndarray, mask: np.ndarray | memoryview) -> None:
+    mask = np.asarray(mask, dtype=bool)  # of a descriptor in Triton 3.6 it is a buffer
+    touched = np.broadcast_to(addresses, np.broadcast_shapes(addresses.shape, mask.shape))[mask]
     lost = touched.astype(np.int64)
     for tensor in tensors:
         lost = lost[~_elements(tensor, lost)]
