@@ -89,7 +89,7 @@ class _Call:
     """One run of a rule: what it keeps for its backward, and the backward."""
 
     def __init__(self, kept: Tensor | None, contribute: Callable, sources: set[ParameterUse]) -> None:
-        self.node = None if kept is None else kept.grad_fn
+        self.kept = kept  # the tensor: its grad_fn alone does not keep what it saved, in PyTorch 2.11
         self.contribute, self.sources = contribute, sources
 
 
@@ -311,7 +311,7 @@ class Recorder:
             )
         self.fired = True
         try:
-            kept = () if call.node is None else call.node.saved_tensors
+            kept = () if call.kept is None else call.kept.grad_fn.saved_tensors
         except RuntimeError as error:
             if "inplace" not in str(error):  # a checkpointed block that is made again may fail otherwise
                 raise
@@ -320,7 +320,7 @@ class Recorder:
         with torch.no_grad(), torch._C.DisableTorchFunction():
             for weight, part in call.contribute(*kept, gradient.detach()):
                 self._add(weight, part)
-            call.node = call.contribute = None  # the graph holds on to the call: let go of what is large
+            call.kept = call.contribute = None  # the graph holds on to the call: let go of what is large
             for source in call.sources:
                 source.fired += 1
                 if source.fired == source.expected:

@@ -285,7 +285,7 @@ def test_what_a_layer_saw_is_let_go_once_its_sums_are_made():
         loss = model(torch.ones(3, 4)).sum()  # keeps the graph, and with it its hooks
         loss.backward()
         calls = [thing for thing in gc.get_objects() if type(thing) is _Call]
-        assert len(calls) == 2 and all(call.node is call.contribute is None for call in calls)
+        assert len(calls) == 2 and all(call.kept is call.contribute is None for call in calls)
 
 
 def test_keyword_calls_and_other_peoples_hooks():
