@@ -3,8 +3,8 @@
 Each launcher in ``kernels/triton`` is run on meta tensors of the sizes that matter (its ``aot_cases``), once per
 target, while a stand-in for the CUDA driver lets Triton specialise and compile what is launched but launch nothing. So
 the table shows the configurations that the launcher really picks. Exit status 1 if a kernel spills registers, wants
-more shared memory than the device has, or multiplies matrices of 8- or 16-bit elements without the device's matrix
-instructions.
+more shared memory than the device has, multiplies matrices of 8- or 16-bit elements without the device's matrix
+instructions, or rounds float32 to multiply it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Compiled:
     """Local memory per thread: spilled registers, or an array that could not stay in registers."""
     shared: int
     matrix: dict[str, int]
-    """PTX matrix instruction -> how often it is in the code."""
+    """PTX matrix instruction, "tf32" behind it if it is one of that -> how often it is in the code."""
     products: bool
     """Whether the kernel multiplies matrices of 8- or 16-bit elements."""
     error: str = ""
@@ -63,6 +63,8 @@ class Compiled:
             faults.append(f"spills {self.spilled} bytes per thread")
         if self.shared > limit:
             faults.append(f"wants {self.shared} bytes of shared memory, the device has {limit}")
+        if any(name.endswith("tf32") for name in self.matrix):
+            faults.append("multiplies float32 rounded to TF32")
         fitting = MATRIX[self.target]
         if self.products and not (self.matrix and set(self.matrix) <= set(fitting)):
             faults.append(
@@ -91,7 +93,8 @@ def compile_op(op: str, target: int, quick: bool = False) -> list[Compiled]:
         try:
             launches = _launched(module, case, TARGETS[target])
         except Exception as error:  # whatever Triton, LLVM or ptxas raise: the table goes on and shows it as a fault
-            message = (str(error).strip() or repr(error)).splitlines()[-1]
+            reason = error.__cause__ or error  # Triton's own message ends with the line of code
+            message = (str(reason).strip() or repr(reason)).splitlines()[-1]
             failed.append(Compiled(op, "-", target, (case.label,), {}, 0, 0, 0, 0, 0, {}, False, message))
             continue
         for kernel, compiled in launches:
@@ -231,7 +234,8 @@ def _stand_in_driver(target: Gpu) -> Iterator[None]:
 
 def _describe(op: str, target: int, kernel, compiled, cases: list[str]) -> Compiled:
     ptx, resources = compiled.asm["ptx"], _resources(compiled.asm["cubin"])
-    instructions = re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b", ptx)
+    found = re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b([\w.:]*)", ptx)
+    instructions = [name + " tf32" * ("tf32" in kind) for name, kind in found]
     constants = {kernel.arg_names[place[0]]: str(value) for place, value in compiled.src.constants.items()}
     return Compiled(
         op=op,

@@ -88,6 +88,7 @@ def test_faults_are_found(rows: list[Compiled]) -> None:
     assert "no matrix instruction, expected wgmma" in replace(row, matrix={}).faults[0]
     assert "with wgmma.mma_async, mma.sync, expected" in replace(row, matrix=row.matrix | {"mma.sync": 1}).faults[0]
     assert replace(row, matrix={}, products=False).faults == []
+    assert replace(row, matrix={"mma.sync tf32": 1}, products=False).faults == ["multiplies float32 rounded to TF32"]
     assert replace(row, error="out of registers").faults == ["does not compile: out of registers"]
 
 

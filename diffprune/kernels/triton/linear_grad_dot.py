@@ -29,6 +29,7 @@ from diffprune.kernels.triton.layers import label, layers, tensors
 from diffprune.kernels.triton.tiles import (
     Tile,
     describable,
+    exact_tile,
     load,
     matrix,
     multiplied_bytes,
@@ -110,7 +111,7 @@ def splits(direction: Tensor, dtype: torch.dtype) -> bool:
 def config(rows: int, width: int, depth: int, itemsize: int, gpu: Gpu) -> Tile:
     """How the product [rows, width] is tiled. ``itemsize``: bytes of the elements that are multiplied."""
     if itemsize == 4:
-        return Tile(128, 64, 16, {"num_warps": 8, "num_stages": 2})
+        return exact_tile(gpu) or Tile(128, 64, 16, {"num_warps": 8, "num_stages": 2})
     tile = product_tile(rows, width, depth, gpu)
     if gpu.capability >= 100 and tile.rows * tile.columns == 128 * 128:
         tile.options["num_warps"] = 8  # the sums leave tensor memory all at once: too many registers for four warps

@@ -11,7 +11,16 @@ import triton.language as tl
 from torch import Tensor
 
 from diffprune.kernels.triton import Gpu, gpu
-from diffprune.kernels.triton.tiles import Tile, describable, load, matrix, multiplied_bytes, product_tile, source
+from diffprune.kernels.triton.tiles import (
+    Tile,
+    describable,
+    exact_tile,
+    load,
+    matrix,
+    multiplied_bytes,
+    product_tile,
+    source,
+)
 
 
 def direct(a: Tensor, g: Tensor, samples: int, tokens: int, bias: bool, only: Tensor | None = None) -> Tensor:
@@ -77,7 +86,7 @@ def _sums(
 def direct_tile(a: Tensor, g: Tensor, batch: int, tokens: int, gpu: Gpu) -> Tile:
     """How Gᵀ·A [O, I] of ``batch`` samples is tiled."""
     if multiplied_bytes(a, g) == 4:
-        return Tile(64, 32, 16, {"num_warps": 4, "num_stages": 2})
+        return exact_tile(gpu) or Tile(64, 32, 16, {"num_warps": 4, "num_stages": 2})
     return product_tile(g.shape[1], a.shape[1], tokens, gpu, batch)
 
 

@@ -120,7 +120,7 @@ def config(n: int, m: int, k: int, depth: int, gpu: Gpu) -> tuple[dict[str, int]
     step = power_of_2(depth, 16, 64 if gpu.capability >= 90 and kept < 128 else 32)
     most = min(256 // kept, triton.cdiv(m, 8 * columns))
     shares = max(1, min(most, triton.cdiv(4 * gpu.processors, triton.cdiv(n, rows))))
-    options = {"num_warps": 8, "num_stages": 3, "maxnreg": 255}  # Triton 3.6 sets small tiles a limit at which they spill
+    options = {"num_warps": 8, "num_stages": 3, "maxnreg": 255}  # by itself Triton 3.6 makes small tiles spill
     return {"ROWS": rows, "COLUMNS": columns, "STEP": step, "LIST": kept}, shares, options
 
 

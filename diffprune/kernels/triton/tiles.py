@@ -80,6 +80,15 @@ class Tile(NamedTuple):
     """Warps and pipeline stages, for the launch."""
 
 
+def exact_tile(gpu: Gpu) -> Tile | None:
+    """The tile of float32 products where a larger one would be rounded: on sm_100; else None.
+
+    For sm_100 Triton 3.6 makes TF32 products of float32 that were 16-bit elements before, whatever ``input_precision``
+    says, if the tile suits tensor memory: from 64 rows on.
+    """
+    return Tile(32, 64, 16, {"num_warps": 4, "num_stages": 2}) if gpu.capability >= 100 else None
+
+
 def product_tile(rows: int, columns: int, depth: int, gpu: Gpu, batch: int = 1) -> Tile:
     """The tile for ``batch`` products [rows, columns] of 16-bit elements on tensor cores.
 
