@@ -32,6 +32,18 @@ def photos() -> dict[str, bytes]:
     }
 
 
+def for_transformers(data: bytes):
+    """The picture for a processor of transformers: they lay it on white, but old ones (5.17) drop what is clear."""
+    from PIL import Image
+    from transformers.image_transforms import convert_to_rgb
+
+    image = Image.open(io.BytesIO(data))
+    clear = convert_to_rgb(Image.new("RGBA", (1, 1)))
+    if "A" in image.getbands() and clear.getpixel((0, 0)) == (0, 0, 0):
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image
+
+
 def write_class_folder(folder: Path) -> dict[str, bytes]:
     """The photos in one class folder, for ``pack``; returns them by sample key."""
     found = photos()

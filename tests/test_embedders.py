@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from photos import write_class_folder
+from photos import for_transformers, write_class_folder
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -90,7 +90,7 @@ def save(folder: Path, maker) -> tuple:
 
 
 def published_embedding(model, processor, data: bytes) -> np.ndarray:
-    pixels = processor(Image.open(io.BytesIO(data)), return_tensors="pt")["pixel_values"]
+    pixels = processor(for_transformers(data), return_tensors="pt")["pixel_values"]
     with torch.inference_mode():
         if hasattr(model, "get_image_features"):
             output = model.get_image_features(pixel_values=pixels)
