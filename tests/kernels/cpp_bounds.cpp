@@ -45,8 +45,9 @@ void assign(Type type, Number (*make)(float), int64_t n, int64_t k, int64_t d, i
   for (const auto& variant : variants()) {
     std::vector<int32_t> assignment(n, -1);
     std::vector<float> sqdistance(n, -1);
-    kmeans_assign(variant, address(points.data()), static_cast<int>(type), stride, address(centroids.data()),
-                  address(centre.data()), n, k, d, address(assignment.data()), address(sqdistance.data()), threads);
+    const CentroidSearch search(variant, address(centroids.data()), address(centre.data()), k, d, threads);
+    search.assign(address(points.data()), static_cast<int>(type), stride, n, address(assignment.data()),
+                  address(sqdistance.data()), threads);
     for (int64_t i = 0; i < n; ++i)
       if (assignment[i] < 0 || assignment[i] >= k || !(sqdistance[i] >= 0)) {
         std::fprintf(stderr, "%s n=%ld k=%ld d=%ld: row %ld got %d\n", variant.c_str(), long(n), long(k), long(d), long(i), assignment[i]);
