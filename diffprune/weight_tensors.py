@@ -48,7 +48,7 @@ class Weight(Tensor):
         weight.plain, weight.recorder, weight.sources = plain, recorder, sources
         for leaf in (weight, plain) if plain.is_leaf else (weight,):
             with torch._C.DisableTorchFunctionSubclass():
-                leaf.register_post_accumulate_grad_hook(_refuse_gradient(sources, recorder))
+                leaf.register_post_accumulate_grad_hook(_refuse_gradient(list(sources), recorder.tracker))
         return weight
 
     @classmethod
@@ -429,11 +429,13 @@ def _quoted(names: Iterable[str]) -> str:
     return "parameter " + ", ".join(sorted(names))
 
 
-def _refuse_gradient(sources: dict[str, ParameterUse], recorder: Recorder) -> Callable[[Tensor], None]:
+def _refuse_gradient(names: list[str], tracker: BatchTracker) -> Callable[[Tensor], None]:
+    """A hook that holds no tensor: Python does not see through such a hook, and a circle through it would stay."""
+
     def hook(_: Tensor) -> None:
         raise InputError(
-            f"{_quoted(sources)}: has a gradient that no rule covers: it reaches the loss without meeting one of the "
-            f"{recorder.tracker.rows} rows of the batch, or through a function that hides it"
+            f"{_quoted(names)}: has a gradient that no rule covers: it reaches the loss without meeting one of the "
+            f"{tracker.rows} rows of the batch, or through a function that hides it"
         )
 
     return hook
