@@ -28,7 +28,7 @@ from diffprune.files import fingerprint, sha256_file
 from diffprune.progress import Progress
 from diffprune.shards import ShardIndex, ShardSpec, index_shards
 from diffprune.storage import AnyPath, as_path
-from diffprune.tables import BASE_SCHEMA, STAGE_FILE, base_table, column_names, in_memory, read_table
+from diffprune.tables import BASE_COLUMNS, BASE_SCHEMA_IN_MEMORY, STAGE_FILE, base_table, column_names, read_table
 from diffprune.unique_keys import repeated_key
 
 MODEL = "clip-retrieval"
@@ -83,13 +83,13 @@ class ClipRetrievalFolder(ArrayFolder):
             raise InputError(f"{path}: {source}: row {pc.index(pc.is_null(keys), True).as_py()} has no key")
         if source == "image_path":  # a sample key already, or a path: up to the first dot of its last part
             keys = pc.replace_substring_regex(keys, r"\.[^/]*$", "")
-        columns = {field.name: pa.nulls(len(keys), field.type) for field in BASE_SCHEMA}
+        columns = {field.name: pa.nulls(len(keys), field.type) for field in BASE_SCHEMA_IN_MEMORY}
         columns |= {"key": keys, "index": pa.array(np.arange(len(keys), dtype=np.int32))}
-        columns["status"] = pa.array(["ok"] * len(keys), pa.string())
+        columns["status"] = pa.array(["ok"] * len(keys), pa.large_string())
         if "uid" in found.column_names:
             uids = self._strings(found["uid"], path, "uid")
             columns["uid"] = pc.if_else(pc.match_substring_regex(uids, "^[0-9a-f]{32}$"), uids, None)
-        return in_memory(pa.Table.from_arrays([columns[name] for name in BASE_SCHEMA.names], schema=BASE_SCHEMA))
+        return pa.Table.from_arrays([columns[name] for name in BASE_COLUMNS], schema=BASE_SCHEMA_IN_MEMORY)
 
     def keys(self, stem: str) -> pa.Table:
         if not self._unique:
@@ -135,7 +135,7 @@ class ClipRetrievalFolder(ArrayFolder):
     @staticmethod
     def _strings(column: pa.ChunkedArray, path: AnyPath, name: str) -> pa.ChunkedArray:
         try:
-            return column.cast(pa.string())
+            return column.cast(pa.large_string())
         except pa.ArrowException as error:
             raise InputError(f"{path}: {name}: expected strings, found {column.type}") from error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -31,7 +29,7 @@ from diffprune.storage import AnyPath, as_path
 from diffprune.storage.folders import partials_folder
 from diffprune.storage.spool import local_file
 from diffprune.tables import BASE_COLUMNS, STAGE_FILE, read_folder
-from diffprune.unique_keys import repeated_key
+from diffprune.unique_keys import told_twice
 
 CENTROIDS_FILE = "centroids.safetensors"
 ENGINES = ("diffprune", "faiss")
@@ -217,7 +215,7 @@ class EmbeddingRows:
         where = ", ".join(map(str, paths))
         if talk.max(self.rows) == 0:
             raise InputError(f"{where}: no sample has an embedding")
-        if twice := _twice(self.keys, talk):
+        if twice := told_twice(self.keys, talk):
             raise InputError(f"{where}: {twice}; keys must be unique")
 
     def table(self, stem: str) -> pa.Table:
@@ -230,26 +228,6 @@ class EmbeddingRows:
         column, missing = np.zeros(total, values.dtype), np.ones(total, bool)
         column[rows], missing[rows] = values[first : first + len(rows)], False
         return pa.array(column.astype(dtype.to_pandas_dtype()), dtype, mask=missing)
-
-
-def _twice(keys: pa.ChunkedArray, talk: RankTalk) -> str | None:
-    """What is to be said of a key that stands twice among those of all processes, if there is one."""
-    if talk.size == 1:
-        twice = repeated_key(keys)
-        return None if twice is None else f"key {twice!r} stands in it twice"
-    digests = [hashlib.blake2b(key.as_py().encode(), digest_size=16).digest() for key in keys]
-    own = np.frombuffer(b"".join(digests), dtype=np.int64).reshape(-1, 2)
-    here = []  # each process looks at the digests that fall to it, of all
-    for rank in range(talk.size):
-        told = talk.tell(torch.from_numpy(own.copy()), rank).numpy()
-        here.append(told[told[:, 0] % talk.size == talk.rank])
-    found, counts = np.unique(np.concatenate(here), axis=0, return_counts=True)
-    repeated = talk.gather(torch.from_numpy(found[counts > 1]))
-    if not len(repeated):
-        return None
-    bad = {row.tobytes() for row in repeated.numpy()}
-    key = next((keys[i].as_py() for i, digest in enumerate(digests) if digest in bad), None)
-    return "a key of other processes stands in it twice" if key is None else f"key {key!r} stands in it twice"
 
 
 def _same_model(first: ArrayFolder, other: ArrayFolder) -> None:

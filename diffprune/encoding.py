@@ -30,6 +30,7 @@ from diffprune.prefetch import Prefetch
 from diffprune.progress import Progress
 from diffprune.shards import ShardSpec
 from diffprune.storage import AnyPath, as_path
+from diffprune.unique_keys import told_twice
 
 
 def encode(
@@ -222,8 +223,10 @@ class _Worker:
 def _map_images(recipe: _Images, shards: ShardSpec, dry_run: bool, **how: Any) -> dict[str, Any]:
     """``how``: as ``open_workers``."""
     with open_workers(recipe, **how) as engine:
-        worker = recipe(shards, engine)
+        worker = engine.ranks.together(lambda: recipe(shards, engine))
         images, out, stems = worker.images, recipe.out, worker.images.stems
+        _refuse_twice(images, engine)
+        rows = {stem: len(index.samples) for stem, index in images.indexes.items()}
         if worker.twins:
             images.config["shape"] = list(images.row_shape[1:])
         asked_for: set[str] = set()
@@ -234,13 +237,22 @@ def _map_images(recipe: _Images, shards: ShardSpec, dry_run: bool, **how: Any) -
                 images.config,
                 stems,
                 lambda stem, bar: worker.done(stem, batches.parts(stem), bar),
-                total=engine.ranks.count(sum(len(index.samples) for index in images.indexes.values())),
+                total=engine.ranks.count(sum(rows.values())),
+                rows=rows,
                 begin=asked_for.update,
                 metadata={"model_path": images.network.path, "sampled": _how_sampled(images.paths)},
                 dry_run=dry_run,
                 engine=engine,
                 task=lambda stem, writer: Task(stem, "table", (images.indexed(stem), writer)),
             )
+
+
+def _refuse_twice(images: ImageMap, engine: Engine) -> None:
+    """A key in shards of two processes; those of one were compared when they were indexed."""
+    if engine.ranks.size > 1:
+        keys = pa.chunked_array([index.samples.key_column for index in images.indexes.values()], pa.large_string())
+        if twice := told_twice(keys, engine.ranks):
+            raise InputError(f"{images.paths[0]} and others: {twice}; keys must be unique over all shards")
 
 
 def _how_sampled(shards: Sequence[AnyPath]) -> dict[str, Any] | None:

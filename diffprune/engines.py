@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +120,7 @@ def run_stage(
     *,
     total: int,
     unit: str = "images",
+    rows: Mapping[str, int] | None = None,
     metadata: dict[str, Any] | None = None,
     begin: Callable[[list[str]], object] | None = None,
     dry_run: bool = False,
@@ -133,7 +134,8 @@ def run_stage(
     folder and into each table, and a folder with another one is refused with a ResumeError that names what differs.
     ``metadata`` is told to readers but not compared. ``begin`` runs once, if any shard is to be done, when ``out`` is
     there and this stage's, and is told which this process is to do; it may keep files of its own in ``out``.
-    ``work`` advances the progress itself; ``total`` counts ``unit``s to do here. With the engine's ``workers``
+    ``work`` advances the progress itself; ``total`` counts ``unit``s to do here. ``rows``: how many samples shards
+    have, if that is known; a table with another number is refused with a ResumeError. With the engine's ``workers``
     they do ``task(stem, writer)`` instead, which has to end in ``writer.run``. ``told`` hears how each shard fared.
     Returns counts: shards, shards_done_before, samples, failed, first_error, out; of a part, where there is one.
 
@@ -169,13 +171,13 @@ def run_stage(
                 if not (out / STAGE_FILE).is_file():
                     write_json(out / STAGE_FILE, stage)
         engine.ranks.wait()
+        mine = set(engine.mine(shards))
+        done_rows = _done_rows(out, sorted(mine.difference(todo)), rows or {})
         if todo:
-            mine = set(engine.mine(shards))
             ours = [stem for stem in todo if stem in mine]
             if begin:
                 begin(ours)
             with progress(name, total=total // engine.ranks.size, unit=unit) as bar:
-                done_rows = sum(table.num_rows for table in read_each(out, sorted(mine.difference(todo)), ["status"]))
                 if done_rows:
                     bar.advance(min(done_rows, total))
                 writer = TableWriter(out, about, engine.max_failures, claim=engine.part is not None)
@@ -185,6 +187,19 @@ def run_stage(
                         told(stem, tally)
         engine.ranks.wait()
     return {**plan, **count_rows(out, whole)}
+
+
+def _done_rows(out: AnyPath, done: list[str], rows: Mapping[str, int]) -> int:
+    """How many rows the tables of these shards have together."""
+    total = 0
+    for stem, table in zip(done, read_each(out, done, ["status"]), strict=True):
+        total += table.num_rows
+        if table.num_rows != rows.get(stem, table.num_rows):
+            raise ResumeError(
+                f"{out / stem}.parquet: has {table.num_rows} rows, but the shard {stem} has {rows[stem]} samples: it is "
+                f"of another shard of that name and size. Give another --out, or delete that folder"
+            )
+    return total
 
 
 def _map(

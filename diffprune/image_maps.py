@@ -185,7 +185,7 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 def _gone(path: Path) -> InputError:
     return InputError(
-        f"{path}: no such shard any more; it was there when it was indexed. What is finished is kept: bring it back "
+        f"{path}: no such shard any more; it was there when this run began. What is finished is kept: bring it back "
         "and run the same command again"
     )
 

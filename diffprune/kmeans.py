@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffprune.errors import InputError
 from diffprune.kernels import kmeans_assign
+from diffprune.kernels.kmeans_assign import NearestOf
 from diffprune.kmeans_init import parallel, plus_plus, random_rows
 from diffprune.kmeans_lloyd import Fit, Lloyd, too_few
 from diffprune.kmeans_minibatch import minibatch
@@ -159,8 +160,9 @@ class KMeans:
         """The nearest centroid of each of ``points`` [M, D], of any kind that ``fit`` takes: [M] int32."""
         data, centroids = self._fitted("predict", points)
         assignment = torch.empty(data.rows, dtype=torch.int32, device=data.device)
+        nearest_of = NearestOf(centroids)
         for own, block in data.blocks():
-            assignment[own] = kmeans_assign(block, centroids)[0]
+            assignment[own] = nearest_of(block)[0]
         return data.like(assignment)
 
     def transform(self, points: Any) -> Any:

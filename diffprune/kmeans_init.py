@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffprune.draws import uniform
 from diffprune.kernels import kmeans_assign
+from diffprune.kernels.kmeans_assign import NearestOf
 from diffprune.kmeans_lloyd import Lloyd
 from diffprune.kmeans_points import HeldPoints, Points
 
@@ -54,8 +55,9 @@ def parallel(
     sqdistance = torch.full((points.rows,), math.inf, device=points.device)
     oversampling = max(k / 2, 16)
     for draw in range(PARALLEL_ROUNDS + 1):
+        nearest_of = NearestOf(fresh)
         for own, block in points.blocks():
-            nearest, square = kmeans_assign(block, fresh)
+            nearest, square = nearest_of(block)
             closer = square < sqdistance[own]
             owner[own] = torch.where(closer, nearest.long() + len(candidates) - len(fresh), owner[own])
             sqdistance[own] = torch.where(closer, square, sqdistance[own])

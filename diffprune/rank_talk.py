@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import atexit
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from diffprune.errors import InputError
+from diffprune.errors import DiffpruneError, InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Made = TypeVar("Made")
 
 PATIENCE = timedelta(days=30)  # for each other's shards; where one dies, torchrun ends all
 
@@ -83,6 +86,19 @@ class RankTalk:
         import torch
 
         return float(self._reduced(torch.tensor(value, dtype=torch.float64), "MAX"))
+
+    def together(self, make: Callable[[], Made]) -> Made:
+        """What ``make`` gives here, if it gives something to all; an error of one's ends all of them with an error."""
+        made, error = None, None
+        try:
+            made = make()
+        except DiffpruneError as caught:
+            error = caught
+        if self.max(float(error is not None)) and error is None:
+            error = DiffpruneError("another process of this run has stopped; its message says why")
+        if error is not None:
+            raise error
+        return made
 
     def gather(self, rows: Tensor) -> Tensor:
         """Everyone's ``rows`` [n, ...], in the order of ranks: of one dtype, and one shape but for n."""

@@ -45,6 +45,18 @@ BASE_SCHEMA = pa.schema(
 BASE_COLUMNS = BASE_SCHEMA.names
 
 
+def _is_text(dtype: pa.DataType) -> bool:
+    return pa.types.is_string(dtype) or pa.types.is_large_string(dtype)
+
+
+def _text_as(text: pa.DataType, schema: pa.Schema) -> pa.Schema:
+    return pa.schema([field.with_type(text) if _is_text(field.type) else field for field in schema], schema.metadata)
+
+
+# A ``string`` column, which files have, ends at 2 GiB: fewer than 100 million keys.
+BASE_SCHEMA_IN_MEMORY = _text_as(pa.large_string(), BASE_SCHEMA)
+
+
 def base_table(
     shard: str,
     samples: Sequence[Sample],
@@ -69,28 +81,26 @@ def base_table(
         ["failed" if error else "ok" for error in errors],
         [error or note for error, note in zip(errors, notes or [None] * len(samples), strict=True)],
     ]
-    arrays = [pa.array(column, field.type) for column, field in zip(columns, BASE_SCHEMA, strict=True)]
-    return in_memory(pa.Table.from_arrays(arrays, schema=BASE_SCHEMA))
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, BASE_SCHEMA_IN_MEMORY, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=BASE_SCHEMA_IN_MEMORY)
 
 
 def write_table(path: str | Path, table: pa.Table, metadata: dict[str, Any]) -> None:
     """Write a table atomically with ``metadata`` (JSON) in its schema; field metadata is kept."""
     encoded = json.dumps(metadata, sort_keys=True, allow_nan=False).encode()
-    table = _with_text_as(
-        pa.string(), pa.Table.from_batches(table.to_batches(max_chunksize=_ROWS_AT_ONCE), table.schema)
-    )
+    table = _in_file(table)
     with atomic_path(path) as temporary:
         pq.write_table(table.replace_schema_metadata({METADATA_KEY: encoded}), temporary)
 
 
-def in_memory(table: pa.Table) -> pa.Table:
-    """Text as ``large_string``: a ``string`` column, which files have, ends at 2 GiB, fewer than 100 million keys."""
-    return _with_text_as(pa.large_string(), table)
-
-
-def _with_text_as(text: pa.DataType, table: pa.Table) -> pa.Table:
-    fields = [field.with_type(text) if _is_text(field.type) else field for field in table.schema]
-    return table.cast(pa.schema(fields, table.schema.metadata))
+def _in_file(table: pa.Table) -> pa.Table:
+    """Text as ``string``."""
+    schema = _text_as(pa.string(), table.schema)
+    try:
+        return table.cast(schema)
+    except pa.ArrowInvalid:  # over 2 GiB in one piece; a slice would keep its far offsets, so that rows are copied
+        pieces = [table.slice(start, _ROWS_AT_ONCE) for start in range(0, table.num_rows, _ROWS_AT_ONCE)]
+        return pa.concat_tables([piece.take(pa.array(range(len(piece)), pa.int64())).cast(schema) for piece in pieces])
 
 
 def table_metadata(table: pa.Table | str | Path) -> dict[str, Any]:
@@ -123,7 +133,8 @@ def read_table(
         if missing:
             raise InputError(f"{as_path(path)}: no column {missing[0]!r}; it has {', '.join(schema.names)}")
         _check_columns(path, schema, foreign)
-        table = in_memory(file.read(columns=columns, use_threads=threads))
+        table = file.read(columns=columns, use_threads=threads)
+        table = table.cast(_text_as(pa.large_string(), table.schema))
         if not foreign and "key" in table.column_names and table["key"].null_count:
             raise InputError(f"{as_path(path)}: key: {table['key'].null_count} rows have no key")
         return table
@@ -139,10 +150,6 @@ def _check_columns(path: str | Path, schema: pa.Schema, foreign: bool) -> None:
         if not (fits(found) or (pa.types.is_null(found) and field.name != "key")):
             what = "integers" if pa.types.is_integer(field.type) else "strings"
             raise InputError(f"{as_path(path)}: {field.name}: expected {what}, found {found}")
-
-
-def _is_text(dtype: pa.DataType) -> bool:
-    return pa.types.is_string(dtype) or pa.types.is_large_string(dtype)
 
 
 def column_names(path: str | Path) -> list[str]:
@@ -257,7 +264,8 @@ def _join(left: pa.Table, right: pa.Table, left_path: str | Path, right_path: st
     if both:
         raise InputError(f"{right_path}: column {both[0]!r} is in {left_path} too; give only one of the two")
     failed = pc.or_(pc.equal(left["status"], "failed"), pc.equal(right["status"], "failed"))
-    left = left.set_column(left.column_names.index("status"), "status", pc.if_else(failed, "failed", "ok"))
+    status = pc.if_else(failed, "failed", "ok").cast(left["status"].type)
+    left = left.set_column(left.column_names.index("status"), "status", status)
     left = left.set_column(left.column_names.index("error"), "error", pc.coalesce(left["error"], right["error"]))
     for name in score_columns(right):
         left = left.append_column(right.schema.field(name), right[name])

@@ -1,9 +1,11 @@
 """The members of a tar, and the walk over plain files' headers: in C++ (csrc/cpu/tar_members.h) where that was built,
-else in Python. Both take the same headers and leave all others, and every complaint, to ``tar_index``.
+else in Python. C++ takes no header that Python does not take; the others, and every complaint, are ``tar_index``'s.
 """
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -50,7 +52,22 @@ class Members(Protocol):
 
 def new_members() -> Members:
     """An empty collection of the fastest kind."""
-    return _CppMembers() if find_spec("diffprune._cpu") else PythonMembers()
+    return _CppMembers() if _compiled() else PythonMembers()
+
+
+@cache
+def _compiled() -> type | None:
+    """``TarMembers`` of csrc/cpu/tar_members.h; None where it was not built."""
+    if find_spec("diffprune._cpu") is None:
+        return None
+    try:
+        return import_module("diffprune._cpu").TarMembers
+    except (ImportError, AttributeError) as error:
+        message = (
+            f"diffprune._cpu was built for another machine or version ({error}): install again; tars are read slowly"
+        )
+        warnings.warn(message, stacklevel=2)
+        return None
 
 
 class PythonMembers:
@@ -108,7 +125,7 @@ class PythonMembers:
 
 class _CppMembers:
     def __init__(self) -> None:
-        self._found: Any = import_module("diffprune._cpu").TarMembers()
+        self._found: Any = _compiled()()
         self.take, self.add, self.trust, self.all = (
             self._found.take,
             self._found.add,

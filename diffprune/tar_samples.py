@@ -116,6 +116,11 @@ class SampleList(Sequence[Sample]):
         """All keys, in order."""
         return self._keys.to_pylist()
 
+    @property
+    def key_column(self) -> pa.Array:
+        """The same as ``large_string``."""
+        return self._keys
+
     def spans(self) -> tuple[np.ndarray, np.ndarray]:
         """Each sample's offset, ascending, and size: [n] int64."""
         header_offset, data_offset, size = self._places

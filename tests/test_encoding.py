@@ -166,6 +166,13 @@ def test_another_vqvae_or_other_shards_are_refused(small_run, tmp_path):
         diffprune.encode(one, small_run.vqvae, out)
 
 
+def repacked(path) -> None:
+    """Without its last sample, of the same size."""
+    samples = index_shards(path)[0].samples
+    data = path.read_bytes()
+    path.write_bytes(data[: samples[-1].offset] + bytes(len(data) - samples[-1].offset))
+
+
 def test_parts_index_their_own_shards_only_and_make_the_same_folder(small_run, tmp_path, monkeypatch):
     shutil.copytree(small_run.shards, tmp_path / "shards")
     paths = sorted((tmp_path / "shards").glob("*.tar"))
@@ -185,6 +192,9 @@ def test_parts_index_their_own_shards_only_and_make_the_same_folder(small_run, t
     assert indexed == [[paths[0]], [paths[1]], [paths[2]], [paths[2]]]
     for file in sorted(small_run.latents.glob("*.*")):
         assert (out / file.name).read_bytes() == file.read_bytes(), file.name
+    repacked(paths[1])
+    with pytest.raises(ResumeError, match=r"parquet: has 50 rows, but the shard .* has 49 samples"):
+        diffprune.encode(tmp_path / "shards", small_run.vqvae, out)
     paths[0].write_bytes(paths[0].read_bytes() + bytes(512))
     with pytest.raises(ResumeError, match=rf"inputs\.{paths[0].name} was \d+, is now \d+"):
         diffprune.encode(tmp_path / "shards", small_run.vqvae, out, part="4/4")

@@ -44,7 +44,7 @@ def run(small_run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
-        ("os.rename(path, path + '.away')", "no such shard any more; it was there when it was indexed"),
+        ("os.rename(path, path + '.away')", "no such shard any more; it was there when this run began"),
         ("os.utime(path, (1, 1))", "changed after it was indexed"),
         ("os.truncate(path, 20480)", "changed after it was indexed"),
         ("open(path, 'ab').write(bytes(512))", "changed after it was indexed"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from small_run import contents
 
 import diffprune
 from diffprune.kmeans import KMeans
+from diffprune.shards import index_shard
 
 SCORE = {"methods": ["loss", "grand", "moso", "monotonicity"], "draws": 2, "normalise_t": True, "trials": 2}
 SCORE |= {"device": "cpu", "batch_size": 16}
@@ -43,6 +45,21 @@ def blobs() -> dict[str, np.ndarray]:
     few = np.repeat(rng.normal(size=(8, 3)).astype(np.float16), 30, axis=0)  # 8 distinct points
     rng.shuffle(few)
     return {"normal": normal, "few": few}
+
+
+def damaged(shards: Path, out: Path) -> None:
+    """The last of the shards, which the last process indexes."""
+    shutil.copytree(shards, out)
+    last = sorted(out.glob("*.tar"))[-1]
+    last.write_bytes(b"x" + last.read_bytes()[1:])
+
+
+def with_a_key_twice(shards: Path, out: Path) -> None:
+    """The first key of the first shard also in the last."""
+    shutil.copytree(shards, out)
+    first, *_, last = sorted(out.glob("*.tar"))
+    sample = index_shard(first).samples[0]
+    last.write_bytes(first.read_bytes()[: sample.offset + sample.size] + last.read_bytes())
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +101,11 @@ def test_the_bytes_are_those_of_one_process(small_run, alone, tmp_path, processe
     ):
         answer = str(tmp_path / f"answer-{len(requests)}")
         requests.append({"stage": stage, "arguments": list(map(str, arguments)), "options": options, "answer": answer})
+    for name, spoil in (("damaged", damaged), ("twice", with_a_key_twice)):
+        spoil(small_run.shards, tmp_path / name)
+        arguments = [str(tmp_path / name), str(small_run.vqvae), str(tmp_path / f"{name}-latents")]
+        answer = str(tmp_path / f"answer-{name}")
+        requests.append({"stage": "encode", "arguments": arguments, "options": {}, "answer": answer})
     torchrun(processes, requests, tmp_path)
 
     for number, (name, options) in enumerate(fits):
@@ -104,4 +126,12 @@ def test_the_bytes_are_those_of_one_process(small_run, alone, tmp_path, processe
     assert all(answer == answers[0] for answer in answers)
     score, cluster, split, workers, encode = answers[0]
     assert (score["samples"], cluster["samples"], encode["samples"]) == (120, 120, 120)
+    told = [
+        [json.loads((tmp_path / f"answer-{name}-{rank}.json").read_text())["error"] for rank in range(processes)]
+        for name in ("damaged", "twice")
+    ]
+    assert "at byte 0: a tar header whose checksum is wrong" in told[0][-1]
+    assert set(told[0][:-1]) == {"another process of this run has stopped; its message says why"}
+    assert "stands in it twice; keys must be unique over all shards" in told[1][0]
+    assert not (tmp_path / "damaged-latents").exists() and not (tmp_path / "twice-latents").exists()
     assert "under torchrun it takes no" in split["error"] and "torchrun's processes are the workers" in workers["error"]

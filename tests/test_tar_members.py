@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from importlib.util import find_spec
+from types import ModuleType
 
 import pytest
 from tar_mutations import BLOCK, Entry, build, set_checksum
@@ -12,6 +14,7 @@ from diffprune.tar_index import index_tar
 from diffprune.tar_members import PythonMembers, new_members
 
 WHOLE = 1 << 20
+needs_cpp = pytest.mark.skipif(not find_spec("diffprune._cpu"), reason="diffprune._cpu was not built")
 
 
 def entries(*names: str) -> list[Entry]:
@@ -25,13 +28,34 @@ def index(data: bytes, members, windows=(4096, 1024, 2000)):
     return index_tar(lambda offset, size: data[offset : offset + size], len(data), windows, members)
 
 
+@needs_cpp
 def test_the_compiled_walk_is_what_runs():
     assert not isinstance(new_members(), PythonMembers)
 
 
-def test_without_the_extension_python_walks(monkeypatch):
+@pytest.fixture
+def nothing_loaded():
+    tar_members._compiled.cache_clear()
+    yield
+    tar_members._compiled.cache_clear()
+
+
+def test_without_the_extension_python_walks(monkeypatch, nothing_loaded):
     monkeypatch.setattr(tar_members, "find_spec", lambda name: None)
     assert isinstance(new_members(), PythonMembers)
+
+
+@pytest.mark.parametrize("error", [ImportError("no such symbol"), None], ids=["of another machine", "of before"])
+def test_an_extension_that_does_not_fit_is_told(monkeypatch, nothing_loaded, error):
+    def load(name):
+        if error:
+            raise error
+        return ModuleType(name)
+
+    monkeypatch.setattr(tar_members, "find_spec", lambda name: True)
+    monkeypatch.setattr(tar_members, "import_module", load)
+    with pytest.warns(UserWarning, match="another machine or version .*: install again"):
+        assert isinstance(new_members(), PythonMembers)
 
 
 def kind_trusting(kind, header: bytes):
@@ -141,14 +165,22 @@ def test_headers(place, sum_format, change):
         assert total == number or found[1], "a checksum that is wrong"
 
 
-@pytest.mark.parametrize("kind", [new_members, PythonMembers])
-def test_only_so_many_owners_are_remembered_and_all_are_taken(kind, monkeypatch):
-    monkeypatch.setattr(tar_members, "_MOST_OWNERS", 3)
+def of_owners(numbers: range) -> bytes:
     data, header = bytearray(), bytearray(build([Entry("a.cls", b"")], "ustar")[:BLOCK])
-    for number in range(10_100):
+    for number in numbers:
         header[:10] = b"%05d.cls\0" % number
         header[108:116] = b"%07o\0" % number
         set_checksum(header)
         data += header
-    samples, damage, _ = index(bytes(data + bytes(1024)), kind())
+    return bytes(data)
+
+
+@pytest.mark.parametrize("kind", [new_members, PythonMembers])
+def test_only_so_many_owners_are_remembered_and_all_are_taken(kind):
+    """A tar of nothing but owners does not fill the memory."""
+    data, members = of_owners(range(10_100)), kind()
+    for start in range(0, len(data), BLOCK):
+        members.trust(data[start : start + BLOCK])
+    assert members.take(data, 0, 0, len(data))[0] == 10_000 * BLOCK
+    samples, damage, _ = index(data + bytes(1024), kind())
     assert len(samples) == 10_100 and damage == []

@@ -3,8 +3,6 @@
 #include "tar_members.h"
 
 #include <algorithm>
-#include <cstring>
-#include <tuple>
 #include <unordered_map>
 
 namespace diffprune::cpu {
@@ -61,7 +59,7 @@ int64_t padded(int64_t size) { return (size + kBlock - 1) / kBlock * kBlock; }
 std::pair<int64_t, int64_t> TarMembers::take(std::string_view window, int64_t base, int64_t offset, int64_t size) {
   int64_t widest = 0;
   while (offset >= base && offset - base + kBlock <= static_cast<int64_t>(window.size())) {
-    const std::string_view header = window.substr(offset - base, kBlock);
+    const std::string_view header = window.substr(static_cast<size_t>(offset - base), kBlock);
     const char* bytes = header.data();
     const int64_t length = octal(bytes + 124, 11), time = octal(bytes + 136, 11);
     const size_t name_end = header.find('\0');
@@ -101,9 +99,9 @@ std::optional<Samples> TarMembers::grouped() const {
   std::unordered_map<std::string_view, int32_t> codes;      // of extensions as they are spelt
   std::unordered_map<std::string, int32_t> lowered_codes;   // and in lower case
   std::vector<int32_t> lowered;                             // the second of the first
+  std::vector<size_t> last_seen;                            // of the second: the sample that had it last, from 1
   std::unordered_set<std::string_view> keys;
   std::string_view key;
-  size_t first = 0;  // of this sample's members
   for (size_t member = 0; member < name_ends_.size(); ++member) {
     const std::string_view whole = name(member);
     const size_t slash = whole.rfind('/'), start = slash == std::string_view::npos ? 0 : slash + 1;
@@ -116,20 +114,20 @@ std::optional<Samples> TarMembers::grouped() const {
       found.extensions.emplace_back(extension);
       lowered.push_back(lowered_codes.emplace(lower(extension), static_cast<int32_t>(lowered_codes.size())).first->second);
     }
+    last_seen.resize(lowered_codes.size());
     const int32_t code = known->second;
     if (member == 0 || its_key != key) {
       if (!keys.insert(its_key).second) return {};
       key = its_key;
-      first = member;
       found.first.push_back(static_cast<int64_t>(member));
       found.keys.append(key);
       found.key_ends.push_back(static_cast<int64_t>(found.keys.size()));
     } else {
       if (places_[0][member] != places_[1][member - 1] + padded(places_[2][member - 1])) return {};
-      for (size_t other = first; other < member; ++other) {
-        if (lowered[found.codes[other]] == lowered[code]) return {};
-      }
     }
+    size_t& last = last_seen[static_cast<size_t>(lowered[static_cast<size_t>(code)])];
+    if (last == found.first.size()) return {};
+    last = found.first.size();
     found.codes.push_back(code);
   }
   return found;

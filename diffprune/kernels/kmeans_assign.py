@@ -42,7 +42,7 @@ def kmeans_assign(
 
 class NearestOf:
     """``kmeans_assign`` to the same centroids, block after block: what an implementation needs of them alone is made
-    once. Values are not checked."""
+    once. Values are not checked; the centroids must not be changed meanwhile."""
 
     def __init__(self, centroids: Tensor) -> None:
         self.centroids = centroids.detach()

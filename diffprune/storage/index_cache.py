@@ -10,6 +10,7 @@ import hashlib
 import json
 import warnings
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -83,5 +84,7 @@ def _code() -> str:
     """What the index says depends on the code that made it."""
     from diffprune import tar_headers, tar_index, tar_members, tar_samples
 
-    files = [Path(module.__file__ or "").read_bytes() for module in (tar_headers, tar_index, tar_members, tar_samples)]
-    return hashlib.sha256(b"".join(files)).hexdigest()[:16]
+    files = [module.__file__ or "" for module in (tar_headers, tar_index, tar_members, tar_samples)]
+    compiled = find_spec("diffprune._cpu")
+    files += [compiled.origin or ""] if compiled else []
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:16]

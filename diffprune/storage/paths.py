@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -214,7 +215,7 @@ def existing(paths: Iterable[AnyPath]) -> set[AnyPath]:
 def sizes(paths: Iterable[AnyPath]) -> dict[AnyPath, int]:
     """Bytes of those of these that are files. Many objects of one folder cost one listing, not a request each."""
     paths = list(paths)
-    found = {path: path.stat().st_size for path in paths if isinstance(path, Path) and path.is_file()}
+    found = {path: size for path in paths if isinstance(path, Path) and (size := _size_on_disk(path)) is not None}
     folders: dict[RemotePath, list[RemotePath]] = {}
     for path in paths:
         if isinstance(path, RemotePath):
@@ -226,9 +227,17 @@ def sizes(paths: Iterable[AnyPath]) -> dict[AnyPath, int]:
             their_sizes = zip(ours, in_threads(RemotePath._size, ours), strict=True)
         else:
             listed = folder._listed(_common_begin(min(ours).name, max(ours).name))
-            their_sizes = ((path, stat and stat.st_size) for path in ours for stat in [listed.get(path.name)])
+            their_sizes = ((path, about and about.st_size) for path in ours for about in [listed.get(path.name)])
         found |= {path: size for path, size in their_sizes if size is not None}
     return found
+
+
+def _size_on_disk(path: Path) -> int | None:
+    try:
+        about = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return about.st_size if stat.S_ISREG(about.st_mode) else None
 
 
 def _common_begin(one: str, other: str) -> str:

@@ -9,6 +9,7 @@
 
 #include "../../csrc/cpu/kmeans_assign.h"
 #include "../../csrc/cpu/ops.h"
+#include "../../csrc/cpu/tar_members.h"
 
 using namespace diffprune::cpu;
 
@@ -46,8 +47,9 @@ void assign(Type type, Number (*make)(float), int64_t n, int64_t k, int64_t d, i
     std::vector<int32_t> assignment(n, -1);
     std::vector<float> sqdistance(n, -1);
     const CentroidSearch search(variant, address(centroids.data()), address(centre.data()), k, d, threads);
-    search.assign(address(points.data()), static_cast<int>(type), stride, n, address(assignment.data()),
-                  address(sqdistance.data()), threads);
+    for (int block = 0; block < 2; ++block)
+      search.assign(address(points.data()), static_cast<int>(type), stride, n, address(assignment.data()),
+                    address(sqdistance.data()), threads);
     for (int64_t i = 0; i < n; ++i)
       if (assignment[i] < 0 || assignment[i] >= k || !(sqdistance[i] >= 0)) {
         std::fprintf(stderr, "%s n=%ld k=%ld d=%ld: row %ld got %d\n", variant.c_str(), long(n), long(k), long(d), long(i), assignment[i]);
@@ -92,9 +94,40 @@ void update(Type type, Number (*make)(float), int64_t n, int64_t k, int64_t d, i
   }
 }
 
+// Headers of plain files, some with a few bytes changed, cut anywhere, in windows and files of any place and size.
+void tars() {
+  const auto number = [](int64_t below) { return static_cast<int64_t>(numbers() % below); };
+  const std::string odd("\0 0127x/.\x80\xff", 11);
+  for (int round = 0; round < 20000; ++round) {
+    std::vector<char> window(number(6) * 512 + number(512));
+    for (size_t at = 0; at + 512 <= window.size(); at += 512) {
+      char* header = &window[at];
+      std::snprintf(header, 100, "k%ld.e%ld", long(number(3)), long(number(3)));
+      for (const int field : {100, 108, 116}) std::snprintf(header + field, 8, "0000644");
+      std::snprintf(header + 124, 12, "%011lo", long(number(4) ? 0 : numbers()));
+      std::snprintf(header + 136, 12, "%011o", 1);
+      header[156] = '0';
+      for (int64_t changes = number(3); changes--;) header[number(512)] = odd[number(11)];
+      unsigned sum = 8 * ' ';
+      for (int i = 0; i < 512; ++i) sum += i < 148 || i >= 156 ? static_cast<unsigned char>(header[i]) : 0;
+      if (number(5)) std::snprintf(header + 148, 7, "%06o", sum), header[155] = ' ';
+    }
+    const std::string_view seen(window.data(), window.size());
+    TarMembers members;
+    if (seen.size() >= 512) members.trust(seen.substr(0, 512));
+    const int64_t base = number(2) ? numbers() : 0, size = number(4) ? INT64_MAX - number(3) : numbers();
+    const auto [next, widest] = members.take(seen, base, base + (number(3) ? 0 : number(700)), size);
+    if (number(3) == 0) members.add("q.z", next, next, 5);
+    members.take(seen, base, next, size);
+    const auto found = members.grouped();
+    if (next < base || widest < 0 || (found && found->codes.size() != members.members().size())) std::exit(1);
+  }
+}
+
 }  // namespace
 
 int main() {
+  tars();
   for (const int64_t d : {1, 3, 4, 7, 8, 9, 15, 16, 17, 33, 64, 65, 130})
     for (const int64_t k : {1, 2, 15, 16, 17, 33, 130})
       for (const int64_t n : {0, 1, 2, 3, 5, 31, 33}) {

@@ -18,6 +18,12 @@ def unavailable() -> str | None:
     """Why none of its modules can run on this machine."""
     if find_spec("diffprune._cpu") is None:
         return "the extension diffprune._cpu was not built: install from source where there is a C++ compiler"
+    try:
+        fits = hasattr(extension(), "CentroidSearch")
+    except ImportError as error:
+        return f"the extension diffprune._cpu cannot be loaded ({error}): install again"
+    if not fits:
+        return "the extension diffprune._cpu is another version's: install again"
     if instruction_set() == "portable":
         return "needs a processor with AVX2, or AVX-512 and VNNI"
     return None
