@@ -196,8 +196,8 @@ def _done_rows(out: AnyPath, done: list[str], rows: Mapping[str, int]) -> int:
         total += table.num_rows
         if table.num_rows != rows.get(stem, table.num_rows):
             raise ResumeError(
-                f"{out / stem}.parquet: has {table.num_rows} rows, but the shard {stem} has {rows[stem]} samples: it is "
-                f"of another shard of that name and size. Give another --out, or delete that folder"
+                f"{out / stem}.parquet: has {table.num_rows} rows, but the shard {stem} has {rows[stem]} samples: it "
+                f"is of another shard of that name and size. Give another --out, or delete that folder"
             )
     return total
 
