@@ -195,6 +195,7 @@ class StreamedPoints(Points):
         self.starts = np.cumsum([0, *(len(part) for part in parts)])
         self.rows = int(self.starts[-1])
         self.bytes = self.rows * self.dimensions * self.numpy_dtype.itemsize
+        self._room: list[np.ndarray] | None = None
 
     def held(self) -> HeldPoints:
         """The same rows in memory."""
@@ -204,8 +205,10 @@ class StreamedPoints(Points):
     def raw_blocks(self) -> Iterator[tuple[slice, Tensor]]:
         size = max(1, self.memory // (2 * self.dimensions * self.numpy_dtype.itemsize))
         bounds = [(start, min(start + size, self.rows)) for start in range(0, self.rows, size)]
-        # Two blocks, read into by turns: fresh memory for each would cost as much as reading it.
-        room = [np.empty((min(size, self.rows), self.dimensions), self.numpy_dtype) for _ in bounds[:2]]
+        # Two blocks, read into by turns, and kept for the next round: fresh memory costs as much as reading into it.
+        room, self._room = self._room, None
+        if room is None:
+            room = [np.empty((min(size, self.rows), self.dimensions), self.numpy_dtype) for _ in bounds[:2]]
         with ThreadPoolExecutor(1) as reader:
             ahead = reader.submit(self._read, *bounds[0], room[0]) if bounds else None
             for i, (start, stop) in enumerate(bounds):
@@ -213,6 +216,7 @@ class StreamedPoints(Points):
                 if i + 1 < len(bounds):
                     ahead = reader.submit(self._read, *bounds[i + 1], room[(i + 1) % 2])
                 yield slice(start, stop), torch.from_numpy(block)
+        self._room = room
 
     def raw_take(self, rows: Tensor) -> Tensor:
         wanted = rows.numpy()
