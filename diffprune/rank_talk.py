@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Made = TypeVar("Made")
 
-PATIENCE = timedelta(days=30)  # for each other's shards; where one dies, torchrun ends all
+PATIENCE = timedelta(days=20)  # for each other's shards, in 31 bits of milliseconds; where one dies, torchrun ends all
 
 
 @dataclass(frozen=True)
