@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from diffprune.errors import DiffpruneError, InputError
@@ -45,8 +46,7 @@ class RankTalk:
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank % torch.cuda.device_count())
         if not distributed.is_initialized():
-            distributed.init_process_group("gloo", timeout=PATIENCE)
-            atexit.register(leave)
+            join("gloo")
         return cls(distributed.get_rank(), distributed.get_world_size(), _gloo_group())
 
     def wait(self) -> None:
@@ -174,6 +174,17 @@ def environment_number(name: str, default: int) -> int:
     if not value.isdecimal():
         raise InputError(f"environment variable {name}: expected a number, as torchrun sets it, got {value!r}")
     return int(value)
+
+
+def join(backend: str) -> None:
+    """Join the processes that torchrun started with this one; ``leave`` comes by itself when this one ends."""
+    from torch import distributed
+
+    # Its functions have the group of all as a default value: were it imported later, by the first custom op, they would
+    # keep the group, and its threads would still be there, and crash, when the interpreter is not.
+    import_module("torch.distributed.nn")
+    distributed.init_process_group(backend, timeout=PATIENCE)
+    atexit.register(leave)
 
 
 def leave() -> None:

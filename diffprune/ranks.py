@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch import Tensor, distributed
 
 from diffprune.device import pick_device
 from diffprune.errors import InputError
-from diffprune.rank_talk import PATIENCE, environment_number, leave
+from diffprune.rank_talk import environment_number, join
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,7 @@ def training_ranks(device: str, batch_size: int) -> tuple[Ranks, torch.device]:
         torch.cuda.set_device(chosen)
     if not distributed.is_initialized():
         # With patience: while the first process writes a checkpoint to slow storage, the others wait in their next sum.
-        distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=PATIENCE)
-        atexit.register(leave)
+        join("nccl" if chosen.type == "cuda" else "gloo")
     return Ranks(distributed.get_rank(), size), chosen
 
 

@@ -16,7 +16,13 @@ import diffprune
 from diffprune.errors import DiffpruneError
 from diffprune.kmeans import KMeans
 from diffprune.progress import set_enabled
-from diffprune.rank_talk import RankTalk
+from diffprune.rank_talk import RankTalk, leave
+
+
+def threading_now() -> int:
+    """Threads of this process, C++'s too."""
+    return len(list(Path("/proc/self/task").iterdir()))
+
 
 torch.set_num_threads(1)
 set_enabled(False)
@@ -39,3 +45,6 @@ for request in json.loads(Path(sys.argv[1]).read_text()):
         except DiffpruneError as error:
             result = {"error": str(error)}
     Path(f"{request['answer']}-{talk.rank}.json").write_text(json.dumps(result))
+threads = threading_now()
+leave()
+Path(f"{sys.argv[1]}-threads-{talk.rank}.json").write_text(json.dumps([threads, threading_now()]))

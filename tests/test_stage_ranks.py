@@ -108,6 +108,11 @@ def test_the_bytes_are_those_of_one_process(small_run, alone, tmp_path, processe
         requests.append({"stage": "encode", "arguments": arguments, "options": {}, "answer": answer})
     torchrun(processes, requests, tmp_path)
 
+    for rank in range(
+        processes
+    ):  # gloo's threads would outlive the interpreter, and crash, did anything hold the group
+        before, after = json.loads((tmp_path / f"requests.json-threads-{rank}.json").read_text())
+        assert after < before
     for number, (name, options) in enumerate(fits):
         expected = KMeans(**options).fit(blobs()[name])
         for rank in range(processes):
