@@ -172,7 +172,8 @@ def run_stage(
                     write_json(out / STAGE_FILE, stage)
         engine.ranks.wait()
         mine = set(engine.mine(shards))
-        done_rows = _done_rows(out, sorted(mine.difference(todo)), rows or {})
+        # Where nothing is to be done and nothing to compare, ``count_rows`` reads the tables soon enough.
+        done_rows = _done_rows(out, sorted(mine.difference(todo)), rows or {}) if todo or rows else 0
         if todo:
             ours = [stem for stem in todo if stem in mine]
             if begin:

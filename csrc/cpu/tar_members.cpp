@@ -122,8 +122,8 @@ std::optional<Samples> TarMembers::grouped() const {
       found.first.push_back(static_cast<int64_t>(member));
       found.keys.append(key);
       found.key_ends.push_back(static_cast<int64_t>(found.keys.size()));
-    } else {
-      if (places_[0][member] != places_[1][member - 1] + padded(places_[2][member - 1])) return {};
+    } else if (places_[0][member] != places_[1][member - 1] + padded(places_[2][member - 1])) {
+      return {};
     }
     size_t& last = last_seen[static_cast<size_t>(lowered[static_cast<size_t>(code)])];
     if (last == found.first.size()) return {};
