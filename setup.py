@@ -5,24 +5,20 @@
 """
 
 import os
-import platform
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 sys.path.insert(0, str(Path(__file__).parent / "csrc"))
+import cpu_flags
 import cuda_build
 
 ROOT = cuda_build.ROOT
 CPP_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-pthread"]
 PLAIN_SUMS = ["-ffp-contract=off"]  # w·x is rounded before it is added, as in PyTorch
-INSTRUCTION_SETS = {
-    "kmeans_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "kmeans_avx512vnni": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"],
-}
-X86 = platform.machine() in ("x86_64", "AMD64")
 
 
 class BuildExtensions(build_ext):
@@ -42,18 +38,25 @@ class BuildExtensions(build_ext):
         objects = []
         for source in ext.sources:
             stem = Path(source).stem
-            flags = CPP_FLAGS + (PLAIN_SUMS if stem == "kmeans_update" else [])
-            flags += INSTRUCTION_SETS.get(stem, []) if X86 else []
-            objects += self.compiler.compile(
-                [source],
-                output_dir=self.build_temp,
-                macros=[("DIFFPRUNE_X86", None)] if X86 else [],
-                include_dirs=[cuda_build.pybind11_headers()],
-                extra_postargs=flags,
-                depends=ext.depends,
-            )
+            flags = cpu_flags.instruction_set(stem)
+            try:
+                objects += self.compile_cpp(ext, source, flags)
+            except CompileError:
+                if not flags or stem not in cpu_flags.MAY_LACK:
+                    raise
+                objects += self.compile_cpp(ext, source, [])
         target.parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(objects, str(target), extra_postargs=["-pthread"], target_lang="c++")
+
+    def compile_cpp(self, ext: Extension, source: str, flags: list[str]) -> list[str]:
+        return self.compiler.compile(
+            [source],
+            output_dir=self.build_temp,
+            macros=[(name, None) for name in cpu_flags.macros()],
+            include_dirs=[cuda_build.pybind11_headers()],
+            extra_postargs=CPP_FLAGS + (PLAIN_SUMS if Path(source).stem == "kmeans_update" else []) + flags,
+            depends=ext.depends,
+        )
 
 
 def cpp_extension() -> list[Extension]:

@@ -12,6 +12,14 @@
 #include "ops.h"
 #include "threads.h"
 
+#ifdef DIFFPRUNE_X86
+#include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 namespace diffprune::cpu {
 
 // The tables that `Packed` points to.
@@ -64,7 +72,8 @@ Tables pack(const Variant& variant, const float* centroids, const float* centre,
             int threads) {
   Tables tables;
   const int64_t columns = variant.columns, panels = (k + columns - 1) / columns;
-  const int64_t groups = (dimensions + 7) / 8 * 2;  // of 4 dimensions; an even number
+  const int64_t depth = variant.depth;
+  const int64_t groups = (dimensions + 4 * depth - 1) / (4 * depth) * depth;  // of 4 dimensions
   const int64_t padded = panels * columns;
   tables.codes.assign(padded * groups * 4, 0);
   tables.correction.assign(padded, 0);
@@ -121,8 +130,8 @@ Tables pack(const Variant& variant, const float* centroids, const float* centre,
 bool verified(const Variant& variant) {
   uint32_t state = 12345;
   const auto next = [&] { return (state = state * 1664525u + 1013904223u) >> 8; };
-  for (const int64_t groups : {2, 6, 98}) {
-    const int64_t dimensions = 4 * groups, columns = variant.columns;
+  for (const int64_t steps : {1, 3, 49}) {
+    const int64_t groups = steps * variant.depth, dimensions = 4 * groups, columns = variant.columns;
     std::vector<uint8_t> x(variant.rows * dimensions);
     std::vector<int8_t> panel(columns * dimensions);
     std::vector<int32_t> out(variant.rows * columns, -1);
@@ -145,12 +154,28 @@ bool verified(const Variant& variant) {
   return true;
 }
 
+#ifdef DIFFPRUNE_X86
+// Of AMX the tiles and their 8-bit products, and the system's leave to use them: Linux wants to be asked.
+bool has_amx() {
+#ifdef __linux__
+  unsigned eax, ebx, ecx, edx;
+  constexpr unsigned kTiles = 1u << 24, kBytes = 1u << 25;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & kTiles) == 0 || (edx & kBytes) == 0) return false;
+  constexpr long kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 bool supported(const Variant& variant) {
 #ifdef DIFFPRUNE_X86
   __builtin_cpu_init();
   if (&variant == &avx2)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (&variant == &avx512vnni)
+  if (&variant == &amx && (variant.assign == nullptr || !has_amx())) return false;
+  if (&variant == &avx512vnni || &variant == &amx)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("f16c");
@@ -162,7 +187,7 @@ const std::vector<const Variant*>& usable() {
   static const std::vector<const Variant*> found = [] {
     std::vector<const Variant*> all, good;
 #ifdef DIFFPRUNE_X86
-    all = {&avx512vnni, &avx2};
+    all = {&amx, &avx512vnni, &avx2};
 #endif
     all.push_back(&portable);
     for (const auto* variant : all)

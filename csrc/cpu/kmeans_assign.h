@@ -4,7 +4,8 @@
 // rounded to x^ = s q and c^ = t p with q, p small integers, so s t (q.p) is v up to
 //     E = |x' - x^| |c^| + |x'| |c' - c^| + rounding,
 // all of which are known. A centroid whose v + E is below another's v - E is certainly not the nearest. The few that
-// are left are compared by their differences in float32, and in float64 where float32's own error bound says so.
+// are left are compared by their differences in float32, and in float64 where float32's own error bound says so. Where
+// many are left, the distances of some bound v better than codes do, and most of the others go.
 #pragma once
 
 #include <cstdint>
@@ -44,6 +45,7 @@ struct Variant {
   const char* name;
   int rows;        // MR: rows of one call of products
   int columns;     // NR: centroids per panel
+  int depth;       // groups come in multiples of it
   int row_limit;   // |q| at most
   int code_limit;  // |p| at most
   // Nearest centroids of rows [first, last). Out of memory, candidates is -1.
@@ -56,6 +58,7 @@ extern const Variant portable;
 #ifdef DIFFPRUNE_X86
 extern const Variant avx2;
 extern const Variant avx512vnni;
+extern const Variant amx;  // without functions where the compiler does not know AMX
 #endif
 
 }  // namespace diffprune::cpu

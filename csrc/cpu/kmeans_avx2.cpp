@@ -7,13 +7,20 @@
 
 namespace {
 struct Isa {
-  static constexpr int lanes = 8, vectors = 2, rows = 3, row_limit = 63, code_limit = 63;
+  static constexpr int lanes = 8, vectors = 2, rows = 3, depth = 2, row_limit = 63, code_limit = 63;
   static_assert(4 * (2 * row_limit + 1) * code_limit <= 32767, "four products have to fit in 16 bits");
   typedef float Vector __attribute__((vector_size(4 * lanes)));
   typedef int32_t Integers __attribute__((vector_size(4 * lanes)));
+  struct Session {};
 
-  static unsigned mask(Integers comparison) {
-    return static_cast<unsigned>(_mm256_movemask_ps(reinterpret_cast<__m256>(comparison)));
+  static float sum(Vector value) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps(value, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
+
+  static unsigned at_least(Vector a, Vector b) {
+    return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)));
   }
 
   static Vector load(const uint16_t* from, diffprune::cpu::Type type) {
@@ -66,6 +73,6 @@ struct Isa {
 #include "kmeans_search.inl"
 
 namespace diffprune::cpu {
-const Variant avx2{"avx2", Isa::rows, kColumns, Isa::row_limit, Isa::code_limit, assign, products};
+const Variant avx2{"avx2", Isa::rows, kColumns, Isa::depth, Isa::row_limit, Isa::code_limit, assign, products};
 }
 #endif

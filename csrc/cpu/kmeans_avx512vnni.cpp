@@ -2,25 +2,12 @@
 #include "kmeans_assign.h"
 
 #ifdef DIFFPRUNE_X86
-#include <immintrin.h>
+#include "avx512.h"
 
 namespace {
-struct Isa {
-  static constexpr int lanes = 16, vectors = 4, rows = 4, row_limit = 127, code_limit = 127;
-  typedef float Vector __attribute__((vector_size(4 * lanes)));
-  typedef int32_t Integers __attribute__((vector_size(4 * lanes)));
-
-  static unsigned mask(Integers comparison) { return _mm512_movepi32_mask(reinterpret_cast<__m512i>(comparison)); }
-
-  static Vector load(const uint16_t* from, diffprune::cpu::Type type) {
-    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    if (type == diffprune::cpu::Type::float16) return _mm512_cvtph_ps(halves);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-  }
-
-  static void store(uint8_t* to, Integers values) {  // 0 to 255
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(values)));
-  }
+struct Isa : Avx512 {
+  static constexpr int vectors = 4, rows = 4, depth = 2, row_limit = 127, code_limit = 127;
+  struct Session {};
 
   static __m512i four(const uint8_t* x) {
     int32_t bytes;
@@ -51,6 +38,6 @@ struct Isa {
 #include "kmeans_search.inl"
 
 namespace diffprune::cpu {
-const Variant avx512vnni{"avx512vnni", Isa::rows, kColumns, Isa::row_limit, Isa::code_limit, assign, products};
+const Variant avx512vnni{"avx512vnni", Isa::rows, kColumns, Isa::depth, Isa::row_limit, Isa::code_limit, assign, products};
 }
 #endif

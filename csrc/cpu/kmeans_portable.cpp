@@ -3,13 +3,16 @@
 
 namespace {
 struct Isa {
-  static constexpr int lanes = 4, vectors = 4, rows = 4, row_limit = 127, code_limit = 127;
+  static constexpr int lanes = 4, vectors = 4, rows = 4, depth = 2, row_limit = 127, code_limit = 127;
   typedef float Vector __attribute__((vector_size(4 * lanes)));
   typedef int32_t Integers __attribute__((vector_size(4 * lanes)));
+  struct Session {};
 
-  static unsigned mask(Integers comparison) {
+  static float sum(Vector value) { return (value[0] + value[2]) + (value[1] + value[3]); }
+
+  static unsigned at_least(Vector a, Vector b) {
     unsigned bits = 0;
-    for (int i = 0; i < lanes; ++i) bits |= (comparison[i] & 1u) << i;
+    for (int i = 0; i < lanes; ++i) bits |= static_cast<unsigned>(a[i] >= b[i]) << i;
     return bits;
   }
 
@@ -43,5 +46,5 @@ Isa::Vector Isa::load(const uint16_t* from, diffprune::cpu::Type type) {
 }  // namespace
 
 namespace diffprune::cpu {
-const Variant portable{"portable", Isa::rows, kColumns, Isa::row_limit, Isa::code_limit, assign, products};
+const Variant portable{"portable", Isa::rows, kColumns, Isa::depth, Isa::row_limit, Isa::code_limit, assign, products};
 }

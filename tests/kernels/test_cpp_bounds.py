@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import os
-import platform
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "csrc"))
+import cpu_flags
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "sanitized"
 SOURCES = ROOT / "csrc" / "cpu"
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
-INSTRUCTION_SETS = {
-    "kmeans_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "kmeans_avx512vnni": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"],
-}
-"""As in setup.py."""
 
 
 def compiled(source: Path) -> Path:
     """The object of a source; kept until a source or a header changes."""
-    x86 = platform.machine() in ("x86_64", "AMD64")
-    flags = ["-std=c++17", "-O1", "-g1", "-w", "-pthread", *SANITIZERS, *["-DDIFFPRUNE_X86"] * x86]
-    flags += INSTRUCTION_SETS.get(source.stem, []) if x86 else []
+    flags = ["-std=c++17", "-O1", "-g1", "-w", "-pthread", *SANITIZERS]
+    flags += [*(f"-D{name}" for name in cpu_flags.macros()), *cpu_flags.instruction_set(source.stem)]
     texts = [path.read_text() for path in (source, *sorted(SOURCES.glob("*.[hi]*")))]
     digest = hashlib.sha256("\0".join([*flags, *texts]).encode()).hexdigest()[:16]
     target = FOLDER / f"{source.stem}-{digest}.o"

@@ -96,6 +96,25 @@ def test_many_equal_centroids(variant: str, copies: int, generator: torch.Genera
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("noise", "size"), [(1e-5, 1), (0.07, 1e-3), (0.07, 1e3)])
+@pytest.mark.parametrize("apart", [1e-3, 1e-6, 0])
+def test_more_candidates_than_a_row_has_room_for(
+    variant: str, noise: float, size: float, apart: float, generator: torch.Generator
+) -> None:
+    """One dimension takes up the codes, the others tell 1,300 centroids apart, in pairs that lie near each other. Some
+    are compared in float32, and the best distance so far decides about most others; only near ties go to float64."""
+    n, k, d = 400, 2600, 64
+    points, centroids = (noise * torch.randn(rows, d, generator=generator) for rows in (n, k))
+    centroids[k // 2 :] = centroids[: k // 2] + apart * noise * torch.randn(k // 2, d, generator=generator)
+    points[:, 0] = torch.randn(n, generator=generator).sign()
+    centroids[:, 0] = torch.randn(k, generator=generator).sign()
+    shuffled = centroids[torch.randperm(k, generator=generator)]
+    compared, exact = check(size * points, size * shuffled, variant)
+    assert 300 * n < compared < 0.3 * n * k
+    assert exact <= 3 * n
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_one_dimension_dwarfs_the_others(variant: str, generator: torch.Generator) -> None:
     """All codes but one are 0: the bound has to say that they know nothing."""
     points, centroids = torch.randn(500, 50, generator=generator), torch.randn(60, 50, generator=generator)
