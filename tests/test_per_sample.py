@@ -407,7 +407,7 @@ def test_weights_shared_between_kinds_are_summed_before_the_norm():
             y = y * self.weight[1] + (x @ self.weight.t()[:, :4]).tanh()
             return y + F.conv1d(y.mT, self.weight[:4].unsqueeze(-1)).mT / self.weight[5] + self.weight.exp().mean()
 
-    check(randomised(Model()), randn(B, 3, 4, seed=1))
+    check(randomised(Model()), randn(B, 3, 4, seed=1), float32=2e-5)  # float32 autograd itself is off by 6e-6
 
 
 def test_half_shared_layers():
