@@ -97,6 +97,9 @@ class BatchTracker(TorchFunctionMode):
         outputs = [x for x in tensors_in(result) if not isinstance(x, self._neutral)]
         if not outputs:
             return
+        if not args and "input" in kwargs:
+            kwargs = dict(kwargs)
+            args = (kwargs.pop("input"),)
         inputs = [x for x in tensors_in((args, kwargs)) if not isinstance(x, self._neutral)]
         known = [x in self._constants and not x.requires_grad for x in inputs]
         if all(known):
@@ -106,8 +109,10 @@ class BatchTracker(TorchFunctionMode):
             return
         for output in outputs:
             self._constants.pop(output, None)  # changed in place, perhaps
-        moved = inputs[0] is args[0] and (func in _PERMUTING or func in _RESHAPING or func in _INDEXING)
+        moved = func in _MOVING and inputs[0] is args[0]
         sources = [args[0]] if moved else [x for x in inputs if x in self._layouts]
+        if func in _ARITHMETIC and any(x.requires_grad and x.shape == outputs[0].shape for x in inputs):
+            sources = [x for x in sources if self._layouts[x] is not None or x.requires_grad]  # e.g. one row's angles
         if self.rows is None or not sources or (sources[0] in self._constants):
             return
         source, layout = sources[0], self._layouts.get(sources[0], BATCH_FIRST)
@@ -129,9 +134,13 @@ class BatchTracker(TorchFunctionMode):
         if func in _PERMUTING:
             probe = torch.empty([2 if i == dim else 1 for i in range(len(shape))], device="meta")
             image = next(tensors_in(func(probe, *args[1:], **kwargs)))
-            return Layout(image.shape.index(2), layout.inner)
+            return Layout(image.shape.index(2), layout.inner) if 2 in image.shape else None  # unbound: each row apart
         if func in _INDEXING:
             return _indexed(args[1], layout, len(shape))
+        if func in _REPEATING:
+            return Layout(dim + len(new) - len(shape), layout.inner)  # the whole dimension again: more of `outer`
+        if func in _INTERLEAVING:
+            return _interleaved(shape, layout, *args[1:], **kwargs)
         if func in _RESHAPING:
             return _reshaped(shape, layout, new, self.rows) if output.numel() == source.numel() else None
         if dim < len(new) and new[dim] == shape[dim] and (dim == 0 or len(new) == len(shape)):
@@ -206,6 +215,17 @@ def _reshaped(shape: tuple, layout: Layout, new: tuple, rows: int) -> Layout | N
     return None
 
 
+def _interleaved(
+    shape: tuple, layout: Layout, repeats: Any = None, dim: int | None = None, output_size: int | None = None
+) -> Layout | None:
+    """The signature is `repeat_interleave`'s: elements of a dimension beside their copies."""
+    if dim is None and len(shape) > 1:
+        return None
+    if (dim or 0) % len(shape) != layout.dim:
+        return layout
+    return Layout(layout.dim, layout.inner * repeats) if type(repeats) is int else None
+
+
 def _indexed(index: Any, layout: Layout, dims: int) -> Layout | None:
     """`tensor[index]` for integers, slices, None and an ellipsis that leave the batch whole."""
     index = index if isinstance(index, tuple) else (index,)
@@ -236,4 +256,8 @@ _PERMUTING = _functions("transpose", "permute", "swapaxes", "swapdims", "movedim
     Tensor.mT.__get__,
 }
 _RESHAPING = _functions("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as", "reshape_as")
+_REPEATING = _functions("repeat", "tile", "expand", "expand_as", "broadcast_to")
+_INTERLEAVING = _functions("repeat_interleave")
 _INDEXING = {Tensor.__getitem__}
+_ARITHMETIC = _functions("add", "sub", "mul", "div", "true_divide")
+_MOVING = _PERMUTING | _RESHAPING | _REPEATING | _INTERLEAVING | _INDEXING

@@ -28,13 +28,14 @@ from diffprune._version import __version__
 from diffprune.config import DitConfig, from_dict
 from diffprune.errors import DiskFullError, InputError
 from diffprune.files import atomic_dir, read_json, sha256_file, write_json
+from diffprune.foreign_dits import check_diffusers_config, diffusers_dit_folder, published_names
 from diffprune.models.dit import DiT
 from diffprune.models.kl import KLAutoencoder, build_autoencoder
 from diffprune.models.vqvae import VQVAE
 from diffprune.storage import AnyPath, RemotePath, as_path
 from diffprune.storage.folders import spool_folder
 from diffprune.storage.spool import kept_file, local_file
-from diffprune.weight_files import check_tensors, in_float32, read_weights
+from diffprune.weight_files import DIFFUSERS_WEIGHTS, check_tensors, in_float32, no_diffusers_weights, read_weights
 
 FORMAT_VERSION = 1
 STATE_FILE = "state.json"
@@ -79,7 +80,7 @@ def load_start(path: str | Path, config: DitConfig, latents: Mapping[str, Any]) 
     """Weights to begin a DiT's training with, and the sha256 of their file.
 
     Args:
-        path: a checkpoint or run folder (its moving average of weights is taken), or a file as of
+        path: a checkpoint or run folder (its moving average of weights is taken), or a file or folder as of
             ``load_foreign_dit``. A published DiT's weights predict noise and not velocity: training goes on from
             them, they are no velocity model yet.
         config: the model that they have to fit.
@@ -89,7 +90,8 @@ def load_start(path: str | Path, config: DitConfig, latents: Mapping[str, Any]) 
         InputError: nothing readable there, tensors that do not fit ``config``, or latents of another VQ-VAE or scale.
     """
     path = as_path(path)
-    if not path.is_dir() and not (path / STATE_FILE).is_file():  # https:// has files, but no folders
+    foreign = not path.is_dir() and not (path / STATE_FILE).is_file()  # https:// has files, but no folders
+    if foreign or diffusers_dit_folder(path) is not None:
         model, sha256 = _foreign_dit(path, config)
         return model.state_dict(), sha256
     folder = list_checkpoints(path)[-1]
@@ -109,11 +111,15 @@ def load_start(path: str | Path, config: DitConfig, latents: Mapping[str, Any]) 
 
 
 def load_foreign_dit(path: str | Path, config: DitConfig, device: torch.device | str = "cpu") -> DiT:
-    """A DiT from another program's file: ``.safetensors``, or ``.pt`` with a state dict, or one under "ema".
+    """A DiT from another program: ``.safetensors``, ``.pt`` with a state dict or one under "ema", or diffusers' folder.
 
     ``.pt`` files are Python pickles: only tensors and plain containers are accepted (``weights_only=True``), never
     code. Weights in half precision become float32. ``config`` must describe the model; for the published 256×256 ones
     it is ``configs/dit-xl-2-imagenet.toml``.
+
+    A folder is one of diffusers' ``DiTTransformer2DModel`` (``config.json`` and
+    ``diffusion_pytorch_model.safetensors``), or of a pipeline that has one under ``transformer``. The model is the
+    published one, from which diffusers' differs a little: see ``foreign_dits``.
 
     Raises:
         InputError: no such file, one that holds anything else, or tensors that do not fit ``config``.
@@ -122,11 +128,19 @@ def load_foreign_dit(path: str | Path, config: DitConfig, device: torch.device |
 
 
 def _foreign_dit(path: AnyPath, config: DitConfig) -> tuple[DiT, str]:
+    folder = diffusers_dit_folder(path)
+    if folder is not None:
+        check_diffusers_config(folder / "config.json", config)
+        path = folder / DIFFUSERS_WEIGHTS
+        if not path.is_file():
+            raise no_diffusers_weights(path)
     try:
         with local_file(path) as file:
             tensors, sha256 = in_float32(read_weights(file, under=("ema",), name=path)), sha256_file(file)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
+    if folder is not None:
+        tensors = published_names(tensors, config, path)
     return filled(lambda: DiT(**asdict(config)), tensors, path), sha256
 
 

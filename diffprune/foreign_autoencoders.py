@@ -26,9 +26,8 @@ from diffprune.files import read_json, sha256_file
 from diffprune.models.kl import KLAutoencoder, build_autoencoder
 from diffprune.models.vqvae import VQVAE
 from diffprune.storage import AnyPath, RemotePath, as_path, local_path
-from diffprune.weight_files import in_float32, read_weights
+from diffprune.weight_files import DIFFUSERS_WEIGHTS, in_float32, no_diffusers_weights, read_weights
 
-DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 IMAGE_SIZE = 256  # what the published ones were trained at, where the file does not say
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 _SIZED = re.compile(r"(.+)@(\d+)")
@@ -99,10 +98,7 @@ def load_foreign_autoencoder(
         folder = _diffusers_folder(path) or path
         read, file = _diffusers_config(folder / "config.json"), folder / DIFFUSERS_WEIGHTS
         if not file.is_file():
-            raise InputError(
-                f"{file}: no such file; download it from where config.json came from, into this folder "
-                "(diffusion_pytorch_model.bin is a pickle, and is not read)"
-            )
+            raise no_diffusers_weights(file)
         tensors, what = _renamed(read_weights(file), _DIFFUSERS_NAMES, "up_blocks"), "diffusers"
     else:
         read, file = _Read(IMAGE_SIZE, 32, math.nan, 0.0), path

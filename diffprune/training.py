@@ -111,7 +111,8 @@ def train_dit(
     ``oversample_balanced``: "label", or a folder of `diffprune cluster`: each label or cluster is seen equally often
     (``BalancedOrder``), or in proportion to ``group_weights``, whole numbers by group as in ``select``'s ``quota``
     ("0=3,*=1", a mapping, or a JSON file). ``start_from``: initial weights: a checkpoint or run folder (its moving
-    average), or a published DiT's or SiT's state dict, ``.pt`` or ``.safetensors``; see ``checkpoints.load_start``.
+    average), a published DiT's or SiT's state dict, ``.pt`` or ``.safetensors``, or diffusers' folder of a DiT; see
+    ``checkpoints.load_start``.
     ``decode_with``: the VQ-VAE of the latents, for the grids of ``train.sample_every``; ``LiveLatents`` know theirs.
 
     What ``out`` holds, how a run is resumed, what is returned and raised: as ``train_vqvae``, and ops in the report

@@ -17,6 +17,8 @@ from torch import Tensor
 from diffprune.errors import InputError
 from diffprune.storage import AnyPath
 
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
 # Lightning's .ckpt files have its callbacks' classes as keys of a dictionary beside the state dict, and in their state
 # numbers of NumPy's.
 _LIGHTNING = ("pytorch_lightning.", "lightning.", "numpy.dtype")
@@ -77,6 +79,13 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor],
     for name, got in tensors.items():
         if name not in expected:
             raise InputError(f"{path}: tensor {name!r} {_describe(got)} is not part of this model's config")
+
+
+def no_diffusers_weights(path: AnyPath) -> InputError:
+    return InputError(
+        f"{path}: no such file; download it from where config.json came from, into this folder "
+        "(diffusion_pytorch_model.bin is a pickle, and is not read)"
+    )
 
 
 def in_float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -77,7 +77,9 @@ def train_dit(
     ] = None,
     start_from: Annotated[
         Path | None,
-        typer.Option(help="Initial weights: a checkpoint or run folder, or a published DiT's or SiT's .pt."),
+        typer.Option(
+            help="Initial weights: a checkpoint or run folder, a published DiT's or SiT's .pt, or diffusers' folder."
+        ),
     ] = None,
     resume: Resume = True,
     dry_run: DryRun = False,

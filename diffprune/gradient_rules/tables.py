@@ -1,4 +1,4 @@
-"""Rules for tables: an embedding is a matrix whose rows are picked."""
+"""Rules for tables: an embedding is a matrix whose rows are picked, a codebook one whose nearest row is looked for."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from diffprune.batch_layout import body, looked_into
 from diffprune.errors import InputError
-from diffprune.gradient_parts import Scatter
-from diffprune.gradient_rules.registry import rule
-from diffprune.weight_tensors import Contribution, Recorder
+from diffprune.gradient_parts import Dense, Outer, Scatter
+from diffprune.gradient_rules.registry import rule, unknown
+from diffprune.weight_tensors import Contribution, Recorder, Weight
 
 
 @rule(F.embedding)
@@ -57,3 +57,22 @@ def embedding(
         yield weight, Scatter(rows, gradient, weight.shape)
 
     return recorder.record(output, (indices,), contribute, weight)
+
+
+@rule(torch._VF.cdist)
+def distance(recorder: Recorder, func: Callable, x1: Tensor, x2: Tensor, p: float, mode: int | None) -> Tensor:
+    """To each row of a table. Where only the index of the nearest is used, no gradient comes and nothing is done."""
+    if isinstance(x1, Weight) or x2.dim() != 2 or p != 2:
+        raise unknown(func, x1, x2)
+    layout = recorder.layout(x1, x2)
+    if layout.dim >= x1.dim() - 1:
+        raise unknown(func, x1, x2)
+    output = recorder.run(func, x1, x2, p, mode)
+
+    def contribute(x1: Tensor, distances: Tensor, gradient: Tensor) -> Iterator[Contribution]:
+        pulls = torch.where(distances > 0, gradient / distances, 0)  # row k: Σ_t pull_tk (row_k - x1_t)
+        left, right = recorder.tokens(pulls, layout), recorder.tokens(x1, layout)
+        yield x2, Outer([(-left, right)])
+        yield x2, Dense((left.sum(dim=2).mT * x2.plain.detach()).flatten(1))
+
+    return recorder.record(output, (x1, output), contribute, x2)
