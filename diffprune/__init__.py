@@ -24,6 +24,7 @@ _PUBLIC = {
     "verify": "diffprune.verification",
     "train_vqvae": "diffprune.training",
     "train_dit": "diffprune.training",
+    "convert": "diffprune.conversion",
     "encode": "diffprune.encoding",
     "embed": "diffprune.encoding",
     "score": "diffprune.scoring",

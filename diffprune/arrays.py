@@ -167,3 +167,25 @@ def sha256_rows(keys: Sequence[str], *arrays: np.ndarray) -> str:
         for start in range(0, len(array), 4096):
             digest.update(np.ascontiguousarray(array[start : start + 4096], dtype).data)
     return digest.hexdigest()
+
+
+def what_made(latents: Any, shape: Sequence[int]) -> dict[str, Any]:
+    """What tells the autoencoder of latents from others: its model_sha256 and latent_scale.
+
+    ``latents``: an ``ArrayFolder`` or ``LiveLatents``. Raises InputError where one of these is not known, or a DiT of
+    latents [C, H, W] of this ``shape`` does not fit.
+    """
+    names = ("model_sha256", "latent_scale")
+    for name in names:
+        if name not in latents.metadata:
+            raise InputError(f"{latents.folder}: its metadata lacks {name}; make the latents again with `encode`")
+    check_latent_shape(latents.folder, latents.metadata.get("shape", shape), shape)
+    return {name: latents.metadata[name] for name in names}
+
+
+def check_latent_shape(where: AnyPath | str, found: Sequence[int], expected: Sequence[int]) -> None:
+    if list(found) != list(expected):
+        raise InputError(
+            f"{where}: expected latents {list(expected)} (model.in_channels, input_size, input_size), found "
+            f"{list(found)}"
+        )

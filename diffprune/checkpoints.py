@@ -51,7 +51,8 @@ def load_dit(
 ) -> tuple[DiT, dict[str, Any]]:
     """The DiT of a checkpoint, or of a run folder's last one, and the checkpoint's state.
 
-    The state is ``state.json``'s content and "sha256" (of the weights' file) and "path" (of the checkpoint).
+    A checkpoint that ``convert`` made has one set of weights, whichever is asked for. The state is ``state.json``'s
+    content and "sha256" (of the weights' file) and "path" (of the checkpoint).
 
     Raises:
         InputError: no checkpoint there, one of a VQ-VAE, damaged files, or tensors that do not fit the config.
@@ -92,7 +93,7 @@ def load_start(path: str | Path, config: DitConfig, latents: Mapping[str, Any]) 
     path = as_path(path)
     foreign = not path.is_dir() and not (path / STATE_FILE).is_file()  # https:// has files, but no folders
     if foreign or diffusers_dit_folder(path) is not None:
-        model, sha256 = _foreign_dit(path, config)
+        model, sha256 = read_foreign_dit(path, config)
         return model.state_dict(), sha256
     folder = list_checkpoints(path)[-1]
     state = read_state(folder)
@@ -124,10 +125,12 @@ def load_foreign_dit(path: str | Path, config: DitConfig, device: torch.device |
     Raises:
         InputError: no such file, one that holds anything else, or tensors that do not fit ``config``.
     """
-    return _foreign_dit(as_path(path), config)[0].to(device)
+    return read_foreign_dit(path, config)[0].to(device)
 
 
-def _foreign_dit(path: AnyPath, config: DitConfig) -> tuple[DiT, str]:
+def read_foreign_dit(path: str | Path, config: DitConfig) -> tuple[DiT, str]:
+    """The same on the CPU, and the sha256 of the weights' file."""
+    path = as_path(path)
     folder = diffusers_dit_folder(path)
     if folder is not None:
         check_diffusers_config(folder / "config.json", config)
@@ -250,6 +253,8 @@ def _load(
     if state["kind"] != kind:
         raise InputError(f"{folder}: expected a checkpoint of a {kind}, found one of a {state['kind']}")
     run = from_dict(kind, state["config"], str(folder / STATE_FILE))
+    if "predicts" in state:  # made by `convert`
+        weights = "model"
     tensors = read_tensors(folder, state, weights, again=True)
     file = f"{weights}.safetensors"
     model = filled(lambda: build(run.model), tensors, folder / file)

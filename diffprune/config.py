@@ -67,6 +67,11 @@ class DitConfig:
     """Also turn queries and keys by the token's row and column (arXiv 2104.09864, in two axes); a head's size is then
     a multiple of 4. Published DiTs and SiTs have the position embedding alone."""
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """[C, H, W] of the latents that the model takes."""
+        return self.in_channels, self.input_size, self.input_size
+
     def __post_init__(self) -> None:
         for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads"):
             expect(getattr(self, name) >= 1, self, name, "at least 1")

@@ -116,6 +116,11 @@ class Sampler:
         return cls(load_dit(checkpoint, weights, device), load_vqvae(vqvae, device), small, coarse_until, device)
 
     def _check_latents(self, state: dict[str, Any]) -> None:
+        if state.get("predicts", "velocity") != "velocity":
+            raise InputError(
+                f"{state['path']}: predicts {state['predicts']}: it can be scored with, but samples are drawn from a "
+                "model that predicts a velocity; train one, `train dit --start-from` this one or another"
+            )
         trained_on = (state.get("latents") or {}).get("model_sha256")
         if trained_on != self.vqvae_state["sha256"]:
             raise InputError(

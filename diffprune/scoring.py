@@ -28,7 +28,7 @@ from diffprune.passes import BY_DRAW, Latents, Passes, Plan, unread_table
 from diffprune.progress import Progress
 from diffprune.scores.batches import Draws
 from diffprune.scores.grand import GRAND
-from diffprune.scores.loss import EL2N, LOSS
+from diffprune.scores.loss import EL2N, EL2N_OF_NOISE, LOSS, LOSS_OF_NOISE
 from diffprune.scores.monotonicity import MONOTONICITY, monotonicity
 from diffprune.scores.moso import MODES, moso_field
 from diffprune.scores.random import RANDOM
@@ -167,7 +167,7 @@ def score(
         None if memory is None else int(memory * 2**30),
         rows - failed_before,
     )
-    fields, failed = _fields(plan), Counter()
+    fields, failed = _fields(plan, surrogate), Counter()
     with (
         full_float32(),
         open_workers(recipe, workers, part=part, ray=ray, max_failures=max_failures) as engine,
@@ -266,7 +266,7 @@ def _table(passes: Passes, fields: dict[str, pa.Field], stem: str, bar: Progress
     return base, was_ok.tolist()
 
 
-def _fields(plan: Plan) -> dict[str, pa.Field]:
+def _fields(plan: Plan, surrogate: Surrogate | None) -> dict[str, pa.Field]:
     """The columns to write, in the order asked for, with what they mean."""
     mean = ""
     if plan.support.trials > 1:
@@ -275,7 +275,9 @@ def _fields(plan: Plan) -> dict[str, pa.Field]:
         mean = f"{mean}{mean and '; '}ḡ from {plan.support.fraction:g} of the samples, chosen by key"
     if plan.group:
         mean = f"an ESTIMATE: ḡ from groups of {plan.group} samples of a shard, not from all"
-    known = (RANDOM, LOSS, EL2N, GRAND, moso_field(plan.moso_mode, mean), MONOTONICITY)
+    of_noise = surrogate is not None and surrogate.predicts == "noise"
+    errors = (LOSS_OF_NOISE, EL2N_OF_NOISE) if of_noise else (LOSS, EL2N)
+    known = (RANDOM, *errors, GRAND, moso_field(plan.moso_mode, mean), MONOTONICITY)
     fields = {field.name: field for field in known}
     if plan.group:
         fields["moso"] = fields["moso"].with_metadata({**fields["moso"].metadata, b"estimate": b"true"})

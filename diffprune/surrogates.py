@@ -12,7 +12,7 @@ import torch
 
 from diffprune.checkpoints import list_checkpoints, load_dit, read_state
 from diffprune.errors import InputError
-from diffprune.scores.batches import Network
+from diffprune.scores.batches import PREDICTS, Network
 
 PRECISIONS = ("float32", "bf16")
 
@@ -53,6 +53,9 @@ class Surrogate:
         self.states = [self._load(path)[1] for path in self.paths]  # reads every file: damage shows before the work
         self.rates = [rates.get(path, state["lr"]) for path, state in zip(self.paths, self.states, strict=True)]
         self.num_classes = self.network(-1).model.num_classes
+        if len(found := {self._predicts(state) for state in self.states}) > 1:
+            raise InputError(f"checkpoints: expected all to predict the same, found {' and '.join(sorted(found))}")
+        self.predicts = found.pop()
 
     def network(self, number: int) -> Network:
         """One checkpoint's model in eval mode."""
@@ -83,6 +86,8 @@ class Surrogate:
             found["compile"] = True
         if self._bf16:
             found["precision"] = "bf16"
+        if self.predicts != "velocity":
+            found["predicts"] = self.predicts
         return found
 
     def _load(self, path: Path) -> tuple[Network, dict[str, Any]]:
@@ -90,8 +95,15 @@ class Surrogate:
             self._loaded = None  # before the next one is there
             model, state = load_dit(path, weights=self._weights, device=self.device)
             compiled = torch.compile(model.eval()) if self._compile else None
-            self._loaded = Network(model.eval(), compiled, self._bf16), state
+            self._loaded = Network(model.eval(), compiled, self._bf16, self._predicts(state)), state
         return self._loaded
+
+    @staticmethod
+    def _predicts(state: dict[str, Any]) -> str:
+        found = state.get("predicts", "velocity")
+        if found not in PREDICTS:
+            raise InputError(f"{state['path']}: predicts: expected one of {', '.join(PREDICTS)}, found {found!r}")
+        return found
 
 
 def _checked_rates(learning_rates: Sequence[float], paths: Sequence[Path]) -> list[float]:

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from diffprune.arrays import ArrayFolder
+from diffprune.arrays import ArrayFolder, check_latent_shape, what_made
 from diffprune.autoencoder_objective import AutoencoderObjective
 from diffprune.checkpoints import load_start
 from diffprune.config import DitRun, VqvaeRun
@@ -120,12 +120,8 @@ def train_dit(
     ``decode_with`` do not fit the model.
     """
     folder = latents if isinstance(latents, LiveLatents) else ArrayFolder(latents, kind="latents")
-    where, expected = folder.folder, (config.model.in_channels, config.model.input_size, config.model.input_size)
-    missing = [name for name in ("model_sha256", "latent_scale") if name not in folder.metadata]
-    if missing:
-        raise InputError(f"{where}: its metadata lacks {missing[0]}; make the latents again with `diffprune encode`")
-    _check_shape(where, tuple(folder.metadata.get("shape", expected)), expected)  # before images are encoded
-    source = {name: folder.metadata[name] for name in ("model_sha256", "latent_scale")}
+    where, expected = folder.folder, config.model.latent_shape
+    source = what_made(folder, expected)  # before images are encoded
     decoder = folder.vqvae if isinstance(folder, LiveLatents) and decode_with is None else decode_with
     if config.train.sample_every and decoder is None:
         raise InputError("train.sample_every: needs decode_with, the VQ-VAE of the latents: they are no images yet")
@@ -140,9 +136,9 @@ def train_dit(
     keys = table["key"].to_pylist()
     if not keys:
         raise InputError(f"{kept or where}: expected samples to train on, found none")
-    _check_shape(where, values.shape[1:], expected)
+    check_latent_shape(where, values.shape[1:], expected)
     if twins is not None:
-        _check_shape(f"{where}: mirrored", twins.shape[1:], expected)
+        check_latent_shape(f"{where}: mirrored", twins.shape[1:], expected)
     labels = _checked_labels(keys, table["label"].to_pylist(), config.model.num_classes, where)
     objective = DitObjective(config, ranks, device, keys, values, twins, labels, source)
     if oversample_balanced is not None:
@@ -164,14 +160,6 @@ def _load(
         return folder.load(kept, twins=flip)
     table, values = folder.load(kept, np.float16)
     return table, values, folder.load_twins(kept, np.float16) if flip else None
-
-
-def _check_shape(where: str | Path, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    if found != expected:
-        raise InputError(
-            f"{where}: expected latents {list(expected)} (model.in_channels, input_size, input_size), found "
-            f"{list(found)}"
-        )
 
 
 def _group_weights(given: Mapping[str, int], groups: Tensor) -> dict[int, int]:

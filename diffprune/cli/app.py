@@ -25,7 +25,7 @@ VERBS = {
     "Data": (data_verbs.pack, data_verbs.verify, data_verbs.prune, data_verbs.export),
     "Features": (feature_verbs.encode, feature_verbs.embed),
     "Selection": (selection_verbs.score, selection_verbs.cluster, selection_verbs.select),
-    "Models": (train, model_verbs.reconstruct, model_verbs.sample),
+    "Models": (train, model_verbs.convert, model_verbs.reconstruct, model_verbs.sample),
     "Proof": (proof_verbs.evaluate, proof_verbs.sweep, proof_verbs.report, proof_verbs.doctor),
 }
 train.command("vqvae")(model_verbs.train_vqvae)

@@ -103,6 +103,31 @@ def train_dit(
     run(call, kept=kept, **options, resume=resume, dry_run=dry_run, as_json=as_json)
 
 
+def convert(
+    weights: Annotated[
+        str, typer.Argument(help="A DiT's or SiT's state dict (.pt, .safetensors), or diffusers' folder of a DiT.")
+    ],
+    latents: Annotated[
+        Path, typer.Argument(help="Latents of `diffprune encode`, by the autoencoder that it was trained with.")
+    ],
+    predicts: Annotated[str, typer.Option(help="What it was trained to predict: velocity (SiT) or noise (DiT).")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The run folder for the checkpoint.")],
+    config: Config = None,
+    overrides: Set = None,
+    steps: Annotated[int, typer.Option(help="Steps it was trained for; MoSo is in proportion.")] = 7_000_000,
+    learning_rate: Annotated[float, typer.Option(help="At that learning rate; MoSo is in proportion.")] = 1e-4,
+    as_json: Json = False,
+) -> None:
+    """Make a checkpoint of a published DiT or SiT: scores without training a surrogate."""
+
+    def call(**options: object) -> dict:
+        from diffprune.config import load_config
+
+        return diffprune.convert(weights, latents, out, config=load_config(config, "dit", overrides or []), **options)
+
+    run(call, predicts=predicts, steps=steps, learning_rate=learning_rate, as_json=as_json)
+
+
 def reconstruct(
     shards: Shards,
     vqvae: Annotated[

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from diffprune.draws import KeyHashes, draw_pair
 from diffprune.errors import InputError
 from diffprune.flow import interpolate, velocity_error_norm, velocity_loss, velocity_target
+from diffprune.gaussian_diffusion import diffuse
 from diffprune.memory import BatchSize, fitting
 
 
@@ -58,15 +59,30 @@ class Draws:
         return t, -x0 if draw % 2 else x0
 
 
+PREDICTS = ("velocity", "noise")
+
+
 @dataclass(frozen=True)
 class Network:
-    """A surrogate and how it is run: `compiled` where no per-sample gradients are wanted, `bf16` under autocast."""
+    """A surrogate and how it is run: `compiled` where no per-sample gradients are wanted, `bf16` under autocast.
+
+    It `predicts` the velocity of the flow, or the noise of a Gaussian diffusion.
+    """
 
     model: nn.Module
     compiled: Callable[..., Tensor] | None = None
     bf16: bool = False
+    predicts: str = "velocity"
 
-    def velocity(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+    def errors(self, x1: Tensor, x0: Tensor, t: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Of each row the loss ℓ, the mean of the squared error, with its graph, and the error's norm: [B] each."""
+        if self.predicts == "noise":
+            found, target = self._output(*diffuse(x1, x0, t), labels), x0
+        else:
+            found, target = self._output(interpolate(x1, x0, t), t, labels), velocity_target(x1, x0)
+        return velocity_loss(found, target), velocity_error_norm(found.detach(), target)
+
+    def _output(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         """[B, ...] in float32 or wider, as `x`."""
         # Per-sample gradients look at each layer, so they want the model as it was before it was compiled.
         run = self.model if self.compiled is None else self.compiled
@@ -74,7 +90,7 @@ class Network:
             return run(x, t, labels).to(x.dtype)
 
     def eager(self) -> Network:
-        return Network(self.model, None, self.bf16)
+        return replace(self, compiled=None)
 
 
 Advance = Callable[[int], None]  # told how many more samples are done
@@ -134,7 +150,7 @@ def _batch(samples: Samples, start: int, rows: int, draws_at_once: int) -> tuple
 
 
 def draw_losses(network: Network, samples: Samples, draws: Draws, which: range | None = None) -> tuple[Tensor, Tensor]:
-    """The flow matching loss ℓ of each sample at some of its draws (all by default), and ‖v - target‖₂.
+    """The loss ℓ of each sample at some of its draws (all by default), and the norm of the error.
 
     Returns: two [B, len(which)] float32. The model sees the draws of one sample in successive rows.
     """
@@ -144,6 +160,5 @@ def draw_losses(network: Network, samples: Samples, draws: Draws, which: range |
     x0 = torch.stack([x0 for _, x0 in pairs], dim=1).flatten(0, 1)
     x1 = samples.latents.repeat_interleave(len(which), dim=0)
     labels = None if samples.labels is None else samples.labels.repeat_interleave(len(which))
-    velocity, target = network.velocity(interpolate(x1, x0, t), t, labels), velocity_target(x1, x0)
-    shape = (len(samples), len(which))
-    return velocity_loss(velocity, target).view(shape), velocity_error_norm(velocity.detach(), target).view(shape)
+    losses, norms = network.errors(x1, x0, t, labels)
+    return losses.view(len(samples), len(which)), norms.view(len(samples), len(which))
