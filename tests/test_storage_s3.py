@@ -26,7 +26,7 @@ from diffprune.decode import read_batches
 from diffprune.errors import InputError, RemoteError, ResumeError
 from diffprune.files import atomic_dir, atomic_file
 from diffprune.learner import Learner, Stopped
-from diffprune.shards import ShardReader, index_shard, index_shards, list_shards
+from diffprune.shards import ShardReader, find_shards, index_each, index_shard, index_shards, list_shards
 from diffprune.storage import as_path, clients, folders, reading, retries, writing
 from diffprune.storage.s3 import S3Client
 from diffprune.tables import read_folder, read_table
@@ -98,7 +98,29 @@ def test_the_index_is_that_of_the_local_file_and_is_kept(s3, small_run):
     ]
     gets, heads = s3.count("GET", ".tar"), s3.count("HEAD", ".tar")
     assert index_shards(url) == remote
-    assert s3.count("GET", ".tar") == gets and s3.count("HEAD", ".tar") > heads  # a HEAD says that it is the same
+    assert s3.count("GET", ".tar") == gets and s3.count("HEAD", ".tar") == heads + 3  # which say that it is the same
+
+
+def test_a_shards_size_and_version_are_asked_for_once(s3, small_run, tmp_path):
+    few, shard = upload(s3, small_run.shards, "few"), s3.objects["bucket/few/images-000000.tar"]
+    for number in range(10):
+        s3.objects[f"bucket/many/{number}.tar"] = Object(shard.data)
+    index_shards(few)
+    diffprune.select(small_run.scores, tmp_path / "kept.parquet", by="grand", keep=0.1)
+
+    def asked(work) -> tuple[int, int]:
+        """Requests for a shard, and for listings, where the header index is known."""
+        before = len(s3.requests)
+        work()
+        new = [path for method, path, _ in s3.requests[before:] if method == "HEAD" or "list-type" in path]
+        return sum(".tar" in path for path in new), sum("list-type" in path for path in new)
+
+    assert asked(lambda: index_shards(few)) == (3, 1)
+    assert asked(lambda: list(index_each(find_shards(f"{few}/images-{{000000..000002}}.tar")))) == (3, 0)
+    assert asked(lambda: list(index_each(find_shards("s3://bucket/many/{0..9}.tar")))) == (0, 1)
+    assert asked(lambda: diffprune.verify(few, dry_run=True)) == (3, 1)
+    assert asked(lambda: diffprune.encode(few, small_run.vqvae, "s3://bucket/l", dry_run=True))[0] == 3
+    assert asked(lambda: diffprune.prune(tmp_path / "kept.parquet", few, tmp_path / "pruned", dry_run=True)) == (3, 1)
 
 
 def test_a_damaged_cache_file_is_made_again(s3, small_run, tmp_path):
