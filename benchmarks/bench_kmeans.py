@@ -132,8 +132,6 @@ def _peak() -> int:
 
 
 def _diffprune(points: Any, start: np.ndarray, rounds: int, limit: int) -> tuple[Any, Any]:
-    import torch._dynamo  # noqa: F401 - as the first call of any of PyTorch's custom ops does, in whatever round: a second
-
     from diffprune import KMeans
 
     fitted = KMeans(len(start), init=start, max_iter=rounds, tol=0, memory=limit).fit(points)

@@ -15,8 +15,8 @@ from diffprune.decode import MAX_PIXELS, Batch, Resizer, read_batches
 from diffprune.errors import InputError
 from diffprune.pieces import PieceSize, in_pieces
 from diffprune.progress import Progress
-from diffprune.shards import ShardIndex, ShardSpec, index_shards, list_shards
-from diffprune.storage import AnyPath, sizes
+from diffprune.shards import ShardIndex, ShardSpec, find_shards, index_found
+from diffprune.storage import AnyPath, Stat
 from diffprune.tables import base_table
 
 Indexed = tuple[ShardIndex, tuple[int, int] | None]
@@ -40,10 +40,11 @@ class ImageMap:
             raise InputError(f"batch_size: expected 1 or more, got {batch_size}")
         self.network, self.batch_size, self.reading = network, batch_size, reading
         self._piece = PieceSize(batch_size, *network.size, network.device)
-        self.paths = [] if shards is None else list_shards(shards)
+        found = {} if shards is None else find_shards(shards)
+        self.paths = list(found)
         paths = self.paths if own is None else own(self.paths)
         self._stamps = {path.stem: _stamp(path) for path in paths}  # before they are indexed
-        self.indexes = {index.path.stem: index for index in index_shards(paths)} if paths else {}
+        self.indexes = {index.path.stem: index for index in index_found({path: found[path] for path in paths})}
         with torch.inference_mode():
             blank = torch.zeros(1, network.channels, *network.size, dtype=torch.uint8, device=network.device)
             self.row_shape = tuple(network.values(blank, [""]).shape[1:])
@@ -52,7 +53,7 @@ class ImageMap:
             **network.head,
             "shape": list(self.row_shape),
             "image_size": height if height == width else [height, width],
-            "inputs": self._inputs(),
+            "inputs": self._inputs(found),
             **reading.config,
         }
 
@@ -61,13 +62,11 @@ class ImageMap:
         """Of all shards, indexed or not."""
         return [path.stem for path in self.paths]
 
-    def _inputs(self) -> dict[str, int]:
+    def _inputs(self, found: dict[AnyPath, Stat]) -> dict[str, int]:
         """What identifies the shards in a fingerprint: name -> bytes."""
-        there = sizes(path for path in self.paths if path.stem not in self.indexes)
-        there |= {index.path: index.size for index in self.indexes.values()}
-        if gone := [path for path in self.paths if path not in there]:
-            raise _gone(gone[0])
-        return {path.name: there[path] for path in self.paths}
+        sizes = {path: about.st_size for path, about in found.items()}
+        sizes |= {index.path: index.size for index in self.indexes.values()}
+        return {path.name: size for path, size in sizes.items()}
 
     def indexed(self, stem: str) -> Indexed:
         """One shard, for `take` in another process."""

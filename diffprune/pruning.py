@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ from diffprune.locks import folder_lock
 from diffprune.packing import BLOCK, brace_pattern, check_prefix
 from diffprune.plans import claim_folder
 from diffprune.progress import progress
-from diffprune.shards import SampleList, ShardIndex, ShardSpec, index_each, list_shards
-from diffprune.storage import AnyPath, as_path
+from diffprune.shards import SampleList, ShardIndex, ShardSpec, find_shards, index_each
+from diffprune.storage import AnyPath, Stat, as_path
 from diffprune.tables import read_table
 
 MANIFEST = "prune.json"
@@ -71,10 +71,11 @@ def prune(
     if workers is not None and workers < 1:
         raise InputError(f"workers: expected at least 1, got {workers}")
     kept, out = as_path(kept), as_path(out)
-    sources = list_shards(shards)
-    listing = [_state(path) for path in sources]
+    found = find_shards(shards)
+    sources = list(found)
+    listing = [_state(path, about) for path, about in found.items()]
     selection = _Selection.read(kept, sources)
-    sizes = _check_samples(kept, selection, sources)
+    sizes = _check_samples(kept, selection, found)
     shard_size = shard_size or max(sizes)
     number = -(-len(selection.keys) // shard_size)
     paths = [out / name for name in _names(sources, prefix, number)]
@@ -201,7 +202,7 @@ class _Selection:
             yield span
 
 
-def _check_samples(kept: str | Path, selection: _Selection, sources: Sequence[AnyPath]) -> list[int]:
+def _check_samples(kept: str | Path, selection: _Selection, sources: Mapping[AnyPath, Stat]) -> list[int]:
     """How many samples each shard has; InputError unless each key lies just where the selection says."""
     bounds = np.searchsorted(selection.shards, np.arange(len(sources) + 1))
     counts = []
@@ -264,9 +265,12 @@ def _names(sources: Sequence[AnyPath], prefix: str | None, number: int) -> list[
     return [f"{begin}{index:0{width}d}.tar" for index in range(number)]
 
 
-def _state(path: AnyPath) -> list[Any]:
-    about = path.stat()
-    return [path.name, about.st_size, about.st_mtime_ns if isinstance(path, Path) else about.version]
+def _state(path: AnyPath, about: Stat | None = None) -> list[Any]:
+    """What is another one when a shard has changed. ``about``: what storage said of it just now, if it was asked."""
+    if isinstance(path, Path):
+        on_disk = path.stat()
+        return [path.name, on_disk.st_size, on_disk.st_mtime_ns]
+    return [path.name, *(about or path.stat())]
 
 
 def _classes(sources: Sequence[AnyPath]) -> bytes | None:

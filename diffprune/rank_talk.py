@@ -180,8 +180,8 @@ def join(backend: str) -> None:
     """Join the processes that torchrun started with this one; ``leave`` comes by itself when this one ends."""
     from torch import distributed
 
-    # Its functions have the group of all as a default value: were it imported later, by the first custom op, they would
-    # keep the group, and its threads would still be there, and crash, when the interpreter is not.
+    # Its functions have the group of all as a default value: were it imported later, with Dynamo by an optimizer, they
+    # would keep the group, and its threads would still be there, and crash, when the interpreter is not.
     import_module("torch.distributed.nn")
     distributed.init_process_group(backend, timeout=PATIENCE)
     atexit.register(leave)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffprune.errors import InputError
-from diffprune.storage import AnyPath, RemotePath, as_path, existing
+from diffprune.storage import AnyPath, RemotePath, Stat, as_path, stats
 from diffprune.storage.paths import READ_ONLY
 from diffprune.tar_index import Damage, index_tar
 from diffprune.tar_samples import BLOCK, IMAGE_EXTENSIONS, Member, Sample, SampleList
@@ -36,7 +36,9 @@ __all__ = [
     "ShardReader",
     "ShardSpec",
     "find_duplicate_key",
+    "find_shards",
     "index_each",
+    "index_found",
     "index_shard",
     "index_shards",
     "list_shards",
@@ -74,13 +76,18 @@ def list_shards(spec: ShardSpec) -> list[AnyPath]:
     a text file that lists shards one a line, or a sequence of any of these; each may be a URL. Raises InputError if a
     shard is missing, if there is none, or if two have the same file name (tables are named after them).
     """
+    return list(find_shards(spec))
+
+
+def find_shards(spec: ShardSpec) -> dict[AnyPath, Stat]:
+    """``list_shards``, with what storage said of each when it was asked whether it is there; for ``index_found``."""
     specs = [spec] if isinstance(spec, (str, os.PathLike)) else list(spec)
     paths = [path for one in specs for path in _expand(os.fspath(one))]
     if not paths:
         raise InputError(
             f"{_show(specs)}: no shards; expected a brace pattern, a glob, a folder with .tar files or a list file"
         )
-    there = existing(paths)
+    there = stats(paths)
     missing = [path for path in paths if path not in there]
     if missing:
         raise InputError(f"{missing[0]}: no such shard ({len(missing)} of {len(paths)} of {_show(specs)} are missing)")
@@ -89,7 +96,7 @@ def list_shards(spec: ShardSpec) -> list[AnyPath]:
         if path.stem in seen:
             raise InputError(f"{path}: another shard has the same name ({seen[path.stem]}); rename one of them")
         seen[path.stem] = path
-    return paths
+    return {path: there[path] for path in paths}
 
 
 def index_shards(spec: ShardSpec) -> list[ShardIndex]:
@@ -97,7 +104,12 @@ def index_shards(spec: ShardSpec) -> list[ShardIndex]:
 
     ``diffprune verify`` lists all the damage; every other stage refuses damaged shards through this function.
     """
-    indexes = list(index_each(list_shards(spec)))
+    return index_found(find_shards(spec))
+
+
+def index_found(shards: Mapping[AnyPath, Stat]) -> list[ShardIndex]:
+    """``index_shards`` of what ``find_shards`` found, or of some of it: nothing is asked for again."""
+    indexes = list(index_each(shards))
     for index in indexes:
         if index.damage:
             first = index.damage[0]
@@ -117,13 +129,13 @@ def index_shards(spec: ShardSpec) -> list[ShardIndex]:
     return indexes
 
 
-def index_each(paths: Sequence[AnyPath]) -> Iterator[ShardIndex]:
+def index_each(shards: Mapping[AnyPath, Stat]) -> Iterator[ShardIndex]:
     """``index_shard`` of each, in order; some URLs at a time, as each of them is waited for."""
-    if not any(isinstance(path, RemotePath) for path in paths):
-        yield from map(index_shard, paths)
+    if not any(isinstance(path, RemotePath) for path in shards):
+        yield from map(index_shard, shards)
         return
     with ThreadPoolExecutor(_INDEXED_AT_ONCE, thread_name_prefix="index") as pool:
-        yield from pool.map(index_shard, paths)
+        yield from pool.map(index_shard, shards, shards.values())
 
 
 def find_duplicate_key(indexes: Iterable[ShardIndex]) -> tuple[str, AnyPath, AnyPath] | None:
@@ -235,13 +247,14 @@ class ShardReader:
         return data
 
 
-def index_shard(path: str | os.PathLike) -> ShardIndex:
+def index_shard(path: str | os.PathLike, about: Stat | None = None) -> ShardIndex:
     """Index one shard by its headers, see ``tar_index``. Damage is reported in the result, not raised.
 
-    The index of a URL is kept on local disk, see ``storage.index_cache``.
+    The index of a URL is kept on local disk, see ``storage.index_cache``. ``about``: what its storage said of it just
+    now, if it was asked.
     """
     path = as_path(path)
-    size, version = (path.stat().st_size, None) if isinstance(path, Path) else path.stat()
+    size, version = (path.stat().st_size, None) if isinstance(path, Path) else about or path.stat()
     if size == 0:
         return ShardIndex(
             path, SampleList.empty(), [Damage(0, None, "the file is empty; expected a tar")], [], 0, version

@@ -9,7 +9,7 @@ from typing import Any
 from diffprune.decode import MAX_PIXELS, read_batches
 from diffprune.local_workers import Advance, LocalWorkers, Task
 from diffprune.progress import progress
-from diffprune.shards import ShardIndex, ShardSpec, find_duplicate_key, index_shard, list_shards
+from diffprune.shards import ShardIndex, ShardSpec, find_duplicate_key, find_shards, index_shard
 from diffprune.storage import AnyPath
 
 MAX_LISTED = 1000
@@ -34,9 +34,10 @@ def verify(
     of {shard, offset, key, error} (the first 1000) and ``damaged`` their number. Damaged shards don't raise: they are
     what this function is for. Raises InputError if a shard is missing or there is none.
     """
-    paths = list_shards(shards)
+    listed = find_shards(shards)
     if dry_run:
-        return {"dry_run": True, "shards": len(paths), "bytes": sum(path.stat().st_size for path in paths)}
+        return {"dry_run": True, "shards": len(listed), "bytes": sum(about.st_size for about in listed.values())}
+    paths = list(listed)
     looker = _Looker(decode, {"strict": strict_decode, "max_pixels": max_pixels})
     with progress("verify", total=len(paths), unit="shards") as bar:
         found = looker.look_at_all(paths, workers, bar.advance)

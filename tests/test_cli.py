@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from small_run import DIT_OVERRIDES, VQVAE_OVERRIDES, write_digits
+from small_run import DIT_OVERRIDES, VQVAE_OVERRIDES, SmallRun, write_digits
 from test_encoding import damage_image
 from typer.testing import CliRunner
 
@@ -106,6 +106,24 @@ def test_the_whole_road(tmp_path):
 
 def _span(path: Path, sample) -> bytes:
     return path.read_bytes()[sample.offset : sample.offset + sample.size]
+
+
+def test_no_stage_imports_dynamo_unasked(small_run: SmallRun, tmp_path: Path) -> None:
+    """It takes a second, more than a small stage."""
+    code = f"""
+import sys
+from pathlib import Path
+import diffprune
+run, out = Path({str(small_run.root)!r}), Path({str(tmp_path)!r})
+diffprune.embed(run / "shards", out / "embeddings", model=f"vqvae:{{run / 'vqvae'}}")
+diffprune.cluster(out / "embeddings", out / "clusters", k=3)
+diffprune.score(run / "latents", run / "surrogate", out / "scores")
+kept = {{"order": "k-center", "keep": 0.1, "dedup": 1e-6, "embeddings": out / "embeddings"}}
+diffprune.select(out / "clusters", out / "kept.parquet", **kept)
+sys.exit(", ".join({{"sympy", "torch._dynamo"}} & set(sys.modules)) or None)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_help_does_not_import_torch():

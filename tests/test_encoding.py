@@ -16,7 +16,7 @@ from diffprune.decode import load_images
 from diffprune.errors import InputError, ResumeError
 from diffprune.image_maps import ImageMap, Network, Reading
 from diffprune.models.vqvae import VQVAE
-from diffprune.shards import index_shards
+from diffprune.shards import index_found, index_shards
 from diffprune.tables import read_folder
 
 
@@ -180,7 +180,7 @@ def test_parts_index_their_own_shards_only_and_make_the_same_folder(small_run, t
     whole = paths[2].read_bytes()
     paths[2].write_bytes(b"x" + whole[1:])  # damaged, but not one of the first part's
     indexed = []
-    monkeypatch.setattr(image_maps, "index_shards", lambda own: indexed.append(list(own)) or index_shards(own))
+    monkeypatch.setattr(image_maps, "index_found", lambda own: indexed.append(list(own)) or index_found(own))
     out = tmp_path / "latents"
     for part, done in (("1/4", 0), ("2/4", 1), ("3/4", 1)):
         report = diffprune.encode(tmp_path / "shards", small_run.vqvae, out, part=part)
@@ -189,7 +189,7 @@ def test_parts_index_their_own_shards_only_and_make_the_same_folder(small_run, t
         diffprune.encode(tmp_path / "shards", small_run.vqvae, out, part="4/4")
     paths[2].write_bytes(whole)
     diffprune.encode(tmp_path / "shards", small_run.vqvae, out, part="4/4")
-    assert indexed == [[paths[0]], [paths[1]], [paths[2]], [paths[2]]]
+    assert indexed == [[], [paths[0]], [paths[1]], [paths[2]], [paths[2]]]
     for file in sorted(small_run.latents.glob("*.*")):
         assert (out / file.name).read_bytes() == file.read_bytes(), file.name
     repacked(paths[1])

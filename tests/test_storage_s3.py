@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import tarfile
 import threading
@@ -18,6 +19,7 @@ pytest.importorskip("s3fs")
 from s3_server import Faults, Object, S3Server, serve
 from small_run import DIT_OVERRIDES
 from small_run import contents as local_contents
+from test_packing import encoded, write_parquet
 from test_training_ranks import dit, torchrun
 
 import diffprune
@@ -26,7 +28,8 @@ from diffprune.decode import read_batches
 from diffprune.errors import InputError, RemoteError, ResumeError
 from diffprune.files import atomic_dir, atomic_file
 from diffprune.learner import Learner, Stopped
-from diffprune.shards import ShardReader, index_shard, index_shards, list_shards
+from diffprune.shards import ShardReader, find_shards, index_each, index_shard, index_shards, list_shards
+from diffprune.sources import open_source
 from diffprune.storage import as_path, clients, folders, reading, retries, writing
 from diffprune.storage.s3 import S3Client
 from diffprune.tables import read_folder, read_table
@@ -98,7 +101,29 @@ def test_the_index_is_that_of_the_local_file_and_is_kept(s3, small_run):
     ]
     gets, heads = s3.count("GET", ".tar"), s3.count("HEAD", ".tar")
     assert index_shards(url) == remote
-    assert s3.count("GET", ".tar") == gets and s3.count("HEAD", ".tar") > heads  # a HEAD says that it is the same
+    assert s3.count("GET", ".tar") == gets and s3.count("HEAD", ".tar") == heads + 3  # which say that it is the same
+
+
+def test_a_shards_size_and_version_are_asked_for_once(s3, small_run, tmp_path):
+    few, shard = upload(s3, small_run.shards, "few"), s3.objects["bucket/few/images-000000.tar"]
+    for number in range(10):
+        s3.objects[f"bucket/many/{number}.tar"] = Object(shard.data)
+    index_shards(few)
+    diffprune.select(small_run.scores, tmp_path / "kept.parquet", by="grand", keep=0.1)
+
+    def asked(work) -> tuple[int, int]:
+        """Requests for a shard, and for listings, where the header index is known."""
+        before = len(s3.requests)
+        work()
+        new = [path for method, path, _ in s3.requests[before:] if method == "HEAD" or "list-type" in path]
+        return sum(".tar" in path for path in new), sum("list-type" in path for path in new)
+
+    assert asked(lambda: index_shards(few)) == (3, 1)
+    assert asked(lambda: list(index_each(find_shards(f"{few}/images-{{000000..000002}}.tar")))) == (3, 0)
+    assert asked(lambda: list(index_each(find_shards("s3://bucket/many/{0..9}.tar")))) == (0, 1)
+    assert asked(lambda: diffprune.verify(few, dry_run=True)) == (3, 1)
+    assert asked(lambda: diffprune.encode(few, small_run.vqvae, "s3://bucket/l", dry_run=True))[0] == 3
+    assert asked(lambda: diffprune.prune(tmp_path / "kept.parquet", few, tmp_path / "pruned", dry_run=True)) == (3, 1)
 
 
 def test_a_damaged_cache_file_is_made_again(s3, small_run, tmp_path):
@@ -510,6 +535,53 @@ def test_other_programs_weights_in_storage(s3, small_run, tmp_path):
     for url in ("s3://bucket/kl-f8.ckpt@512", "s3://bucket/dit.safetensors"):
         with pytest.raises(InputError, match=f"{url.partition('@')[0]}.* cannot be a URL yet"):
             diffprune.encode(small_run.shards, url, tmp_path / "latents")
+
+
+def test_pack_writes_the_same_shards_from_parquet_in_storage(s3, tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "BLOCK", 1 << 10)  # read by ranges, not whole
+    images = [encoded("png", i) for i in range(13)]
+    for part, rows in enumerate((slice(0, 8), slice(8, 13))):
+        name = f"train-0000{part}-of-00002.parquet"
+        write_parquet(tmp_path / "in" / name, images[rows], [i % 3 for i in range(13)][rows], ["a", "b", "c"])
+    url = upload(s3, tmp_path / "in", "in")
+    s3.objects["bucket/in/readme.txt"] = Object(b"no parquet")
+    diffprune.pack(tmp_path / "in", tmp_path / "local", shard_size=5)
+    expected = local_contents(tmp_path / "local")
+    plan = json.loads(expected.pop("pack.json"))["plan"]
+    for number, source in enumerate((url, f"{url}/train-*.parquet")):
+        result = diffprune.pack(source, f"s3://bucket/out{number}", shard_size=5, workers=1 + number)
+        assert (result["kind"], result["count"], result["source"]) == ("parquet", 13, source)
+        found = contents(s3, f"out{number}")
+        assert json.loads(found.pop("pack.json"))["plan"] == plan | {"source": open_source(source).identity}
+        assert found == expected
+    assert diffprune.pack(url, "s3://bucket/out0", shard_size=5)["present"] == 3
+
+    s3.anonymous = True
+    name = "train-00000-of-00002.parquet"
+    diffprune.pack(tmp_path / "in" / name, tmp_path / "one")
+    web = f"{s3.environment['AWS_ENDPOINT_URL']}/bucket/in/{name}"
+    result = diffprune.pack(f"{web}?X-Signature=secret", tmp_path / "web")
+    assert result["source"] == f"{web}?…" and "secret" not in (tmp_path / "web/pack.json").read_text()
+    shard = Path(result["shards"][0]).name
+    assert (tmp_path / "web" / shard).read_bytes() == (tmp_path / "one" / shard).read_bytes()
+
+
+def test_parquet_in_storage_that_cannot_be_packed(s3, tmp_path):
+    write_parquet(tmp_path / "x.parquet", [encoded("png", i) for i in range(4)], [0] * 4)
+    s3.objects["bucket/x.parquet"] = Object((tmp_path / "x.parquet").read_bytes())
+    source = open_source("s3://bucket/x.parquet")
+    s3.objects["bucket/x.parquet"] = Object(s3.objects["bucket/x.parquet"].data + b"x")
+    with pytest.raises(RemoteError, match=r"s3://bucket/x.parquet: .* it changed after it was indexed"):
+        list(source.read([0]))
+    for url, told in {
+        "s3://bucket/x.parquet": "not a readable parquet file",
+        "s3://bucket/none.parquet": "no such file",
+        "s3://bucket/none*.parquet": "found none",
+        "http://127.0.0.1:1/folder": "found none",
+    }.items():
+        with pytest.raises(InputError, match=f"^{re.escape(url)}: .*{told}"):
+            diffprune.pack(url, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_remote_yet_says_so(s3, small_run, tmp_path):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from diffprune.kernels.arrays import any_array
 from diffprune.kernels.checks import expect, expect_equal
 from diffprune.kernels.dispatch import Op
+from diffprune.kernels.registration import custom_op
 
 EPS = 1e-6
 """Added to the variance, as in the published DiT."""
@@ -39,7 +39,7 @@ def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, *, impl: str = "auto
     return _op(x, shift, scale, impl)
 
 
-@torch.library.custom_op("diffprune::adaln_modulate", mutates_args=())
+@custom_op("adaln_modulate")
 def _op(x: Tensor, shift: Tensor, scale: Tensor, impl: str = "auto") -> Tensor:
     _check(x, shift, scale)
     return _implementations(impl, x, shift, scale)
@@ -51,7 +51,7 @@ def _fake(x: Tensor, shift: Tensor, scale: Tensor, impl: str = "auto") -> Tensor
     return shift.new_empty(x.shape)
 
 
-@torch.library.custom_op("diffprune::adaln_modulate_backward", mutates_args=())
+@custom_op("adaln_modulate_backward")
 def _op_backward(grad_y: Tensor, x: Tensor, scale: Tensor, impl: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
     return _backward_implementations(impl, grad_y, x, scale)
 

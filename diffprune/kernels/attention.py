@@ -8,6 +8,7 @@ from torch import Tensor
 from diffprune.kernels.arrays import any_array
 from diffprune.kernels.checks import compute_dtype, expect, expect_equal
 from diffprune.kernels.dispatch import PREFERENCE, Op
+from diffprune.kernels.registration import custom_op
 from diffprune.kernels.sdpa import attention as sdpa
 
 _implementations = Op(
@@ -45,7 +46,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, impl: str = "auto") 
     return _op(query, key, value, impl)[0]
 
 
-@torch.library.custom_op("diffprune::attention", mutates_args=())
+@custom_op("attention")
 def _op(query: Tensor, key: Tensor, value: Tensor, impl: str) -> tuple[Tensor, Tensor]:
     """Also the logsumexp of each row of Q·Kᵀ/√d: [B, H, T] float32 (float64 for float64)."""
     _check(query, key, value)
@@ -58,7 +59,7 @@ def _fake(query: Tensor, key: Tensor, value: Tensor, impl: str) -> tuple[Tensor,
     return _empty(query), query.new_empty(query.shape[:3], dtype=compute_dtype(query))
 
 
-@torch.library.custom_op("diffprune::attention_backward", mutates_args=())
+@custom_op("attention_backward")
 def _op_backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from diffprune.kernels.arrays import any_array
 from diffprune.kernels.checks import expect, expect_equal
 from diffprune.kernels.dispatch import Op
 from diffprune.kernels.philox import expect_counter, expect_words
+from diffprune.kernels.registration import custom_op
 
 _implementations = Op("flow_interpolate")
 
@@ -36,7 +36,7 @@ def flow_interpolate(x1: Tensor, t: Tensor, hashes: Tensor, seed: int, draw: int
     return _op(x1.detach(), t.detach(), hashes, seed, draw, impl)
 
 
-@torch.library.custom_op("diffprune::flow_interpolate", mutates_args=())
+@custom_op("flow_interpolate")
 def _op(x1: Tensor, t: Tensor, hashes: Tensor, seed: int, draw: int, impl: str = "auto") -> Tensor:
     _check(x1, t, hashes, seed, draw)
     return _implementations(impl, x1, t, hashes, seed, draw)

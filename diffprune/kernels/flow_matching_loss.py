@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from diffprune.kernels.arrays import any_array
 from diffprune.kernels.checks import FLOATING, compute_dtype, expect, expect_dense, expect_equal
 from diffprune.kernels.dispatch import Op
 from diffprune.kernels.philox import expect_counter, expect_words
+from diffprune.kernels.registration import custom_op
 
 _implementations = Op("flow_matching_loss")
 _grad_implementations = Op("flow_matching_loss_grad")
@@ -64,7 +64,7 @@ def flow_matching_loss_grad(
     return _op_grad(velocity.detach(), x1.detach(), hashes, seed, draw, weight.detach(), impl)
 
 
-@torch.library.custom_op("diffprune::flow_matching_loss", mutates_args=())
+@custom_op("flow_matching_loss")
 def _op(velocity: Tensor, x1: Tensor, hashes: Tensor, seed: int, draw: int, impl: str = "auto") -> Tensor:
     _check(velocity, x1, hashes, seed, draw)
     return _implementations(impl, velocity, x1, hashes, seed, draw)
@@ -76,7 +76,7 @@ def _fake(velocity: Tensor, x1: Tensor, hashes: Tensor, seed: int, draw: int, im
     return velocity.new_empty(velocity.shape[0], dtype=compute_dtype(velocity, x1))
 
 
-@torch.library.custom_op("diffprune::flow_matching_loss_grad", mutates_args=())
+@custom_op("flow_matching_loss_grad")
 def _op_grad(
     velocity: Tensor, x1: Tensor, hashes: Tensor, seed: int, draw: int, weight: Tensor, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from diffprune.kernels.arrays import any_array
 from diffprune.kernels.checks import expect, expect_equal
 from diffprune.kernels.dispatch import Op
+from diffprune.kernels.registration import custom_op
 
 _implementations = Op("gated_residual")
 _backward_implementations = Op("gated_residual_backward")
@@ -34,7 +34,7 @@ def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor, *, impl: str 
     return _op(residual, branch, gate, impl)
 
 
-@torch.library.custom_op("diffprune::gated_residual", mutates_args=())
+@custom_op("gated_residual")
 def _op(residual: Tensor, branch: Tensor, gate: Tensor, impl: str = "auto") -> Tensor:
     _check(residual, branch, gate)
     return _implementations(impl, residual, branch, gate)
@@ -46,7 +46,7 @@ def _fake(residual: Tensor, branch: Tensor, gate: Tensor, impl: str = "auto") ->
     return residual.new_empty(residual.shape)
 
 
-@torch.library.custom_op("diffprune::gated_residual_backward", mutates_args=())
+@custom_op("gated_residual_backward")
 def _op_backward(grad_y: Tensor, branch: Tensor, gate: Tensor, impl: str = "auto") -> tuple[Tensor, Tensor]:
     return _backward_implementations(impl, grad_y, branch, gate)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from diffprune.kernels.arrays import any_array
 from diffprune.kernels.checks import expect, expect_equal
 from diffprune.kernels.dispatch import Op
+from diffprune.kernels.registration import custom_op
 
 _implementations = Op("gated_residual_adaln")
 _backward_implementations = Op("gated_residual_adaln_backward")
@@ -36,7 +36,7 @@ def gated_residual_adaln(
     return _op(residual, branch, gate, shift, scale, impl)
 
 
-@torch.library.custom_op("diffprune::gated_residual_adaln", mutates_args=())
+@custom_op("gated_residual_adaln")
 def _op(
     residual: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
@@ -52,7 +52,7 @@ def _fake(
     return residual.new_empty(residual.shape), branch.new_empty(branch.shape)
 
 
-@torch.library.custom_op("diffprune::gated_residual_adaln_backward", mutates_args=())
+@custom_op("gated_residual_adaln_backward")
 def _op_backward(
     grad_x: Tensor, grad_y: Tensor, x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, impl: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from diffprune.kernels.arrays import any_array
 from diffprune.kernels.checks import compute_dtype, expect, expect_equal, expect_finite
 from diffprune.kernels.dispatch import Op
+from diffprune.kernels.registration import custom_op
 
 _implementations = Op("kmeans_assign")
 
@@ -59,7 +60,7 @@ class NearestOf:
         return self._prepared[module.__name__](points.detach())
 
 
-@torch.library.custom_op("diffprune::kmeans_assign", mutates_args=())
+@custom_op("kmeans_assign")
 def _op(points: Tensor, centroids: Tensor, impl: str = "auto", check_values: bool = True) -> tuple[Tensor, Tensor]:
     _check(points, centroids)
     if check_values:

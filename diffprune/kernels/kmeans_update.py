@@ -8,6 +8,7 @@ from torch import Tensor
 from diffprune.kernels.arrays import any_array
 from diffprune.kernels.checks import FLOATING, expect, expect_equal
 from diffprune.kernels.dispatch import Op
+from diffprune.kernels.registration import custom_op
 
 _implementations = Op("kmeans_update")
 
@@ -45,7 +46,7 @@ def kmeans_update(
     return _op(points.detach(), assignment, k, None if weights is None else weights.detach(), impl, check_values)
 
 
-@torch.library.custom_op("diffprune::kmeans_update", mutates_args=())
+@custom_op("kmeans_update")
 def _op(
     points: Tensor,
     assignment: Tensor,

@@ -8,6 +8,7 @@ from torch import Tensor
 from diffprune.kernels.arrays import any_array
 from diffprune.kernels.checks import expect, expect_equal
 from diffprune.kernels.dispatch import Op
+from diffprune.kernels.registration import custom_op
 
 _implementations = Op("kmeans_update_delta")
 
@@ -47,7 +48,7 @@ def kmeans_update_delta(
     return _op(points.detach(), old_assignment, new_assignment, sums.detach(), counts, impl)
 
 
-@torch.library.custom_op("diffprune::kmeans_update_delta", mutates_args=())
+@custom_op("kmeans_update_delta")
 def _op(
     points: Tensor, old_assignment: Tensor, new_assignment: Tensor, sums: Tensor, counts: Tensor, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:

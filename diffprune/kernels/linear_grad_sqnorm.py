@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from diffprune.kernels.arrays import any_array
 from diffprune.kernels.checks import compute_dtype, expect, expect_equal
 from diffprune.kernels.dispatch import Op
+from diffprune.kernels.registration import custom_op
 
 _implementations = Op("linear_grad_sqnorm")
 
@@ -35,7 +35,7 @@ def linear_grad_sqnorm(input: Tensor, grad_output: Tensor, bias: bool, *, impl: 
     return _op(input.detach(), grad_output.detach(), bias, impl)
 
 
-@torch.library.custom_op("diffprune::linear_grad_sqnorm", mutates_args=())
+@custom_op("linear_grad_sqnorm")
 def _op(input: Tensor, grad_output: Tensor, bias: bool, impl: str = "auto") -> Tensor:
     _check(input, grad_output)
     return _implementations(impl, input, grad_output, bias)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from diffprune.kernels.arrays import any_array
 from diffprune.kernels.checks import compute_dtype
 from diffprune.kernels.dispatch import Op
 from diffprune.kernels.linear_grad_dot import check
+from diffprune.kernels.registration import custom_op
 
 _implementations = Op("linear_grad_sqnorm_dot")
 
@@ -41,7 +41,7 @@ def linear_grad_sqnorm_dot(
     return _op(input.detach(), grad_output.detach(), direction.detach(), bias_direction, impl)
 
 
-@torch.library.custom_op("diffprune::linear_grad_sqnorm_dot", mutates_args=())
+@custom_op("linear_grad_sqnorm_dot")
 def _op(
     input: Tensor, grad_output: Tensor, direction: Tensor, bias_direction: Tensor | None = None, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from diffprune.kernels.arrays import any_array
 from diffprune.kernels.checks import compute_dtype, expect, expect_equal, expect_finite
 from diffprune.kernels.dispatch import Op
+from diffprune.kernels.registration import custom_op
 
 _implementations = Op("pairwise_topk")
 
@@ -37,7 +38,7 @@ def pairwise_topk(
     return _op(queries.detach(), points.detach(), k, exclude_self, impl)
 
 
-@torch.library.custom_op("diffprune::pairwise_topk", mutates_args=())
+@custom_op("pairwise_topk")
 def _op(
     queries: Tensor, points: Tensor, k: int, exclude_self: bool = False, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:

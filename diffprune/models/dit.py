@@ -243,7 +243,8 @@ class LabelEmbedder(nn.Module):
 
     def __init__(self, rows: int, hidden_size: int) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(rows, hidden_size)
+        # Not drawn: on the meta device that would import Dynamo, a second.
+        self.embedding_table = nn.Embedding.from_pretrained(torch.empty(rows, hidden_size), freeze=False)
 
     def forward(self, y: Tensor) -> Tensor:
         return self.embedding_table(y)

@@ -12,7 +12,7 @@ import numpy as np
 
 from diffprune.decode import center_crop, read_batches
 from diffprune.errors import InputError
-from diffprune.shards import ShardSpec, index_shards, list_shards
+from diffprune.shards import ShardSpec, find_shards, index_found, index_shards
 from diffprune.storage import as_path
 
 THUMBNAIL = 112  # pixels a side: shown at half of that, so sharp on dense screens
@@ -29,9 +29,9 @@ def thumbnails(
     ``names`` are the shards' file names that hold the keys, if known: no other shard is opened. Raises InputError
     if a key is in none.
     """
-    paths = [path for path in list_shards(shards) if names is None or path.name in names]
+    holding = {path: about for path, about in find_shards(shards).items() if names is None or path.name in names}
     wanted, found = frozenset(keys), {}
-    for index in index_shards(paths) if paths and wanted else []:
+    for index in index_found(holding) if wanted else []:
         for batch in read_batches(index, size=None, channels=3, batch_size=1, keys=wanted):
             found[batch.keys[0]] = None if batch.errors[0] else _shrink(batch.images[0].transpose(1, 2, 0))
     if len(found) != len(wanted):

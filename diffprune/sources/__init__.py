@@ -14,14 +14,17 @@ from diffprune.sources.base import Source
 from diffprune.sources.folder import FolderSource
 from diffprune.sources.mnist import MnistSource
 from diffprune.sources.parquet import ParquetSource
-from diffprune.storage import local_path
+from diffprune.storage import RemotePath, as_path
+from diffprune.storage.paths import READ_ONLY
 
 
 def open_source(source: str | Path) -> Source:
-    """The source that a path, a glob or the word "mnist5k" means; InputError if it holds nothing to pack."""
+    """The source that a path, a URL, a glob or the word "mnist5k" means; InputError if it holds nothing to pack."""
     if source == "mnist5k":
         return MnistSource()
-    path = local_path(source, "what `pack` reads")
+    path = as_path(source)
+    if isinstance(path, RemotePath):
+        return _open_url(path)
     if path.is_dir():
         tables = sorted(path.glob("*.parquet"))
         return ParquetSource(tables, path.resolve().name) if tables else FolderSource(path)
@@ -32,4 +35,21 @@ def open_source(source: str | Path) -> Source:
     raise InputError(
         f"{source}: expected a folder of class folders, a .parquet file, a folder or glob of them, or 'mnist5k'; "
         f"found {'a file of another kind' if path.exists() else 'no such file'}"
+    )
+
+
+def _open_url(url: RemotePath) -> ParquetSource:
+    if url.suffix == ".parquet" and not glob.has_magic(url.name):
+        return ParquetSource([url], url.stem)
+    if url.scheme not in READ_ONLY:
+        if glob.has_magic(url.name):
+            tables = [path for path in url.parent.glob(url.name) if path.suffix == ".parquet"]
+            name = tables[0].stem if tables else ""
+        else:
+            tables, name = list(url.glob("*.parquet")), url.name
+        if tables:
+            return ParquetSource(tables, name)
+    raise InputError(
+        f"{url}: expected a .parquet file, or a folder or glob of them, found none; a folder of images cannot be a URL "
+        "yet: copy it to local disk"
     )

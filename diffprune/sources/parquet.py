@@ -6,8 +6,9 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 
 from diffprune.errors import InputError
 from diffprune.sources.base import Source, SourceImage, check_collisions, random_order, safe_key, safe_name
+from diffprune.storage import AnyPath, RemotePath, Stat, stats
 
 POOL_BYTES = 512 << 20
 
@@ -25,7 +27,7 @@ class ParquetSource(Source):
 
     kind = "parquet"
 
-    def __init__(self, paths: list[Path], name: str) -> None:
+    def __init__(self, paths: Sequence[AnyPath], name: str) -> None:
         splits = {match[1] for path in paths if (match := re.fullmatch(r"(.+)-\d{5}-of-\d{5}", path.stem))}
         if len(splits) > 1:
             raise InputError(
@@ -33,14 +35,17 @@ class ParquetSource(Source):
                 f"name one, such as '{paths[0].parent}/{min(splits)}-*.parquet'"
             )
         self.name = safe_name(splits.pop() if splits else name)
-        self.groups: list[tuple[Path, int, int]] = []  # (file, row group, the file's first row)
+        self.groups: list[tuple[AnyPath, int, int]] = []  # (file, row group, the file's first row)
         self.group_bytes: list[int] = []
         self.keys = []
         starts, labels, names = [0], [], []
         listing = hashlib.blake2b(digest_size=16)
+        self._found = stats(paths)
         for path in paths:
+            if path not in self._found:
+                raise InputError(f"{path}: no such file")
             first = len(self.keys)
-            with _open(path) as file:
+            with _open(path, self._found[path]) as file:
                 _check_schema(path, file.schema_arrow)
                 labels.append(_labels(path, file))
                 names.append(_class_names(path, file.schema_arrow))
@@ -51,7 +56,9 @@ class ParquetSource(Source):
                     starts.append(starts[-1] + about.num_rows)
             stem = safe_key(path.name)
             self.keys += [f"{stem}_{row:08d}" for row in range(len(labels[-1]))]
-            listing.update(f"{path.name}\0{path.stat().st_size}\0{path.stat().st_mtime_ns}\n".encode())
+            size, version = self._found[path]
+            version = path.stat().st_mtime_ns if isinstance(path, Path) else version
+            listing.update(f"{path.name}\0{size}\0{version}\n".encode())
         if not self.keys:
             raise InputError(f"{paths[0]}: no rows in {len(paths)} parquet file(s)")
         if different := [path for path, other in zip(paths, names, strict=True) if other != names[0]]:
@@ -89,7 +96,8 @@ class ParquetSource(Source):
                 self._held.clear()
                 self._held_pool = self.pools[group]
             if group not in self._held:
-                self._held[group] = _read_images(*self.groups[group][:2])
+                path, number, _ = self.groups[group]
+                self._held[group] = _read_images(path, number, self._found[path])
             data = self._held[group][row - int(self.starts[group])].as_py()
             if data is None:
                 raise _no_bytes(self._origin(row))
@@ -103,7 +111,7 @@ class ParquetSource(Source):
         return f"{path}, row {row - first}"
 
 
-def _check_schema(path: Path, schema: pa.Schema) -> None:
+def _check_schema(path: AnyPath, schema: pa.Schema) -> None:
     image = schema.field("image").type if "image" in schema.names else None
     label = schema.field("label").type if "label" in schema.names else None
     if image is None or label is None:
@@ -114,7 +122,7 @@ def _check_schema(path: Path, schema: pa.Schema) -> None:
         raise InputError(f"{path}: expected column 'label' to hold integers, found {label}")
 
 
-def _labels(path: Path, file: pq.ParquetFile) -> np.ndarray:
+def _labels(path: AnyPath, file: pq.ParquetFile) -> np.ndarray:
     column = file.read(columns=["label"])["label"]
     if column.null_count:
         row = column.is_null().to_pylist().index(True)
@@ -122,7 +130,7 @@ def _labels(path: Path, file: pq.ParquetFile) -> np.ndarray:
     return column.to_numpy().astype(np.int64)
 
 
-def _class_names(path: Path, schema: pa.Schema) -> list[str] | None:
+def _class_names(path: AnyPath, schema: pa.Schema) -> list[str] | None:
     """The names that Hugging Face's ``datasets`` keeps in the schema, None where there are none."""
     try:
         about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
@@ -131,7 +139,7 @@ def _class_names(path: Path, schema: pa.Schema) -> list[str] | None:
         raise InputError(f"{path}: its 'huggingface' schema metadata cannot be read ({error})") from error
 
 
-def _image_bytes(path: Path, group: pq.RowGroupMetaData) -> int:
+def _image_bytes(path: AnyPath, group: pq.RowGroupMetaData) -> int:
     """How many bytes a row group's images have; InputError if the statistics tell that some are not there."""
     for column in map(group.column, range(group.num_columns)):
         if column.path_in_schema == "image.bytes":
@@ -149,15 +157,21 @@ def _no_bytes(origin: str) -> InputError:
     )
 
 
-def _read_images(path: Path, group: int) -> pa.ChunkedArray:
-    with _open(path) as file:
+def _read_images(path: AnyPath, group: int, about: Stat) -> pa.ChunkedArray:
+    with _open(path, about) as file:
         return pc.struct_field(file.read_row_group(group, columns=["image.bytes"])["image"], "bytes")
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[pq.ParquetFile]:
+def _open(path: AnyPath, about: Stat) -> Iterator[pq.ParquetFile]:
+    """``about``: what a URL's object must still be."""
     try:
-        with pq.ParquetFile(path) as file:
-            yield file
+        with ExitStack() as opened:
+            file: AnyPath | BinaryIO = path
+            if isinstance(path, RemotePath):
+                from diffprune.storage.reading import RemoteFile, as_stream
+
+                file = as_stream(opened.enter_context(RemoteFile(path, *about)))
+            yield opened.enter_context(pq.ParquetFile(file))
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: not a readable parquet file ({error}); fetch it again") from error

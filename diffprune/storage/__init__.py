@@ -5,6 +5,28 @@ that stages use. Local files are read and written as ever and know nothing of th
 which is imported by the first URL.
 """
 
-from diffprune.storage.paths import THREADS, AnyPath, RemotePath, as_path, existing, is_remote, local_path, sizes
+from diffprune.storage.paths import (
+    THREADS,
+    AnyPath,
+    RemotePath,
+    Stat,
+    as_path,
+    existing,
+    is_remote,
+    local_path,
+    sizes,
+    stats,
+)
 
-__all__ = ["THREADS", "AnyPath", "RemotePath", "as_path", "existing", "is_remote", "local_path", "sizes"]
+__all__ = [
+    "THREADS",
+    "AnyPath",
+    "RemotePath",
+    "Stat",
+    "as_path",
+    "existing",
+    "is_remote",
+    "local_path",
+    "sizes",
+    "stats",
+]

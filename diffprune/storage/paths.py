@@ -122,12 +122,12 @@ class RemotePath(os.PathLike):
         return client_of(self).head(self)
 
     def is_file(self) -> bool:
-        return self._size() is not None
+        return self._stat() is not None
 
-    def _size(self) -> int | None:
-        """Bytes, or None where there is no object."""
+    def _stat(self) -> Stat | None:
+        """Size and version, or None where there is no object."""
         try:
-            return self.stat().st_size
+            return self.stat()
         except FileNotFoundError:
             return None
         except RemoteError as error:
@@ -208,14 +208,22 @@ def local_path(path: str | os.PathLike, what: str) -> Path:
 
 
 def existing(paths: Iterable[AnyPath]) -> set[AnyPath]:
-    """Which of these are files; as ``sizes``."""
-    return set(sizes(paths))
+    """Which of these are files; as ``stats``."""
+    return set(stats(paths))
 
 
 def sizes(paths: Iterable[AnyPath]) -> dict[AnyPath, int]:
-    """Bytes of those of these that are files. Many objects of one folder cost one listing, not a request each."""
+    """Bytes of those of these that are files; as ``stats``."""
+    return {path: about.st_size for path, about in stats(paths).items()}
+
+
+def stats(paths: Iterable[AnyPath]) -> dict[AnyPath, Stat]:
+    """Size of those of these that are files, and version of objects.
+
+    Many objects of one folder cost one listing, not a request each.
+    """
     paths = list(paths)
-    found = {path: size for path in paths if isinstance(path, Path) and (size := _size_on_disk(path)) is not None}
+    found = {path: about for path in paths if isinstance(path, Path) and (about := _stat_on_disk(path)) is not None}
     folders: dict[RemotePath, list[RemotePath]] = {}
     for path in paths:
         if isinstance(path, RemotePath):
@@ -224,20 +232,20 @@ def sizes(paths: Iterable[AnyPath]) -> dict[AnyPath, int]:
         if len(ours) <= _ASK_ONE_BY_ONE or folder.scheme in READ_ONLY:
             from diffprune.storage.clients import in_threads
 
-            their_sizes = zip(ours, in_threads(RemotePath._size, ours), strict=True)
+            theirs = zip(ours, in_threads(RemotePath._stat, ours), strict=True)
         else:
             listed = folder._listed(_common_begin(min(ours).name, max(ours).name))
-            their_sizes = ((path, about and about.st_size) for path in ours for about in [listed.get(path.name)])
-        found |= {path: size for path, size in their_sizes if size is not None}
+            theirs = ((path, listed.get(path.name)) for path in ours)
+        found |= {path: about for path, about in theirs if about is not None}
     return found
 
 
-def _size_on_disk(path: Path) -> int | None:
+def _stat_on_disk(path: Path) -> Stat | None:
     try:
         about = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return about.st_size if stat.S_ISREG(about.st_mode) else None
+    return Stat(about.st_size, "") if stat.S_ISREG(about.st_mode) else None
 
 
 def _common_begin(one: str, other: str) -> str:

@@ -236,8 +236,12 @@ class _Stream(io.RawIOBase):
 
 
 def open_remote(path: RemotePath) -> BinaryIO:
-    """An object as a file: whole in memory if it is no larger than a block, else read by ranges of 1 MiB and more."""
-    file = RemoteFile(path)
+    """An object as a file, see ``as_stream``."""
+    return as_stream(RemoteFile(path))
+
+
+def as_stream(file: RemoteFile) -> BinaryIO:
+    """As Python's files: whole in memory if it is no larger than a block, else read by ranges of 1 MiB and more."""
     if file.size <= BLOCK:
         return io.BytesIO(file.read_at(0, file.size))
     return io.BufferedReader(_Stream(file), SKIP)

@@ -8,8 +8,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from diffprune.kernels.registration import registered
 
 READS = {
     "aten::_local_scalar_dense",  # item(), int(), float(), bool(), tolist()
@@ -41,9 +42,9 @@ class Waits(TorchDispatchMode):
         )
         if name in READS or masked:
             self.found.append(name)
-        if name in OPDEFS:  # the op's own code, which would run with this mode switched off
+        if name in registered:  # the op's own code, which would run with this mode switched off
             with self:
-                return OPDEFS[name]._init_fn(*args, **(kwargs or {}))
+                return registered[name].function(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
