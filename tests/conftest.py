@@ -7,9 +7,12 @@ import os
 import pytest
 from small_run import DIT_OVERRIDES, VQVAE_OVERRIDES, SmallRun, write_digits
 
+from diffprune.environment import prepare
+
 # Before torch is imported, here and in subprocesses: the tests' tensors are small, and OpenMP threads that wait for
 # each other on a busy machine cost twenty times what they save.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+prepare()  # as the command line does
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -155,6 +156,28 @@ def test_the_batch_size_does_not_show(small, options):
     small.score("more", methods=METHODS, batch_size=40, **options)
     if torch.backends.mkl.is_available():
         assert table_bytes(small.root / "eight") == table_bytes(small.root / "more")
+
+
+def test_batch_size_and_threads_do_not_show_where_products_are_wide(small):
+    """By itself MKL rounds a row of these otherwise beside other rows or with other threads; `prepare` stops it."""
+    if "STRICT" not in os.environ.get("MKL_CBWR", "") or not torch.backends.mkl.is_available():
+        pytest.skip("needs MKL on an Intel processor")
+    generator = torch.Generator().manual_seed(0)
+    model = DiT(input_size=8, in_channels=4, hidden_size=384, depth=1, num_heads=6, num_classes=CLASSES)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.02
+    for step in (200, 400):
+        write_checkpoint(small.root / "wide", step, model)
+    threads = torch.get_num_threads()
+    try:
+        for number, (batch_size, count) in enumerate([(8, 1), (40, 1), (8, 2), (24, 3)]):
+            torch.set_num_threads(count)
+            options = {"checkpoints": small.root / "wide", "batch_size": batch_size, "methods": METHODS, "draws": 2}
+            small.score(f"scores{number}", **options)
+            assert table_bytes(small.root / f"scores{number}") == table_bytes(small.root / "scores0")
+    finally:
+        torch.set_num_threads(threads)
 
 
 def table_bytes(folder: Path) -> dict[str, bytes]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 import diffprune
 from diffprune.cli import data_verbs, feature_verbs, model_verbs, proof_verbs, selection_verbs
+from diffprune.environment import prepare
 
 app = typer.Typer(
     name="diffprune",
@@ -40,7 +40,7 @@ for panel, verbs in VERBS.items():
 
 def main() -> None:
     """Entry point of the ``diffprune`` command."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch then takes large CPU tensors as huge pages
+    prepare()
     app(args=with_ray_address(sys.argv[1:]))
 
 
