@@ -36,8 +36,8 @@ def extension() -> ModuleType:
 
 
 def instruction_set() -> str:
-    """The fastest that this processor has and that gave the right products when it was tried: "avx512vnni", "avx2" or
-    "portable"."""
+    """The fastest that this processor has and that gave the right products when it was tried: "amx", "avx512vnni",
+    "avx2" or "portable"."""
     return extension().variants()[0]
 
 

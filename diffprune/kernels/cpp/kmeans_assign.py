@@ -1,7 +1,7 @@
 """``kmeans_assign`` by 8-bit products that are certified, float32 and float64 where they cannot decide.
 
-See ``csrc/cpu/kmeans_assign.h`` for the bound. 2·N·K·D integer operations, in 7 bits on AVX2 and 8 bits on AVX-512 with
-VNNI, and about 10 float32 distances per point; no temporary grows with N.
+See ``csrc/cpu/kmeans_assign.h`` for the bound. 2·N·K·D integer operations, in 7 bits on AVX2 and 8 bits on AMX and on
+AVX-512 with VNNI, and about 10 float32 distances per point; no temporary grows with N.
 """
 
 from __future__ import annotations
