@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from diffprune.kernels import cpp, kmeans_assign
 
 N, D, K = map(int, os.environ.get("KMEANS_ASSIGN_SIZE", "100000,384,1000").split(","))
-ROUNDS = 5
+ROUNDS = 11
 DATA = ("clip-like", "structureless")
 seconds: dict[tuple[str, str], float] = {}  # median, by data and way
 

@@ -220,6 +220,20 @@ def test_instruction_sets_agree(generator: torch.Generator) -> None:
     assert all(torch.equal(found[0], other) for other in found)
 
 
+def test_others_tiles_are_left_alone(generator: torch.Generator) -> None:
+    """PyTorch's products of bfloat16 run on the same tiles where there are some, set up otherwise, in this thread too."""
+    a, points, centroids = (torch.randn(n, 80, generator=generator) for n in (70, 300, 40))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        before = a.bfloat16() @ a.bfloat16().T
+        for variant in VARIANTS:
+            check(points, centroids, variant)
+            assert torch.equal(a.bfloat16() @ a.bfloat16().T, before)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_unknown_instruction_set() -> None:
     with pytest.raises(ValueError, match="this processor does not run avx1024"):
         Search(torch.ones(1, 1), "avx1024")(torch.ones(1, 1))
