@@ -221,7 +221,7 @@ def test_instruction_sets_agree(generator: torch.Generator) -> None:
 
 
 def test_others_tiles_are_left_alone(generator: torch.Generator) -> None:
-    """PyTorch's products of bfloat16 run on the same tiles where there are some, set up otherwise, in this thread too."""
+    """Products of bfloat16 of PyTorch's run on the same tiles, set up otherwise, in this thread too."""
     a, points, centroids = (torch.randn(n, 80, generator=generator) for n in (70, 300, 40))
     threads = torch.get_num_threads()
     try:
