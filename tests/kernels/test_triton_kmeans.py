@@ -43,15 +43,26 @@ def check(points: Tensor, centroids: Tensor) -> None:
 
 
 @pytest.fixture
-def searched_again(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """For each call, how many rows were searched in float64."""
-    counts, original = [], assigning._search_again
+def listed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """For each call, how many rows the products did not decide."""
+    return counted(monkeypatch, "_search_listed", 5)
 
-    def counted(points: Tensor, centroids: Tensor, again: Tensor, *results: Tensor) -> None:
-        counts.append(int(again.sum()))
-        original(points, centroids, again, *results)
 
-    monkeypatch.setattr(assigning, "_search_again", counted)
+@pytest.fixture
+def compared_with_all(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """For each call, how many rows were compared with every centroid in float64."""
+    return counted(monkeypatch, "_search_all", 3)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, function: str, place: int) -> list[int]:
+    """What the argument at that place says in each call."""
+    counts, original = [], getattr(assigning, function)
+
+    def counting(*arguments: Tensor) -> object:
+        counts.append(int(arguments[place]))
+        return original(*arguments)
+
+    monkeypatch.setattr(assigning, function, counting)
     return counts
 
 
@@ -73,13 +84,13 @@ def test_assign_strided(dtype: torch.dtype) -> None:
     check(points[:, ::2], centroids[:, ::2])
 
 
-def test_assign_ties_go_to_the_smallest_index(searched_again: list[int]) -> None:
+def test_assign_ties_go_to_the_smallest_index(listed: list[int]) -> None:
     centroids = torch.tensor([[3.0, 0.0], [-1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
     points = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0], [3.0, 0.0], [9.0, 0.0]])
     assignment, sqdistance = launch(kmeans_assign, points, centroids)
     assert assignment.tolist() == [1, 2, 0, 0, 0]
     assert sqdistance.tolist() == [1, 0, 1, 0, 36]
-    assert searched_again == [3]  # ties of three, of two in one pair of columns, of four
+    assert listed == [3]  # ties of three, of two in one pair of columns, of four
 
 
 @pytest.mark.parametrize("distance", [2.0, 8.0])
@@ -100,6 +111,23 @@ def test_assign_ties_between_tiles() -> None:
     points = centroids[[3, 149, 77]] + 0.01 * normal(3, 7, seed=1)
     assert launch(kmeans_assign, points, centroids)[0].tolist() == [3, 149, 77]
     assert launch(kmeans_assign, points, centroids[100:300])[0].tolist() == [53, 49, 127]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("apart", [0, 1e-6])
+def test_assign_listed_rows(dtype: torch.dtype, apart: float, listed: list[int], compared_with_all: list[int]) -> None:
+    """More than a program takes at a time, some with as many near centroids as are kept, some with one more; in several
+    tiles. Where they are equal, the first of them is it."""
+    sizes = torch.tensor([3, assigning.WIDTH, assigning.WIDTH + 1, 70, 2, 1])
+    groups = (4 * normal(len(sizes), 24)).to(dtype).float()
+    centroids = groups.repeat_interleave(sizes, dim=0)
+    centroids = centroids + apart * normal(len(centroids), 24, seed=1)
+    order = torch.randperm(len(centroids), generator=torch.Generator().manual_seed(0))
+    points = groups[torch.arange(150) % len(sizes)] + 0.01 * normal(150, 24, seed=2)
+    check(points.to(dtype), centroids[order])
+    assignment, _ = launch(kmeans_assign, points.to(dtype), centroids[order])
+    assert torch.equal(assignment.long(), brute(points.to(dtype), centroids[order]).argmin(dim=1))
+    assert listed == [100, 100] and compared_with_all == [50, 50]
 
 
 def test_assign_all_centroids_equal() -> None:
@@ -127,7 +155,7 @@ def test_assign_huge_offset(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("places", [(1, 3), (1, 18), (18, 1), (1, 3, 5), (1, 3, 18), (1, 18, 20)])
 def test_assign_near_ties_are_decided_exactly(
-    places: tuple[int, ...], searched_again: list[int], monkeypatch: pytest.MonkeyPatch
+    places: tuple[int, ...], listed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Points as far from two centroids, or from three, up to 1e-6: float16 products choose wrong many times.
 
@@ -144,7 +172,7 @@ def test_assign_near_ties_are_decided_exactly(
     rounded = centroids.half().double().square().sum(dim=1) - 2 * points.half().double() @ centroids.half().double().T
     assert (rounded.argmin(dim=1) != exact).sum() > 6
     assert torch.equal(launch(kmeans_assign, points, centroids)[0].long(), exact)
-    assert searched_again == [22 if len(places) == 3 else 0]
+    assert listed == [22 if len(places) == 3 else 0]
 
 
 @pytest.mark.parametrize(("spacing", "k", "every", "shift"), [(0.5625, 280, 2, 0.25), (0.1875, 720, 3, 0.0)])
@@ -168,13 +196,13 @@ def test_assign_far_clusters_with_close_members() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "scale"), [*((dtype, 1.0) for dtype in DTYPES), (torch.float32, 1e-19)])
-def test_assign_trusts_products_of_most_rows(dtype: torch.dtype, scale: float, searched_again: list[int]) -> None:
+def test_assign_trusts_products_of_most_rows(dtype: torch.dtype, scale: float, listed: list[int]) -> None:
     """Also with a far outlier among the centroids, NaN among the points, and small numbers."""
     points, centroids = (scale * normal(60, 140)).to(dtype), scale * normal(40, 140, seed=1)
     centroids[7] = 1e5 * scale
     points[::3, 0] = torch.nan
     launch(kmeans_assign, points, centroids)
-    assert searched_again[0] <= 2
+    assert listed[0] <= 2
 
 
 @pytest.mark.parametrize("scale", [1e25, 1e-30, 5e-23])

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-from test_triton_kmeans import brute, check, normal
-from torch import Tensor
+from test_triton_kmeans import brute, check, counted, normal
 from triton_case import DEVICE
 
 from diffprune.kernels import kmeans_assign
@@ -20,19 +17,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpr
 @pytest.fixture(autouse=True)
 def int8(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assigning, "FILTER", torch.int8)
-
-
-@pytest.fixture
-def searched_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """For each call, how many rows were searched in float64."""
-    counts, original = [], assigning._search_again
-
-    def counted(points: Tensor, centroids: Tensor, again: Tensor, *results: Tensor) -> None:
-        counts.append(int(again.sum()))
-        original(points, centroids, again, *results)
-
-    monkeypatch.setattr(assigning, "_search_again", counted)
-    yield counts
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -83,12 +67,13 @@ def test_not_finite() -> None:
     assert torch.equal(found.cpu()[finite].long(), brute(points, normal(7, 9, seed=1)).argmin(dim=1)[finite])
 
 
-def test_products_decide_rows_in_clusters(searched_again: list[int]) -> None:
+def test_products_decide_rows_in_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
     """What int8 is for: most points are nearer to one centroid by more than is lost."""
+    listed = counted(monkeypatch, "_search_listed", 5)
     centroids = normal(40, 256, seed=1)
     points = centroids[torch.arange(120) % 40] + 0.7 * normal(120, 256, seed=2)
     check(points, centroids)
-    assert searched_again == [0]
+    assert listed == [0]
 
 
 def test_the_bound_is_what_makes_it_right(monkeypatch: pytest.MonkeyPatch) -> None:

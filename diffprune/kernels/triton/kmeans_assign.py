@@ -2,12 +2,15 @@
 
 Of each row's products (see ``search.py``) the two largest v, their columns and a bound of all other v are kept. Where
 the first leads by more than their error, it is the nearest; where only the second is as near, the two are compared in
-float64; other rows are put on a list and searched in float64. The distance is then Σ(x − c)².
+float64. Other rows are put on a list: their products are made once more, and the columns that are as near as the error
+says, most often a few, are compared in float64; all columns only where these are more than WIDTH. The distance is then
+Σ(x − c)². (Of points like CLIP's 0.1% to 1% are listed. In float64 against all columns they would take about as long as
+the products of all: a GPU has 30 times fewer of its operations.)
 
 2·N·K·D operations on tensor cores; at N = 1.28M, D = 768, K = 1000 these take an H100 2.0 ms at its peak, and bind for
 float16 points, which are read twice (4·N·D bytes, 1.3 ms at 3 TB/s, the first time behind the products). Others are
 read twice and their float16 copy is written and read (12·N·D bytes for float32, 3.9 ms): memory binds below K = 2000.
-The price of no copy: where float16 points lie far from the origin for their spread, more rows are searched in float64.
+The price of no copy: where float16 points lie far from the origin for their spread, more rows are listed.
 """
 
 from __future__ import annotations
@@ -38,6 +41,12 @@ FILTER = torch.float16
 """What points and centroids are rounded to for the products: float16; or int8, twice as fast on tensor cores, which
 decides fewer rows. The answer is the same. No GPU has measured int8: set this to ``torch.int8`` to try it."""
 
+WIDTH = 32
+"""Columns that are compared with a listed row at most, if not all are."""
+
+MOST_REGISTERS = 168
+"""Per thread of those in float64. Without a limit, here and below, the compiler sets itself a lower one, and spills."""
+
 MAX_INT8 = 2**17
 """Products of so many pairs of int8 fit into int32."""
 
@@ -63,12 +72,13 @@ def run(points: Tensor, centroids: Tensor, dtype: torch.dtype | None = None) -> 
     sqdistance = torch.empty(n, dtype=torch.float32, device=points.device)
     if n == 0:
         return assignment, sqdistance
-    rounded = value = index = again = None
+    rounded = value = index = again = least = None
     tile = config(k, depth, gpu(points), dtype.itemsize)[0]
     if k > 1:
         rounded = round_both(points, centroids, dtype)
         value, index = search(rounded)
         again = torch.empty(n, dtype=torch.int8, device=points.device)
+        least = torch.empty(n, dtype=torch.float32, device=points.device)
     height = 8
     _decide_kernel[(triton.cdiv(n, height),)](
         points,
@@ -81,6 +91,7 @@ def run(points: Tensor, centroids: Tensor, dtype: torch.dtype | None = None) -> 
         assignment,
         sqdistance,
         again,
+        least,
         n,
         k,
         depth,
@@ -92,10 +103,15 @@ def run(points: Tensor, centroids: Tensor, dtype: torch.dtype | None = None) -> 
         INT8=dtype == torch.int8,
         ROWS=height,
         STEP=power_of_2(depth, 16, 128),
-        maxnreg=168,  # without a limit the compiler sets itself one, and spills
+        maxnreg=MOST_REGISTERS,
     )
     if again is not None:
-        _search_again(points, centroids, again, assignment, sqdistance)
+        place = again.cumsum(0)
+        rows = torch.empty(n + 1, dtype=torch.int32, device=points.device)  # the last takes what is not marked
+        every = torch.arange(n, dtype=torch.int32, device=points.device)
+        rows.scatter_(0, torch.where(again > 0, place - 1, n), every)
+        rest = _search_listed(points, centroids, rounded, least, rows, place[-1:], assignment, sqdistance)
+        _search_all(points, centroids, *rest, assignment, sqdistance)
     return assignment, sqdistance
 
 
@@ -162,28 +178,78 @@ def aot_cases() -> Iterator[Case]:
             yield Case(label, (points, centroids, torch.int8), quick=label in QUICK)
 
 
-def _search_again(points: Tensor, centroids: Tensor, again: Tensor, assignment: Tensor, sqdistance: Tensor) -> None:
-    """Search the rows marked in ``again`` [N] in float64, without waiting for how many they are."""
-    (n, depth), k = points.shape, len(centroids)
-    place = again.cumsum(0)
-    rows = torch.empty(n + 1, dtype=torch.int32, device=points.device)  # the last takes what is not marked
-    every = torch.arange(n, dtype=torch.int32, device=points.device)
-    rows.scatter_(0, torch.where(again > 0, place - 1, n), every)
-    height = 4
-    _search_again_kernel[(min(triton.cdiv(n, height), 4 * gpu(points).processors),)](
+def _search_listed(
+    points: Tensor,
+    centroids: Tensor,
+    rounded: Rounded,
+    least: Tensor,
+    rows: Tensor,
+    count: Tensor,
+    assignment: Tensor,
+    sqdistance: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Search the first ``count`` [1] of ``rows`` among the columns whose v is at least ``least`` [N].
+
+    Returns a list like it of the rows that have too many of these.
+    """
+    (n, depth), k, height, size = points.shape, len(centroids), 128, rounded.rows.element_size()
+    programs = min(triton.cdiv(n, height), 2 * gpu(points).processors)
+    rest = torch.empty(n, dtype=torch.int32, device=points.device)
+    rest_count = torch.zeros(1, dtype=torch.int32, device=points.device)
+    _search_listed_kernel[(programs,)](
         points,
         centroids,
+        rounded.rows,
+        rounded.columns,
+        rounded.scale,
+        rounded.offset,
+        rounded.limits,
+        least,
         rows,
-        place[-1:],
+        count,
+        torch.empty(programs, height, WIDTH, dtype=torch.int32, device=points.device),
+        rest,
+        rest_count,
         assignment,
         sqdistance,
         k,
         depth,
         points.stride(0),
         centroids.stride(0),
+        rounded.rows.stride(0),
+        rounded.columns.stride(0),
+        INT8=rounded.rows.dtype == torch.int8,
+        WIDTH=WIDTH,
+        ROWS=height,
+        COLUMNS=32,
+        STEP=power_of_2(depth, 32 // size, 64 // size),
+        CHUNK=power_of_2(depth, 8, 16),
+        num_warps=8,
+        maxnreg=255,
+    )
+    return rest, rest_count
+
+
+def _search_all(
+    points: Tensor, centroids: Tensor, rows: Tensor, count: Tensor, assignment: Tensor, sqdistance: Tensor
+) -> None:
+    """Search the first ``count`` [1] of ``rows`` among all columns in float64."""
+    height, depth = 4, points.shape[1]
+    _search_all_kernel[(min(triton.cdiv(len(points), height), 4 * gpu(points).processors),)](
+        points,
+        centroids,
+        rows,
+        count,
+        assignment,
+        sqdistance,
+        len(centroids),
+        depth,
+        points.stride(0),
+        centroids.stride(0),
         ROWS=height,
         COLUMNS=16,
         STEP=power_of_2(depth, 8, 32),
+        maxnreg=MOST_REGISTERS,
     )
 
 
@@ -273,6 +339,7 @@ def _decide_kernel(
     assignment_ptr,  # [n]
     sqdistance_ptr,  # [n]
     again_ptr,  # [n] int8
+    least_ptr,  # [n] float32
     n,
     k,
     depth,
@@ -285,7 +352,8 @@ def _decide_kernel(
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """The nearest centroid and Σ(x − c)² of each row; again = 1 for those whose v do not decide between two."""
+    """The nearest centroid and Σ(x − c)² of each row; again = 1 for those whose v do not decide between two, and the
+    least v that the nearest may have."""
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = r < n
     row = r.to(tl.int64)
@@ -332,6 +400,8 @@ def _decide_kernel(
         of_two = first - third > twice + TAG * (tl.abs(first) + tl.abs(third))
         certain = first - second > twice + TAG * (tl.abs(first) + tl.abs(second))
         finite = tl.max(infinite.to(tl.int32), axis=1) == 0
+        tl.store(again_ptr + row, (finite & (of_two == 0)).to(tl.int8), mask=inside)
+        tl.store(least_ptr + row, first - twice - 2 * TAG * tl.abs(first), mask=inside)
         close = finite & of_two & (certain == 0)
         if tl.max(close.to(tl.int32), axis=0) > 0:
             other = tl.minimum(tl.load(index_ptr + row * 2 + 1, mask=inside, other=0), k - 1)
@@ -348,13 +418,98 @@ def _decide_kernel(
             swap = close & ((two < one) | ((two == one) & (other < nearest)))
             nearest = tl.where(swap, other, nearest)
             sqdistance = tl.where(close, tl.minimum(one, two).to(tl.float32), sqdistance)
-        tl.store(again_ptr + row, (finite & (of_two == 0)).to(tl.int8), mask=inside)
     tl.store(assignment_ptr + row, nearest, mask=inside)
     tl.store(sqdistance_ptr + row, sqdistance, mask=inside)
 
 
 @triton.jit
-def _search_again_kernel(
+def _search_listed_kernel(
+    points_ptr,  # [n, depth]
+    centroids_ptr,  # [k, depth]
+    rounded_ptr,  # [n, depth] float16 or int8
+    columns_ptr,  # [k, depth], likewise
+    scale_ptr,  # [n], or None: 1
+    offset_ptr,  # [k]
+    limits_ptr,  # [6]
+    least_ptr,  # [n]: no v of the nearest is below
+    rows_ptr,  # [count, and more]
+    count_ptr,  # [1]
+    few_ptr,  # [programs, ROWS, WIDTH]: columns, each program's own
+    rest_ptr,  # [n]: rows with more than WIDTH columns, in any order
+    rest_count_ptr,  # [1]
+    assignment_ptr,  # [n]
+    sqdistance_ptr,  # [n]
+    k,
+    depth,
+    points_stride,
+    centroids_stride,
+    rounded_stride,
+    columns_stride,
+    INT8: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """The nearest centroid of the ``count`` rows listed, by float64 differences to those that may be it."""
+    count = tl.load(count_ptr)
+    own = tl.arange(0, ROWS)
+    few = few_ptr + (tl.program_id(0) * ROWS + own) * WIDTH
+    unit = tl.load(limits_ptr) * tl.load(limits_ptr + 5)
+    for start in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
+        entry = start + own
+        listed = entry < count
+        row = tl.load(rows_ptr + entry, mask=listed, other=0).to(tl.int64)
+        least = tl.load(least_ptr + row, mask=listed, other=float("inf"))
+        scale = tl.zeros((ROWS,), dtype=tl.float32) + unit
+        if scale_ptr is not None:
+            scale *= tl.load(scale_ptr + row, mask=listed, other=0.0)
+        found = tl.zeros((ROWS,), dtype=tl.int32)
+        for column in range(0, k, COLUMNS):
+            c = column + tl.arange(0, COLUMNS)
+            product = tl.zeros((ROWS, COLUMNS), dtype=tl.int32 if INT8 else tl.float32)
+            for d in range(0, depth, STEP):
+                inner = d + tl.arange(0, STEP)
+                x_place = row[:, None] * rounded_stride + inner[None, :]
+                y_place = c.to(tl.int64)[:, None] * columns_stride + inner[None, :]
+                x = tl.load(rounded_ptr + x_place, mask=listed[:, None] & (inner < depth)[None, :], other=0)
+                y = tl.load(columns_ptr + y_place, mask=(c < k)[:, None] & (inner < depth)[None, :], other=0)
+                product = tl.dot(x, y.T, product, out_dtype=product.dtype)
+            offset = tl.load(offset_ptr + c, mask=c < k, other=0.0)
+            v = product.to(tl.float32) * scale[:, None] - offset[None, :]
+            near = ((v >= least[:, None]) & (c < k)[None, :]).to(tl.int32)
+            place = found[:, None] + tl.cumsum(near, axis=1) - near
+            kept = (near > 0) & (place < WIDTH)
+            tl.store(few[:, None] + place, tl.zeros((ROWS, COLUMNS), dtype=tl.int32) + c[None, :], mask=kept)
+            found += tl.sum(near, axis=1)
+        tl.debug_barrier()  # other threads read what these wrote
+        decided = listed & (found > 0) & (found <= WIDTH)
+        smallest = tl.full((ROWS,), float("inf"), dtype=tl.float64)
+        nearest = tl.zeros((ROWS,), dtype=tl.int32)
+        x_ptr = points_ptr + row * points_stride
+        for i in range(tl.max(tl.where(decided, found, 0), axis=0)):
+            there = decided & (i < found)
+            c = tl.load(few + i, mask=there, other=0)
+            c_ptr = centroids_ptr + c.to(tl.int64) * centroids_stride
+            squares = tl.zeros((ROWS, CHUNK), dtype=tl.float64)
+            for d in range(0, depth, CHUNK):
+                x = numbers(x_ptr, there, d, depth, CHUNK).to(tl.float64)
+                difference = x - numbers(c_ptr, there, d, depth, CHUNK).to(tl.float64)
+                squares += difference * difference
+            distance = tl.where(there, tl.sum(squares, axis=1), float("inf"))
+            nearest = tl.where(distance < smallest, c, nearest)  # columns ascend: of equal ones the first stays
+            smallest = tl.minimum(smallest, distance)
+        tl.store(assignment_ptr + row, nearest, mask=decided)
+        tl.store(sqdistance_ptr + row, smallest.to(tl.float32), mask=decided)
+        more = listed & (decided == 0)
+        place = tl.atomic_add(rest_count_ptr + tl.zeros((ROWS,), dtype=tl.int32), 1, mask=more)
+        tl.store(rest_ptr + place, row.to(tl.int32), mask=more)
+        tl.debug_barrier()  # before the next rows' columns are written
+
+
+@triton.jit
+def _search_all_kernel(
     points_ptr,  # [n, depth]
     centroids_ptr,  # [k, depth]
     rows_ptr,  # [count, and more]
