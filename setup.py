@@ -10,7 +10,6 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError
 
 sys.path.insert(0, str(Path(__file__).parent / "csrc"))
 import cpu_flags
@@ -36,27 +35,20 @@ class BuildExtensions(build_ext):
 
     def build_cpp(self, ext: Extension, target: Path) -> None:
         objects = []
+        compiler = getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so)
         for source in ext.sources:
             stem = Path(source).stem
-            flags = cpu_flags.instruction_set(stem)
-            try:
-                objects += self.compile_cpp(ext, source, flags)
-            except CompileError:
-                if not flags or stem not in cpu_flags.MAY_LACK:
-                    raise
-                objects += self.compile_cpp(ext, source, [])
+            flags = CPP_FLAGS + (PLAIN_SUMS if stem == "kmeans_update" else [])
+            objects += self.compiler.compile(
+                [source],
+                output_dir=self.build_temp,
+                macros=[(name, None) for name in cpu_flags.macros()],
+                include_dirs=[cuda_build.pybind11_headers()],
+                extra_postargs=flags + cpu_flags.instruction_set(stem, compiler),
+                depends=ext.depends,
+            )
         target.parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(objects, str(target), extra_postargs=["-pthread"], target_lang="c++")
-
-    def compile_cpp(self, ext: Extension, source: str, flags: list[str]) -> list[str]:
-        return self.compiler.compile(
-            [source],
-            output_dir=self.build_temp,
-            macros=[(name, None) for name in cpu_flags.macros()],
-            include_dirs=[cuda_build.pybind11_headers()],
-            extra_postargs=CPP_FLAGS + (PLAIN_SUMS if Path(source).stem == "kmeans_update" else []) + flags,
-            depends=ext.depends,
-        )
 
 
 def cpp_extension() -> list[Extension]:

@@ -95,6 +95,10 @@ class BatchTracker(TorchFunctionMode):
 
     def _note(self, func: Callable, args: tuple, kwargs: dict, result: Any) -> None:
         outputs = [x for x in tensors_in(result) if not isinstance(x, self._neutral)]
+        if func is Tensor.__setitem__ and self.rows is not None and self.depends_on_batch(args[0]):
+            self._constants.pop(args[0], None)
+            if any(True for _ in tensors_in((args[1],))):  # with numbers each sample is written by itself
+                self._layouts[args[0]] = None
         if not outputs:
             return
         if not args and "input" in kwargs:
@@ -109,10 +113,17 @@ class BatchTracker(TorchFunctionMode):
             return
         for output in outputs:
             self._constants.pop(output, None)  # changed in place, perhaps
-        moved = func in _MOVING and inputs[0] is args[0]
+        moved = func in _MOVING and inputs[0] is args[0] and not known[0]
         sources = [args[0]] if moved else [x for x in inputs if x in self._layouts]
         if func in _ARITHMETIC and any(x.requires_grad and x.shape == outputs[0].shape for x in inputs):
             sources = [x for x in sources if self._layouts[x] is not None or x.requires_grad]  # e.g. one row's angles
+        if self.rows is not None and (func in _WRITING or (func in _PICKING and not known[0])):
+            place = _WRITING[func] if func in _WRITING else _PICKING[func]
+            layout = self._layouts.get(args[0], BATCH_FIRST)
+            if layout is None or layout.dim in _dims_picked_along(place, args, kwargs):
+                for output in outputs:
+                    self._layouts[output] = None
+                return
         if self.rows is None or not sources or (sources[0] in self._constants):
             return
         source, layout = sources[0], self._layouts.get(sources[0], BATCH_FIRST)
@@ -226,6 +237,15 @@ def _interleaved(
     return Layout(layout.dim, layout.inner * repeats) if type(repeats) is int else None
 
 
+def _dims_picked_along(place: int | None, args: tuple, kwargs: dict) -> set[int]:
+    """The dimensions of ``args[0]`` along which elements get other places; all where none is named."""
+    dims = args[0].dim()
+    given = kwargs.get("dim", kwargs.get("dims", args[place:] if place is not None else ()))
+    given = [given] if isinstance(given, int) else [one for one in given or () if isinstance(one, (int, tuple, list))]
+    named = [dim for one in given for dim in ([one] if isinstance(one, int) else one)]
+    return {dim % max(1, dims) for dim in named} or set(range(dims))
+
+
 def _indexed(index: Any, layout: Layout, dims: int) -> Layout | None:
     """`tensor[index]` for integers, slices, None and an ellipsis that leave the batch whole."""
     index = index if isinstance(index, tuple) else (index,)
@@ -250,6 +270,11 @@ def _functions(*names: str) -> set[Callable]:
     return {getattr(owner, name) for name in names for owner in owners if hasattr(owner, name)}
 
 
+def _places(**places: int | None) -> dict[Callable, int | None]:
+    """By function: those of these names, and in place."""
+    return {func: place for name, place in places.items() for func in _functions(name, f"{name}_")}
+
+
 _FACTORIES = {torch.arange, torch.linspace, torch.zeros, torch.ones, torch.full, torch.eye}
 _PERMUTING = _functions("transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "unbind") | {
     Tensor.T.__get__,
@@ -259,5 +284,12 @@ _RESHAPING = _functions("view", "reshape", "flatten", "unflatten", "unsqueeze", 
 _REPEATING = _functions("repeat", "tile", "expand", "expand_as", "broadcast_to")
 _INTERLEAVING = _functions("repeat_interleave")
 _INDEXING = {Tensor.__getitem__}
+# Functions that give elements another place, and where in their arguments the dimension stands (None: in all of them).
+_PICKING = _places(
+    index_select=1, gather=1, flip=1, sort=1, topk=2, take_along_dim=2, roll=2, masked_select=None, take=None
+)
+_WRITING = _places(
+    index_add=1, index_copy=1, scatter=1, scatter_add=1, scatter_reduce=1, index_put=None, masked_scatter=None
+)
 _ARITHMETIC = _functions("add", "sub", "mul", "div", "true_divide")
 _MOVING = _PERMUTING | _RESHAPING | _REPEATING | _INTERLEAVING | _INDEXING

@@ -34,12 +34,13 @@ def convert(
         latents: a folder of ``encode``, made by the autoencoder that the model was trained with: nothing in the
             weights says which that was.
         out: the run folder; the checkpoint is ``step_<steps>`` in it.
-        config: the model that the weights fit, as for ``train_dit``; of its training the batch size alone is told.
+        config: the model that the weights fit, as for ``train_dit``. Heads, ``time_scale`` and ``rope`` show in no
+            tensor: they have to be the published ones. Of its training the batch size alone is told.
         predicts: "velocity" on this package's path, as SiTs do, or "noise" of a 1000-step diffusion, as DiTs do
             (``diffprune.gaussian_diffusion``). Their tensors look alike, so it has to be said.
         steps, learning_rate: of the training that made the weights. MoSo is in proportion to both.
 
-    Returns: kind, predicts, parameters, checkpoint, sha256 of the weights' file.
+    Returns: kind, predicts, parameters, checkpoint, weights_sha256 (of the file that they came from).
 
     Raises: InputError for weights or latents that do not fit ``config``, or a bad argument; ResumeError where ``out``
     has other checkpoints; DiskFullError.
@@ -65,7 +66,7 @@ def convert(
         "images_seen": steps * config.train.batch_size,
         "seed": config.train.seed,
         "config": to_dict(config),
-        "data": {"converted_from": Path(str(weights)).name, "sha256": sha256},
+        "data": {"converted_from": _name(weights), "sha256": sha256},
         "latents": source,
         "predicts": predicts,
     }
@@ -75,4 +76,11 @@ def convert(
         raise ResumeError(f"{folder}: has another checkpoint, {there[-1].name}; give another --out")
     path = there[0] if there else save_checkpoint(folder, state, {"model": dit.state_dict()})
     parameters = sum(parameter.numel() for parameter in dit.parameters())
-    return {"kind": "dit", "predicts": predicts, "parameters": parameters, "checkpoint": str(path), "sha256": sha256}
+    report = {"kind": "dit", "predicts": predicts, "parameters": parameters, "checkpoint": str(path)}
+    return {**report, "weights_sha256": sha256}
+
+
+def _name(path: str | Path) -> str:
+    """Without folders, and of a URL without what may be a signature."""
+    path = as_path(path)
+    return (path.resolve() if isinstance(path, Path) else path).name

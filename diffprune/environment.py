@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 
-NAMES = ("THP_MEM_ALLOC_ENABLE", "MKL_CBWR")
-
 
 def prepare() -> None:
     """Set what is not set. To be called before PyTorch's first matrix product.

@@ -21,11 +21,11 @@ def diffuse(x1: Tensor, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     Args: x1 data [B, ...]; x0 noise, the same shape; t [B] in [0, 1].
     """
     step = ((1 - t.double()) * STEPS).long().clamp(max=STEPS - 1)
-    kept = _kept().to(t.device)[step].view(-1, *[1] * (x1.dim() - 1))
+    kept = _kept(t.device)[step].view(-1, *[1] * (x1.dim() - 1))
     return kept.sqrt().to(x1.dtype) * x1 + (1 - kept).sqrt().to(x1.dtype) * x0, step.to(torch.float32)
 
 
 @cache
-def _kept() -> Tensor:
+def _kept(device: torch.device) -> Tensor:
     """ᾱ of each step, the share of the data's variance: [1000] float64."""
-    return (1 - torch.linspace(FIRST_BETA, LAST_BETA, STEPS, dtype=torch.float64)).cumprod(0)
+    return (1 - torch.linspace(FIRST_BETA, LAST_BETA, STEPS, dtype=torch.float64)).cumprod(0).to(device)

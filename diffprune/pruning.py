@@ -71,11 +71,11 @@ def prune(
     if workers is not None and workers < 1:
         raise InputError(f"workers: expected at least 1, got {workers}")
     kept, out = as_path(kept), as_path(out)
-    found = find_shards(shards)
-    sources = list(found)
-    listing = [_state(path, about) for path, about in found.items()]
+    listed = find_shards(shards)
+    sources = list(listed)
+    listing = [_state(path, about) for path, about in listed.items()]
     selection = _Selection.read(kept, sources)
-    sizes = _check_samples(kept, selection, found)
+    sizes = _check_samples(kept, selection, listed)
     shard_size = shard_size or max(sizes)
     number = -(-len(selection.keys) // shard_size)
     paths = [out / name for name in _names(sources, prefix, number)]

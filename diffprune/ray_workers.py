@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from diffprune._version import __version__
-from diffprune.environment import NAMES
+from diffprune.environment import prepare
 from diffprune.errors import InputError, WorkerError
 from diffprune.local_workers import DEATHS, Advance, Task, portable
 
@@ -156,7 +156,7 @@ class RayWorkers:
     def _start(self) -> None:
         """One more actor. It is given a shard once it has said its first word: it may have to wait for a node."""
         kind = self._ray.remote(_Holder).options(scheduling_strategy="SPREAD", max_restarts=0, **self._needs)
-        actor = _Actor(kind.remote(self._recipe, __version__, {name: os.environ.get(name) for name in NAMES}))
+        actor = _Actor(kind.remote(self._recipe, __version__))
         actor.call = _Call(actor, None, time.monotonic())
         self._begun[actor.handle.is_there.remote()] = actor.call
         self._actors.append(actor)
@@ -183,9 +183,9 @@ class _Call:
 class _Holder:
     """What an actor is: an object of the recipe's, made with the first shard."""
 
-    def __init__(self, recipe: Callable[[], Any], version: str, environment: dict[str, str | None]) -> None:
+    def __init__(self, recipe: Callable[[], Any], version: str) -> None:
         self._recipe, self._version, self._worker = recipe, version, None
-        os.environ.update({name: value for name, value in environment.items() if value is not None})
+        prepare()
 
     def is_there(self) -> tuple[None, int, None]:
         return None, 0, None

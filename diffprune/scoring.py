@@ -155,6 +155,7 @@ def score(
         config |= {"support_fraction": support_fraction} if support_fraction < 1 else {}
         config |= {"one_pass_group_size": group} if group else {}
         config |= {"learning_rates": surrogate.rates} if learning_rates else {}
+        config |= {"training": training} if (training := surrogate.training()) else {}
     shard_rows, failed_before = _checked_tables(source, surrogate, plan, str(latents))
     rows = sum(shard_rows.values())
     paths = [] if surrogate is None else [str(path) for path in surrogate.paths]

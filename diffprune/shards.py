@@ -334,4 +334,5 @@ def _is_whole(name: str) -> bool:
 
 
 def _show(specs: list[str | os.PathLike]) -> str:
-    return ", ".join(os.fspath(spec) for spec in specs[:3]) + (", …" if len(specs) > 3 else "")
+    shown = [str(as_path(spec)) if "?" in spec and "://" in spec else spec for spec in map(os.fspath, specs[:3])]
+    return ", ".join(shown) + (", …" if len(specs) > 3 else "")

@@ -90,6 +90,12 @@ class Surrogate:
             found["predicts"] = self.predicts
         return found
 
+    def training(self) -> list[list[float]] | None:
+        """(T, η) of each checkpoint where the weights do not tell: of one that ``convert`` made they are as given."""
+        if not any("predicts" in state for state in self.states):
+            return None
+        return [[state["total_steps"], rate] for state, rate in zip(self.states, self.rates, strict=True)]
+
     def _load(self, path: Path) -> tuple[Network, dict[str, Any]]:
         if self._loaded is None or self._loaded[1]["path"] != str(path):
             self._loaded = None  # before the next one is there

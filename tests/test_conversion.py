@@ -16,6 +16,7 @@ from test_scores import philox_draw, relative, small_dit, small_set
 from typer.testing import CliRunner
 
 import diffprune
+from diffprune import conversion
 from diffprune.checkpoints import list_checkpoints, load_dit, read_state, save_checkpoint
 from diffprune.cli.app import app
 from diffprune.config import DitConfig, DitRun, to_dict
@@ -183,6 +184,25 @@ def test_what_does_not_fit_is_told(small_run, published, tmp_path):
     (tmp_path / "run/step_07000000/state.json").write_text(json.dumps({**state, "predicts": "x0"}))
     with pytest.raises(InputError, match=r"step_07000000: predicts: expected one of velocity, noise, found 'x0'"):
         diffprune.score(small_run.latents, tmp_path / "run", tmp_path / "scores")
+
+
+def test_moso_of_another_training_is_not_the_same_run(small_run, published, tmp_path):
+    """The weights are the same, but the scores are in proportion to steps and learning rate."""
+    options = {"config": CONFIG, "predicts": "velocity"}
+    for name, changed in (("a", {}), ("steps", {"steps": 400}), ("rate", {"learning_rate": 3e-4})):
+        diffprune.convert(published, small_run.latents, tmp_path / name, **options, **changed)
+    diffprune.score(small_run.latents, tmp_path / "a", tmp_path / "scores", methods=["moso"])
+    for name in ("steps", "rate"):
+        with pytest.raises(ResumeError, match="training"):
+            diffprune.score(small_run.latents, tmp_path / name, tmp_path / "scores", methods=["moso"])
+    diffprune.score(small_run.latents, tmp_path / "a", tmp_path / "grand", methods=["grand"])
+    diffprune.score(small_run.latents, tmp_path / "steps", tmp_path / "grand", methods=["grand"])  # the same there
+
+
+def test_a_signature_is_not_kept(tmp_path, monkeypatch):
+    assert conversion._name("https://host/SiT.pt?X-Signature=secret") == "SiT.pt"
+    monkeypatch.chdir(tmp_path)
+    assert conversion._name(".") == tmp_path.name
 
 
 def test_latents_that_do_not_say_what_made_them_are_refused(small_run, published, tmp_path):

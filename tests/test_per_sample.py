@@ -95,6 +95,54 @@ class Lambda(nn.Module):
         return self.function(x)
 
 
+class Scaled(nn.Module):
+    """By a weight times a constant that is expanded to the batch, wherever that is."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+        self.register_buffer("constant", torch.arange(1.0, width + 1))
+
+    def forward(self, x):
+        return x + self.weight * self.constant.to(x.dtype).expand_as(x)
+
+
+def shuffled_tokens(x):
+    """Along the second dimension of [B, T, D], each sample's by itself."""
+    order = x.detach().sum(dim=2).argsort(dim=1)
+    x = x.take_along_dim(order[:, :, None], dim=1).roll(1, 1).flip(1).index_select(1, torch.arange(x.shape[1]).roll(1))
+    x = x.sort(dim=1).values.gather(1, order[:, :, None].expand(-1, -1, x.shape[2]))
+    return torch.zeros_like(x).index_add(1, torch.arange(x.shape[1]).roll(2), x)
+
+
+PICKED = {
+    "index_select": lambda x: x.index_select(0, torch.arange(len(x)).flip(0)),
+    "an index": lambda x: x[torch.arange(len(x)).flip(0)],
+    "a mask": lambda x: x[x.detach().sum(dim=1) > -99],
+    "gather": lambda x: x.gather(0, torch.arange(len(x)).flip(0)[:, None].expand_as(x)),
+    "take_along_dim": lambda x: torch.take_along_dim(x, torch.arange(len(x)).flip(0)[:, None], dim=0),
+    "sort": lambda x: x.sort(dim=0).values,
+    "sort, by keyword": lambda x: torch.sort(input=x, dim=0)[0],
+    "topk": lambda x: x.topk(len(x), dim=0).values,
+    "roll": lambda x: x.roll(1, 0),
+    "roll through all": lambda x: x.roll(1),
+    "flip": lambda x: x.flip(0),
+    "flip of several": lambda x: torch.flip(x, dims=(1, 0)),
+    "masked_select": lambda x: x.masked_select(x.detach() > -99).view_as(x),
+    "index_add": lambda x: torch.zeros_like(x).index_add(0, torch.arange(len(x)).flip(0), x),
+    "index_add_": lambda x: torch.zeros_like(x).index_add_(0, torch.arange(len(x)).flip(0), x),
+    "index_put": lambda x: torch.zeros_like(x).index_put((torch.arange(len(x)).flip(0),), x),
+    "scatter": lambda x: torch.zeros_like(x).scatter(0, torch.arange(len(x)).flip(0)[:, None].expand_as(x), x),
+    "written by an index": lambda x: written(x, torch.arange(len(x)).flip(0)),
+}
+
+
+def written(x, index):
+    out = torch.zeros_like(x)
+    out[index] = x
+    return out
+
+
 class Turned(nn.Linear):
     """By angles that are looked up in one row of a batch of positions."""
 
@@ -190,6 +238,14 @@ CASES = {
             Lambda(lambda x: torch.transpose(input=x, dim0=0, dim1=1)),
             Lambda(lambda x: F.scaled_dot_product_attention(query=x, key=x, value=x)),
         ),
+        (B, B, 5),
+    ),
+    "a constant in the shape of a transposed batch": (
+        lambda: nn.Sequential(Lambda(lambda x: x.transpose(0, 1)), Scaled(B), Lambda(lambda x: x.transpose(0, 1))),
+        (B, B, B),
+    ),
+    "tokens sorted, picked and written": (
+        lambda: nn.Sequential(nn.Linear(5, 4), Lambda(shuffled_tokens), nn.Linear(4, 3)),
         (B, B, 5),
     ),
     "angles of one row": (lambda: nn.Sequential(Turned(), nn.Linear(4, 3)), (B, 3, 4)),
@@ -478,6 +534,30 @@ def test_distances_to_a_codebook(through):
 
     check(randomised(Codebook()), randn(B, 7, 5, seed=1), float32=2e-5)
     check(randomised(Codebook()), randn(6, 7, 5, seed=1), rows_per_sample=2, float32=2e-5)
+
+
+@pytest.mark.parametrize("pick", PICKED)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_samples_that_change_places_are_refused(pick, tokens):
+    """As a mixture of experts has them: rows would go to other samples."""
+
+    class Dispatch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(5, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            x = self.first(x)
+            rows = x.flatten(0, 1) if x.dim() == 3 else x
+            return self.second(PICKED[pick](rows)).view(*x.shape[:-1], 3)
+
+    model = Dispatch()
+    x = randn(*((B, tokens, 5) if tokens > 1 else (B, 5)), seed=1).float()
+    with pytest.raises(InputError, match="parameter second"), per_sample_gradients(model) as grads:
+        model(x).flatten(1).square().sum(dim=1).sum().backward()
+    with per_sample_gradients(model.first) as grads:
+        model.first(x).flatten(1).sum(dim=1).sum().backward()
+    assert grads.sqnorm.shape == (B,)
 
 
 def test_a_batch_taken_apart_is_refused_by_name():

@@ -16,8 +16,9 @@ pytest.importorskip("fsspec")
 
 from diffprune.errors import InputError, RemoteError
 from diffprune.files import atomic_file, atomic_path, read_json, write_json
-from diffprune.shards import index_shard, index_shards, list_shards
-from diffprune.storage import RemotePath, as_path, existing, is_remote, local_path, sizes
+from diffprune.shards import _show, index_shard, index_shards, list_shards
+from diffprune.storage import RemotePath, Stat, as_path, existing, is_remote, local_path, stats
+from diffprune.storage.retries import judge
 
 
 @pytest.fixture
@@ -144,9 +145,10 @@ def test_a_missing_shard_is_named(memory, tar_bytes):
     size = len(tar_bytes("k0"))
     for count in (3, 22):  # one by one, and by a listing
         urls = [as_path(f"memory://b/train-{i:02d}.tar") for i in range(22 - count, 22)]
-        assert sizes(urls) == dict.fromkeys(urls[:-2], size)
-    assert sizes([Path(__file__), Path(__file__).parent, Path(__file__).with_name("gone")]) == {
-        Path(__file__): Path(__file__).stat().st_size
+        assert {url: about.st_size for url, about in stats(urls).items()} == dict.fromkeys(urls[:-2], size)
+    here = Path(__file__)
+    assert {path: about.st_size for path, about in stats([here, here.parent, here.with_name("gone")]).items()} == {
+        here: here.stat().st_size
     }
 
 
@@ -209,3 +211,25 @@ def test_local_files_do_not_import_fsspec(small_run):
         "assert not {'fsspec', 's3fs', 'aiohttp'} & set(sys.modules), 'imported'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_versions_that_a_listing_lacks_are_asked_for(memory, monkeypatch):
+    """Some servers that speak S3 list objects without an ETag."""
+    urls = [as_path(f"memory://listed/{i:02d}.tar") for i in range(12)]
+    for url in urls:
+        memory.pipe_file(f"/listed/{url.name}", b"x")
+    asked = stats(urls[:1]) | stats(urls[1:2])  # few: each by itself
+    listing = {url.name: Stat(1, "listed" if i >= 2 else "") for i, url in enumerate(urls)}
+    monkeypatch.setattr(RemotePath, "_listed", lambda self, begin="": listing)
+    found = stats([*urls, as_path("memory://listed/gone.tar")])
+    assert found == asked | {url: Stat(1, "listed") for url in urls[2:]}
+    assert all(about.version for about in found.values())
+
+
+def test_signatures_are_not_told():
+    assert _show(["https://host/a.tar?sig=secret", Path("b.tar")]) == "https://host/a.tar?…, b.tar"
+    error = RuntimeError("403, message='Forbidden', url='https://host/a.tar?X-Signature=secret&b=1'")
+    for status in (403, None):
+        error.status = status
+        told = judge(error)[1]
+        assert "https://host/a.tar'" in told and "secret" not in told

@@ -270,6 +270,10 @@ void decide_among_all(const Packed& packed, const float* x, int32_t& nearest, fl
 // The nearest of the candidates, which are in ascending order, and the squared distance to it.
 void decide(const Packed& packed, const float* x, Row& row, int32_t& nearest, float& sqdistance, Counts& counts) {
   const bool told = compare(packed, x, row, counts);
+  if (row.count == 0) {  // no centroid is finite
+    nearest = 0, sqdistance = __builtin_nanf("");
+    return;
+  }
   nearest = row.candidates[0];
   sqdistance = row.upper[0];
   if (told && row.count == 1) return;

@@ -13,7 +13,9 @@ from diffprune.cli.output import run
 
 
 def pack(
-    source: Annotated[str, typer.Argument(help="A folder of class folders, a Hugging Face image parquet, or mnist5k.")],
+    source: Annotated[
+        str, typer.Argument(help="A folder of class folders, a parquet of images (or its URL), or mnist5k.")
+    ],
     out: Annotated[Path | None, typer.Argument(help="The folder to write shards into.")] = None,
     named_source: Annotated[
         str | None, typer.Option("--source", help="SOURCE as an option: --source mnist5k OUT.")

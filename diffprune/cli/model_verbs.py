@@ -111,8 +111,11 @@ def convert(
         Path, typer.Argument(help="Latents of `diffprune encode`, by the autoencoder that it was trained with.")
     ],
     predicts: Annotated[str, typer.Option(help="What it was trained to predict: velocity (SiT) or noise (DiT).")],
+    config: Annotated[
+        Path,
+        typer.Option("--config", "-c", help="The model, as TOML: not all of it shows in tensors."),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The run folder for the checkpoint.")],
-    config: Config = None,
     overrides: Set = None,
     steps: Annotated[int, typer.Option(help="Steps it was trained for; MoSo is in proportion.")] = 7_000_000,
     learning_rate: Annotated[float, typer.Option(help="At that learning rate; MoSo is in proportion.")] = 1e-4,

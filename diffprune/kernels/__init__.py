@@ -1,6 +1,6 @@
 """The ops a backend has to provide, and nothing else: this package imports torch alone.
 
-Each op is ``torch.ops.diffprune.<op>``, registered by ``registration``: all that ``torch.library.custom_op`` gives, but
+Each op is ``torch.ops.diffprune.<op>``, registered by ``registration``: what ``torch.library.custom_op`` gives, but
 for a second's import at the first call. Its contract is the docstring in ``kernels/<op>.py``;
 ``kernels/reference/<op>.py`` is its definition in code; ``dispatch`` says which implementation runs.
 """

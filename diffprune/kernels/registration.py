@@ -1,7 +1,7 @@
 """Registering an op with PyTorch, as ``torch.library.custom_op`` does, but without importing Dynamo at its first call.
 
 Dynamo and what it needs take about a second to import, more than many a stage runs for, and ``torch.compile`` alone has
-a use for it. All else that ``torch.library.custom_op`` promises of an op that changes none of its arguments is kept.
+a use for it. Schema, fake results, autograd, the dispatch of devices and the check of shared memory are as there.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ class DiT(nn.Module):
     Modules and parameters bear the names and shapes of the published DiT and SiT, so their state dicts load
     (``checkpoints.load_foreign_dit``). SiT's (arXiv 2401.08740) are velocity models on this package's path (t=0
     noise, t=1 data, t fed to the embedding as it is) and can be used at once. DiT's predict the noise of a
-    1000-step diffusion: their weights load, as a start for further training, but are no velocity model yet.
+    1000-step diffusion: their weights load, as a start for further training and to score with (``convert``), but are no
+    velocity model yet.
 
     The arguments are the published ones with their defaults, and ``DitConfig`` explains them. ``num_classes=0``
     makes an unconditional model without ``y_embedder``. With ``class_dropout_prob > 0`` the label table has one row

@@ -74,7 +74,7 @@ class Network:
     bf16: bool = False
     predicts: str = "velocity"
 
-    def errors(self, x1: Tensor, x0: Tensor, t: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    def losses_and_norms(self, x1: Tensor, x0: Tensor, t: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """Of each row the loss ℓ, the mean of the squared error, with its graph, and the error's norm: [B] each."""
         if self.predicts == "noise":
             found, target = self._output(*diffuse(x1, x0, t), labels), x0
@@ -160,5 +160,5 @@ def draw_losses(network: Network, samples: Samples, draws: Draws, which: range |
     x0 = torch.stack([x0 for _, x0 in pairs], dim=1).flatten(0, 1)
     x1 = samples.latents.repeat_interleave(len(which), dim=0)
     labels = None if samples.labels is None else samples.labels.repeat_interleave(len(which))
-    losses, norms = network.errors(x1, x0, t, labels)
+    losses, norms = network.losses_and_norms(x1, x0, t, labels)
     return losses.view(len(samples), len(which)), norms.view(len(samples), len(which))

@@ -24,7 +24,7 @@ def visit(
 ) -> dict[str, Tensor]:
     """What the samples look like to a surrogate. With g_ij the gradient of sample i's loss at draw j, g_i their mean:
 
-        loss, el2n    [n, J]  ℓ and ‖v − target‖₂
+        loss, el2n    [n, J]  ℓ and the norm of the error, of a velocity or of noise
         grand         [n, J]  ‖g_ij‖₂                   with `norms`
         dot, sqnorm   [n]     ⟨direction, g_i⟩, ‖g_i‖²  with a `direction`, by parameter name
 

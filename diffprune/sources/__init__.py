@@ -49,7 +49,8 @@ def _open_url(url: RemotePath) -> ParquetSource:
             tables, name = list(url.glob("*.parquet")), url.name
         if tables:
             return ParquetSource(tables, name)
+    several = "" if url.scheme in READ_ONLY else ", or a folder or glob of them"
     raise InputError(
-        f"{url}: expected a .parquet file, or a folder or glob of them, found none; a folder of images cannot be a URL "
-        "yet: copy it to local disk"
+        f"{url}: expected a .parquet file{several}, found none; a folder of images cannot be a URL yet: copy it to "
+        "local disk"
     )

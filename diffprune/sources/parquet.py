@@ -173,5 +173,7 @@ def _open(path: AnyPath, about: Stat) -> Iterator[pq.ParquetFile]:
 
                 file = as_stream(opened.enter_context(RemoteFile(path, *about)))
             yield opened.enter_context(pq.ParquetFile(file))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; it was there when the source was opened") from error
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: not a readable parquet file ({error}); fetch it again") from error

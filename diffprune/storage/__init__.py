@@ -14,7 +14,6 @@ from diffprune.storage.paths import (
     existing,
     is_remote,
     local_path,
-    sizes,
     stats,
 )
 
@@ -27,6 +26,5 @@ __all__ = [
     "existing",
     "is_remote",
     "local_path",
-    "sizes",
     "stats",
 ]

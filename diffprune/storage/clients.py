@@ -28,7 +28,7 @@ class Client:
     """One kind of storage, through fsspec. Any thread may call it."""
 
     ties_reads = False  # whether ``get`` fails if the object has another version by then
-    options: dict[str, Any] = {}  # noqa: RUF012
+    options: dict[str, Any] = {"use_listings_cache": False}  # noqa: RUF012 (an object may be replaced meanwhile)
 
     def __init__(self, scheme: str) -> None:
         try:

@@ -212,11 +212,6 @@ def existing(paths: Iterable[AnyPath]) -> set[AnyPath]:
     return set(stats(paths))
 
 
-def sizes(paths: Iterable[AnyPath]) -> dict[AnyPath, int]:
-    """Bytes of those of these that are files; as ``stats``."""
-    return {path: about.st_size for path, about in stats(paths).items()}
-
-
 def stats(paths: Iterable[AnyPath]) -> dict[AnyPath, Stat]:
     """Size of those of these that are files, and version of objects.
 
@@ -229,14 +224,17 @@ def stats(paths: Iterable[AnyPath]) -> dict[AnyPath, Stat]:
         if isinstance(path, RemotePath):
             folders.setdefault(path.parent, []).append(path)
     for folder, ours in folders.items():
-        if len(ours) <= _ASK_ONE_BY_ONE or folder.scheme in READ_ONLY:
+        one_by_one = ours
+        if len(ours) > _ASK_ONE_BY_ONE and folder.scheme not in READ_ONLY:
+            listed = folder._listed(_common_begin(min(ours).name, max(ours).name))
+            there = {path: about for path in ours if (about := listed.get(path.name)) is not None}
+            found |= {path: about for path, about in there.items() if about.version}
+            one_by_one = [path for path in there if path not in found]  # some servers' listings have no ETag
+        if one_by_one:
             from diffprune.storage.clients import in_threads
 
-            theirs = zip(ours, in_threads(RemotePath._stat, ours), strict=True)
-        else:
-            listed = folder._listed(_common_begin(min(ours).name, max(ours).name))
-            theirs = ((path, listed.get(path.name)) for path in ours)
-        found |= {path: about for path, about in theirs if about is not None}
+            asked = zip(one_by_one, in_threads(RemotePath._stat, one_by_one), strict=True)
+            found |= {path: about for path, about in asked if about is not None}
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,11 +76,15 @@ _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "CredentialR
 _EXPIRED_CLASSES = {"TokenRetrievalError", "UnauthorizedSSOTokenError", "SSOTokenLoadError"}
 
 
+_SIGNATURE = re.compile(r"(?<=[^\s'\"?])\?[^\s'\"]+")  # what follows the ? of a URL
+
+
 def judge(error: BaseException) -> tuple[str, str]:
     """(what kind of failure: missing, passing, expired, denied, changed or refused; what was told about it)."""
     status, code = answer(error)
     classes = {base.__name__ for one in _causes(error) for base in type(one).__mro__}
-    told = f"{status} {code}: {error}" if status and code else f"{status}: {error}" if status else f"{error!r}"
+    said = _SIGNATURE.sub("", str(error) if status else repr(error))
+    told = f"{status} {code}: {said}" if status and code else f"{status}: {said}" if status else said
     if code in _EXPIRED or classes & _EXPIRED_CLASSES:
         return "expired", told
     if code in _PASSING or (status is not None and (status >= 500 or status in (408, 429))):

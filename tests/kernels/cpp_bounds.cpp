@@ -39,9 +39,12 @@ uint16_t bfloat16(float value) {
 uint16_t float16(float) { return static_cast<uint16_t>(0x3000 + numbers() % 0x0c00); }  // from 0.125 to 1
 
 template <class Number>
-void assign(Type type, Number (*make)(float), int64_t n, int64_t k, int64_t d, int64_t stride, int threads) {
+void assign(Type type, Number (*make)(float), int64_t n, int64_t k, int64_t d, int64_t stride, int threads,
+            float hidden = 0) {
   const auto points = rows(n, d, stride, make);
-  const auto centroids = rows(k, d, d, single);
+  auto centroids = rows(k, d, d, single);
+  if (hidden > 0)  // by the last dimension, so that more centroids may be the nearest than a row has room for
+    for (int64_t i = 0; i < k * d; ++i) centroids[i] = i % d == d - 1 ? (i / d % 2 ? 1.f : -1.f) : hidden * centroids[i];
   const std::vector<float> centre(d, 0.25f);
   for (const auto& variant : variants()) {
     std::vector<int32_t> assignment(n, -1);
@@ -140,6 +143,11 @@ int main() {
         update(Type::float16, float16, n, k, d, stride, true, 1);
       }
   assign(Type::float32, single, 1300, 600, 20, 20, 2);  // several tasks, several chunks of panels
+  for (const float hidden : {1e-20f, 1e-6f, 0.01f, 0.05f}) {
+    assign(Type::float32, single, 37, 1500, 40, 43, 1, hidden);
+    assign(Type::float16, float16, 37, 1500, 40, 43, 2, hidden);
+    assign(Type::bfloat16, bfloat16, 37, 1500, 40, 40, 1, hidden);
+  }
   update(Type::bfloat16, bfloat16, 1300, 70, 20, 20, false, 2);
   std::puts("done");
 }

@@ -24,7 +24,7 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno
 def compiled(source: Path) -> Path:
     """The object of a source; kept until a source or a header changes."""
     flags = ["-std=c++17", "-O1", "-g1", "-w", "-pthread", *SANITIZERS]
-    flags += [*(f"-D{name}" for name in cpu_flags.macros()), *cpu_flags.instruction_set(source.stem)]
+    flags += [*(f"-D{name}" for name in cpu_flags.macros()), *cpu_flags.instruction_set(source.stem, ["c++"])]
     texts = [path.read_text() for path in (source, *sorted(SOURCES.glob("*.[hi]*")))]
     digest = hashlib.sha256("\0".join([*flags, *texts]).encode()).hexdigest()[:16]
     target = FOLDER / f"{source.stem}-{digest}.o"
