@@ -460,11 +460,11 @@ def _search_listed_kernel(
     for start in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
         entry = start + own
         listed = entry < count
-        row = tl.load(rows_ptr + entry, mask=listed, other=0).to(tl.int64)
+        row = tl.load(rows_ptr + entry, mask=listed, other=0).to(tl.int64)  # of those not listed row 0 is read
         least = tl.load(least_ptr + row, mask=listed, other=float("inf"))
         scale = tl.zeros((ROWS,), dtype=tl.float32) + unit
         if scale_ptr is not None:
-            scale *= tl.load(scale_ptr + row, mask=listed, other=0.0)
+            scale *= tl.load(scale_ptr + row)
         found = tl.zeros((ROWS,), dtype=tl.int32)
         for column in range(0, k, COLUMNS):
             c = column + tl.arange(0, COLUMNS)
@@ -473,7 +473,7 @@ def _search_listed_kernel(
                 inner = d + tl.arange(0, STEP)
                 x_place = row[:, None] * rounded_stride + inner[None, :]
                 y_place = c.to(tl.int64)[:, None] * columns_stride + inner[None, :]
-                x = tl.load(rounded_ptr + x_place, mask=listed[:, None] & (inner < depth)[None, :], other=0)
+                x = tl.load(rounded_ptr + x_place, mask=(inner < depth)[None, :], other=0)
                 y = tl.load(columns_ptr + y_place, mask=(c < k)[:, None] & (inner < depth)[None, :], other=0)
                 product = tl.dot(x, y.T, product, out_dtype=product.dtype)
             offset = tl.load(offset_ptr + c, mask=c < k, other=0.0)
@@ -484,13 +484,13 @@ def _search_listed_kernel(
             tl.store(few[:, None] + place, tl.zeros((ROWS, COLUMNS), dtype=tl.int32) + c[None, :], mask=kept)
             found += tl.sum(near, axis=1)
         tl.debug_barrier()  # other threads read what these wrote
-        decided = listed & (found > 0) & (found <= WIDTH)
+        decided = (found > 0) & (found <= WIDTH)  # of a row that is not listed none is near
         smallest = tl.full((ROWS,), float("inf"), dtype=tl.float64)
         nearest = tl.zeros((ROWS,), dtype=tl.int32)
         x_ptr = points_ptr + row * points_stride
         for i in range(tl.max(tl.where(decided, found, 0), axis=0)):
-            there = decided & (i < found)
-            c = tl.load(few + i, mask=there, other=0)
+            there = i < found
+            c = tl.load(few + i)
             c_ptr = centroids_ptr + c.to(tl.int64) * centroids_stride
             squares = tl.zeros((ROWS, CHUNK), dtype=tl.float64)
             for d in range(0, depth, CHUNK):
