@@ -248,3 +248,9 @@ def test_inputs_that_do_not_fit_are_refused():
     for name in ("DiT-XL/3", "DiT-M/2", "XL/2"):
         with pytest.raises(InputError, match="DiT name"):
             DiT.from_name(name)
+
+
+def test_tokens_are_contiguous():
+    """Compiled blocks in bfloat16 gave NaN on a CPU with AMX where they were not."""
+    model = DiT(input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=1, num_heads=2, num_classes=0)
+    assert model.x_embedder(torch.zeros(3, 4, 8, 8)).is_contiguous()
