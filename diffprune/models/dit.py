@@ -214,7 +214,7 @@ class PatchEmbedder(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Contiguous: of blocks that get tokens apart, Inductor (PyTorch 2.13) makes wrong code for bfloat16 on some CPUs.
+        # Contiguous: else Inductor (PyTorch 2.13) makes wrong code of a block in bfloat16 on some CPUs.
         return self.proj(x).flatten(2).transpose(1, 2).contiguous()
 
 
