@@ -117,10 +117,9 @@ class BatchTracker(TorchFunctionMode):
         sources = [args[0]] if moved else [x for x in inputs if x in self._layouts]
         if func in _ARITHMETIC and any(x.requires_grad and x.shape == outputs[0].shape for x in inputs):
             sources = [x for x in sources if self._layouts[x] is not None or x.requires_grad]  # e.g. one row's angles
-        if self.rows is not None and (func in _WRITING or (func in _PICKING and not known[0])):
-            place = _WRITING[func] if func in _WRITING else _PICKING[func]
+        if self.rows is not None and func in (_WRITING if known[0] else _DISPLACING):
             layout = self._layouts.get(args[0], BATCH_FIRST)
-            if layout is None or layout.dim in _dims_picked_along(place, args, kwargs):
+            if layout is None or layout.dim in _displaced_dims(func, args, kwargs):
                 for output in outputs:
                     self._layouts[output] = None
                 return
@@ -237,13 +236,13 @@ def _interleaved(
     return Layout(layout.dim, layout.inner * repeats) if type(repeats) is int else None
 
 
-def _dims_picked_along(place: int | None, args: tuple, kwargs: dict) -> set[int]:
-    """The dimensions of ``args[0]`` along which elements get other places; all where none is named."""
-    dims = args[0].dim()
-    given = kwargs.get("dim", kwargs.get("dims", args[place:] if place is not None else ()))
+def _displaced_dims(func: Callable, args: tuple, kwargs: dict) -> set[int]:
+    """The dimensions of ``args[0]`` along which elements get other places; all where none is named or usual."""
+    dims, place = args[0].dim(), _DISPLACING[func]
+    given = kwargs.get("dim", kwargs.get("dims", () if place is None else args[place:]))
     given = [given] if isinstance(given, int) else [one for one in given or () if isinstance(one, (int, tuple, list))]
     named = [dim for one in given for dim in ([one] if isinstance(one, int) else one)]
-    return {dim % max(1, dims) for dim in named} or set(range(dims))
+    return {dim % max(1, dims) for dim in named or ([-1] if func in _ALONG_THE_LAST else range(dims))}
 
 
 def _indexed(index: Any, layout: Layout, dims: int) -> Layout | None:
@@ -285,11 +284,12 @@ _REPEATING = _functions("repeat", "tile", "expand", "expand_as", "broadcast_to")
 _INTERLEAVING = _functions("repeat_interleave")
 _INDEXING = {Tensor.__getitem__}
 # Functions that give elements another place, and where in their arguments the dimension stands (None: in all of them).
-_PICKING = _places(
-    index_select=1, gather=1, flip=1, sort=1, topk=2, take_along_dim=2, roll=2, masked_select=None, take=None
-)
 _WRITING = _places(
     index_add=1, index_copy=1, scatter=1, scatter_add=1, scatter_reduce=1, index_put=None, masked_scatter=None
 )
+_DISPLACING = _WRITING | _places(
+    index_select=1, gather=1, flip=1, sort=1, topk=2, take_along_dim=2, roll=2, masked_select=None, take=None
+)
+_ALONG_THE_LAST = _functions("sort", "topk")  # unless another is named
 _ARITHMETIC = _functions("add", "sub", "mul", "div", "true_divide")
 _MOVING = _PERMUTING | _RESHAPING | _REPEATING | _INTERLEAVING | _INDEXING

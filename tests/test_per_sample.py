@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_gradients import sample_gradients
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -33,17 +34,6 @@ def randomised(model: nn.Module) -> nn.Module:
     return model
 
 
-def sample_gradients(model: nn.Module, rows: list) -> list[dict[str, torch.Tensor]]:
-    """The definition: torch.autograd.grad of one sample's loss over all trainable parameters, for each sample."""
-    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
-    result = []
-    for row in rows:
-        gradients = torch.autograd.grad(losses_of(model, row).sum(), parameters, allow_unused=True)
-        zeros = (torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True))
-        result.append(dict(zip(names, zeros, strict=True)))
-    return result
-
-
 def losses_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     y = model(x)
     weights = torch.linspace(-1, 2, y[0].numel(), dtype=y.dtype).view(y.shape[1:])
@@ -53,7 +43,7 @@ def losses_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def check(model: nn.Module, x: torch.Tensor, rows_per_sample: int = 1, float32: float = 2e-6) -> None:
     """Norms, their parts and dots of a float64 model, and in float32, too."""
     names = [name for name, p in model.named_parameters() if p.requires_grad]
-    gradients = sample_gradients(model, list(x.split(rows_per_sample)))
+    gradients = sample_gradients(losses_of, model, list(x.split(rows_per_sample)))
     direction = {name: randn(*gradients[0][name].shape, seed=7) for name in names}
     sqnorm = torch.stack([sum(g.square().sum() for g in row.values()) for row in gradients])
     dot = torch.stack([sum((row[name] * direction[name]).sum() for name in names) for row in gradients])
@@ -112,6 +102,7 @@ def shuffled_tokens(x):
     order = x.detach().sum(dim=2).argsort(dim=1)
     x = x.take_along_dim(order[:, :, None], dim=1).roll(1, 1).flip(1).index_select(1, torch.arange(x.shape[1]).roll(1))
     x = x.sort(dim=1).values.gather(1, order[:, :, None].expand(-1, -1, x.shape[2]))
+    x = x.sort().values + x.topk(x.shape[2]).values
     return torch.zeros_like(x).index_add(1, torch.arange(x.shape[1]).roll(2), x)
 
 
@@ -363,7 +354,7 @@ def test_weight_gradients_are_left_as_usual_on_request():
         losses_of(hooked, x).sum().backward()
         for a, b in zip(plain.parameters(), parameters, strict=True):
             assert torch.allclose(a.grad, b.grad, rtol=1e-14, atol=1e-14)
-    reference = sample_gradients(plain, list(x.split(1)))
+    reference = sample_gradients(losses_of, plain, list(x.split(1)))
     assert torch.allclose(grads.sqnorm, torch.stack([sum(g.square().sum() for g in r.values()) for r in reference]))
 
 
@@ -376,7 +367,7 @@ def test_train_mode_and_a_forward_without_grad_inside():
         losses_of(model, x).sum().backward()
         inside = grads.sqnorm
     assert torch.equal(inside, grads.sqnorm) and model.training
-    reference = sample_gradients(model, list(x.split(1)))
+    reference = sample_gradients(losses_of, model, list(x.split(1)))
     assert torch.allclose(inside, torch.stack([sum(g.square().sum() for g in r.values()) for r in reference]))
 
 
@@ -654,7 +645,7 @@ def test_autocast_sees_what_the_layers_saw():
     model = randomised(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4), nn.Conv1d(3, 2, 1))).float()
     x = randn(B, 3, 8, seed=1).float()
     with torch.autocast("cpu", torch.bfloat16):
-        gradients = sample_gradients(model, list(x.split(1)))
+        gradients = sample_gradients(losses_of, model, list(x.split(1)))
         with per_sample_gradients(model, direction=gradients[0]) as grads:
             losses_of(model, x).sum().backward()
     expected = torch.stack([sum(g.double().square().sum() for g in row.values()) for row in gradients])
@@ -665,7 +656,7 @@ def test_autocast_sees_what_the_layers_saw():
 def test_a_model_in_bfloat16():
     model = randomised(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4))).bfloat16()
     x = randn(B, 3, 8, seed=1).bfloat16()
-    gradients = sample_gradients(model, list(x.split(1)))
+    gradients = sample_gradients(losses_of, model, list(x.split(1)))
     with per_sample_gradients(model) as grads:
         losses_of(model, x).sum().backward()
     expected = torch.stack([sum(g.double().square().sum() for g in row.values()) for row in gradients])
@@ -709,7 +700,7 @@ def test_a_function_without_a_rule_is_refused_by_name_or_mapped():
     message = r"parameter floor: no per-sample gradient rule for maximum.*fallback='vmap'"
     with pytest.raises(InputError, match=message), per_sample_gradients(model):
         model(x)
-    gradients = sample_gradients(model, list(x.split(1)))
+    gradients = sample_gradients(losses_of, model, list(x.split(1)))
     expected = torch.stack([sum(g.square().sum() for g in row.values()) for row in gradients])
     parameters = list(model.parameters())
     with per_sample_gradients(model, fallback="vmap", weight_gradients=True) as grads:
@@ -734,7 +725,7 @@ def test_a_use_that_a_rule_does_not_cover_is_refused_by_name_or_mapped():
     message = "parameter heads: no per-sample gradient rule for this use in matmul"
     with pytest.raises(InputError, match=message), per_sample_gradients(model):
         model(x)
-    gradients = sample_gradients(model, list(x.split(1)))
+    gradients = sample_gradients(losses_of, model, list(x.split(1)))
     with per_sample_gradients(model, fallback="vmap", total=True) as grads:
         losses_of(model, x).sum().backward()
     expected = torch.stack([row["heads"].square().sum() for row in gradients])

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.utils.checkpoint
+from model_gradients import Gradients, check, drawn_anew, sample_gradients
 from torch import Tensor, nn
-
-from diffprune.per_sample import per_sample_gradients
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -253,16 +252,8 @@ UNUSED = {"stable_diffusion_3": TEXT_OF_THE_LAST_BLOCK}
 
 
 def random_model(name: str) -> Made:
-    """Every parameter and buffer of statistics drawn anew: published initial values have many zeros and ones."""
     model, inputs = MODELS[name](Draws())
-    model = model.double().eval()
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.2
-    for key, buffer in model.named_buffers():
-        if "running" in key:
-            buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
-    return model, inputs
+    return drawn_anew(model), inputs
 
 
 def losses_of(model: nn.Module, inputs: Inputs) -> Tensor:
@@ -275,61 +266,32 @@ def losses_of(model: nn.Module, inputs: Inputs) -> Tensor:
     return (weights * y.sin()).flatten(1).sum(dim=1) + added
 
 
-def one_sample(inputs: Inputs, i: int) -> Inputs:
+def sample(inputs: Inputs, i: int) -> Inputs:
     def pick(key: str, value: Any) -> Any:
         if isinstance(value, dict):
-            return one_sample(value, i)
+            return sample(value, i)
         return value if key in SHARED else value[i : i + 1]
 
     return {key: pick(key, value) for key, value in inputs.items()}
 
 
-def sample_gradients(model: nn.Module, inputs: Inputs) -> list[dict[str, Tensor]]:
-    """The definition: torch.autograd.grad of one sample's loss over all trainable parameters, for each sample."""
-    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
-    result = []
-    for i in range(B):
-        gradients = torch.autograd.grad(losses_of(model, one_sample(inputs, i)).sum(), parameters, allow_unused=True)
-        zeros = (torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True))
-        result.append(dict(zip(names, zeros, strict=True)))
-    return result
-
-
-def check(model: nn.Module, inputs: Inputs, gradients: list[dict[str, Tensor]], tolerance: float = 1e-10) -> None:
-    """Each layer to the tolerance of its own size, so that small ones count as large ones do."""
-    generator = torch.Generator().manual_seed(7)
-    direction = {name: torch.randn(g.shape, generator=generator).double() for name, g in gradients[0].items()}
-    with per_sample_gradients(model, direction=direction, total=True) as grads:
-        losses_of(model, inputs).sum().backward()
-    sqnorm = torch.stack([sum(g.square().sum() for g in row.values()) for row in gradients])
-    dot = torch.stack([sum((row[name] * d).sum() for name, d in direction.items()) for row in gradients])
-    size = sqnorm.sqrt() * sum(d.square().sum() for d in direction.values()).sqrt()
-    assert ((grads.sqnorm - sqnorm).abs() <= tolerance * sqnorm).all()
-    assert ((grads.dot - dot).abs() <= tolerance * size).all()
-    assert list(grads.total) == list(gradients[0])
-    for name, value in grads.total.items():
-        expected = [row[name] for row in gradients]
-        floor = 1e-14 * sqnorm.max().sqrt()  # gradients that are zero but for rounding: a bias before a softmax
-        assert (value - sum(expected)).norm() <= tolerance * sum(g.norm() for g in expected) + floor, name
-    for layer, part in grads.by_layer.items():
-        own = [name for name in gradients[0] if name.rpartition(".")[0] == layer]
-        expected = torch.stack([sum(row[name].square().sum() for name in own) for row in gradients])
-        assert ((part - expected).abs() <= tolerance * expected + 1e-28 * sqnorm).all(), layer
+def reference(model: nn.Module, inputs: Inputs) -> Gradients:
+    return sample_gradients(losses_of, model, (sample(inputs, i) for i in range(B)))
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_norms_dots_and_totals_of_every_parameter(name):
     model, inputs = random_model(name)
-    gradients = sample_gradients(model, inputs)
+    gradients = reference(model, inputs)
     unused = [key for key in gradients[0] if all(row[key].abs().max() == 0 for row in gradients)]
     assert all(any(part in key for part in UNUSED.get(name, ())) for key in unused), unused  # the test means something
-    check(model, inputs, gradients, 1e-6 if name in IN_FLOAT32 else 1e-10)
+    check(losses_of, model, inputs, gradients, 1e-6 if name in IN_FLOAT32 else 1e-10)
 
 
 @pytest.mark.parametrize("name", ["stable_diffusion", "dit", "pixart", "stable_diffusion_3", "flux", "sana"])
 def test_gradient_checkpointing_in_training_mode(name, monkeypatch):
     model, inputs = random_model(name)
-    gradients = sample_gradients(model, inputs)
+    gradients = reference(model, inputs)
     for module in model.modules():
         assert not isinstance(module, nn.Dropout) or module.p == 0
         if hasattr(module, "dropout_prob"):  # DiT's labels
@@ -337,7 +299,7 @@ def test_gradient_checkpointing_in_training_mode(name, monkeypatch):
     calls, plain = [], torch.utils.checkpoint.checkpoint
     monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: calls.append(1) or plain(*a, **k))
     model.train().enable_gradient_checkpointing()
-    check(model, inputs, gradients)
+    check(losses_of, model, inputs, gradients)
     assert calls and model.training
 
 
@@ -367,6 +329,6 @@ def test_low_rank_adapters_on_a_frozen_model(name):
         for weight in (adapter.down.weight, adapter.up.weight):
             weight.data = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
         model.set_submodule(key, adapter)
-    gradients = sample_gradients(model, inputs)
+    gradients = reference(model, inputs)
     assert len(gradients[0]) == 2 * len(places) and all(g.abs().max() > 0 for row in gradients for g in row.values())
-    check(model, inputs, gradients)
+    check(losses_of, model, inputs, gradients)

@@ -7,9 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import transformers
+from model_gradients import Gradients, check, drawn_anew, sample_gradients
 from torch import Tensor, nn
-
-from diffprune.per_sample import per_sample_gradients
 
 B = 3
 HIDDEN = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -88,73 +87,34 @@ def losses_of(model: nn.Module, inputs: Inputs) -> Tensor:
     return (weights * y.sin()).flatten(1).sum(dim=1)
 
 
-def random_model(make: Callable[[], nn.Module]) -> nn.Module:
-    """Every parameter and buffer of statistics drawn anew: published initial values have many zeros and ones."""
-    model = make().double().eval()
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.2
-    for name, buffer in model.named_buffers():
-        if "running" in name:
-            buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
-    return model
-
-
-def sample_gradients(model: nn.Module, inputs: Inputs) -> list[dict[str, Tensor]]:
-    """The definition: torch.autograd.grad of one sample's loss over all trainable parameters, for each sample."""
-    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
-    result = []
-    for i in range(B):
-        loss = losses_of(model, {key: value[i : i + 1] for key, value in inputs.items()}).sum()
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        zeros = (torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True))
-        result.append(dict(zip(names, zeros, strict=True)))
-    return result
-
-
-def check(model: nn.Module, inputs: Inputs, gradients: list[dict[str, Tensor]], tolerance: float = 1e-10) -> None:
-    generator = torch.Generator().manual_seed(7)
-    direction = {name: torch.randn(g.shape, generator=generator).double() for name, g in gradients[0].items()}
-    with per_sample_gradients(model, direction=direction, total=True) as grads:
-        losses_of(model, inputs).sum().backward()
-    sqnorm = torch.stack([sum(g.square().sum() for g in row.values()) for row in gradients])
-    dot = torch.stack([sum((row[name] * d).sum() for name, d in direction.items()) for row in gradients])
-    size = sqnorm.sqrt() * sum(d.square().sum() for d in direction.values()).sqrt()
-    assert ((grads.sqnorm - sqnorm).abs() <= tolerance * sqnorm).all()
-    assert ((grads.dot - dot).abs() <= tolerance * size).all()
-    assert list(grads.total) == list(gradients[0])
-    for name, value in grads.total.items():
-        expected = sum(row[name] for row in gradients)
-        assert (value - expected).norm() <= tolerance * sqnorm.sqrt().sum(), name
-    for layer, part in grads.by_layer.items():
-        own = [name for name in gradients[0] if name.rpartition(".")[0] == layer]
-        expected = torch.stack([sum(row[name].square().sum() for name in own) for row in gradients])
-        assert ((part - expected).abs() <= tolerance * sqnorm).all(), layer
+def reference(model: nn.Module, inputs: Inputs) -> Gradients:
+    samples = ({key: value[i : i + 1] for key, value in inputs.items()} for i in range(B))
+    return sample_gradients(losses_of, model, samples)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_norms_dots_and_totals_of_every_parameter(name):
-    model, inputs = random_model(MODELS[name]), inputs_of(name)
-    gradients = sample_gradients(model, inputs)
+    model, inputs = drawn_anew(MODELS[name]()), inputs_of(name)
+    gradients = reference(model, inputs)
     unused = [key for key in gradients[0] if all(row[key].abs().max() == 0 for row in gradients)]
     assert all("mask_token" in key or "post_layernorm" in key for key in unused), unused  # the test means something
-    check(model, inputs, gradients)
+    check(losses_of, model, inputs, gradients)
 
 
 def test_checkpointed_blocks_in_training_mode():
-    model, inputs = random_model(gpt2), inputs_of("gpt2")
-    gradients = sample_gradients(model, inputs)
+    model, inputs = drawn_anew(gpt2()), inputs_of("gpt2")
+    gradients = reference(model, inputs)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     old_name = getattr(model, "gradient_checkpointing_enable", None)  # 5.17's, and an alias later
     getattr(model.train(), "activation_checkpointing_enable", old_name)()
-    check(model, inputs, gradients)
+    check(losses_of, model, inputs, gradients)
     assert model.training and all(block.training for block in model.transformer.h)
 
 
 def test_frozen_parameters_of_a_tied_model_are_left_out():
-    model, inputs = random_model(bert), inputs_of("bert")
+    model, inputs = drawn_anew(bert()), inputs_of("bert")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("layer.1" in name or "word_embeddings" in name)
-    check(model, inputs, sample_gradients(model, inputs))
+    check(losses_of, model, inputs, reference(model, inputs))
