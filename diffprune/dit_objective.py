@@ -105,5 +105,5 @@ class DitObjective(Objective):
     def forward_of_one(self) -> None:
         config = self.model.config
         labels = torch.zeros(1, dtype=torch.int64) if config.num_classes else None
-        latent = torch.zeros(1, config.in_channels, config.input_size, config.input_size)
+        latent = torch.zeros(1, *config.latent_shape)
         DiT(**asdict(config))(latent, torch.zeros(1), labels)

@@ -26,10 +26,18 @@ from diffprune.files import read_json, sha256_file
 from diffprune.models.kl import KLAutoencoder, build_autoencoder
 from diffprune.models.vqvae import VQVAE
 from diffprune.storage import AnyPath, RemotePath, as_path, local_path
-from diffprune.weight_files import DIFFUSERS_WEIGHTS, in_float32, no_diffusers_weights, read_weights
+from diffprune.weight_files import (
+    DIFFUSERS_WEIGHTS,
+    diffusers_folder,
+    in_float32,
+    no_diffusers_weights,
+    read_weights,
+    substituted,
+)
 
 IMAGE_SIZE = 256  # what the published ones were trained at, where the file does not say
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+_WITHIN = ("vae", "vqvae")  # of a pipeline's folder
 _SIZED = re.compile(r"(.+)@(\d+)")
 
 _ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
@@ -72,7 +80,7 @@ def is_foreign_autoencoder(path: str | Path) -> bool:
     if isinstance(path, RemotePath):  # which then says that it cannot be one
         return path.suffix in _SUFFIXES or (path / "config.json").is_file()
     if path.is_dir():
-        return not (path / STATE_FILE).is_file() and _diffusers_folder(path) is not None
+        return not (path / STATE_FILE).is_file() and diffusers_folder(path, *_WITHIN) is not None
     return path.is_file() or path.suffix in _SUFFIXES
 
 
@@ -95,7 +103,7 @@ def load_foreign_autoencoder(
     """
     path, size = _split(local_path(path, "a checkpoint"))
     if path.is_dir():
-        folder = _diffusers_folder(path) or path
+        folder = diffusers_folder(path, *_WITHIN) or path
         read, file = _diffusers_config(folder / "config.json"), folder / DIFFUSERS_WEIGHTS
         if not file.is_file():
             raise no_diffusers_weights(file)
@@ -119,10 +127,6 @@ def _split(path: str | os.PathLike) -> tuple[AnyPath, int | None]:
     if match is None or given.exists():
         return given, None
     return as_path(match[1]), int(match[2])
-
-
-def _diffusers_folder(path: Path) -> Path | None:
-    return next((folder for folder in (path, path / "vae", path / "vqvae") if (folder / "config.json").is_file()), None)
 
 
 class _Read(NamedTuple):
@@ -183,8 +187,7 @@ def _renamed(tensors: dict[str, Tensor], rules: list[tuple[str, str]], upwards: 
     for name, value in tensors.items():
         if upwards and (found := re.match(rf"decoder\.{upwards}\.(\d+)\.", name)):
             name = f"decoder.{upwards}.{max(numbers) - int(found[1])}.{name[found.end() :]}"
-        for pattern, replacement in rules:
-            name = re.sub(pattern, replacement, name)
+        name = substituted(name, rules)
         if re.search(r"\.attn(_1|\.\d+)\.(q|k|v|proj_out)\.weight$", name) and value.dim() == 2:
             value = value[:, :, None, None]  # a linear layer as a 1×1 convolution
         renamed["codebook" if name == "quantize.embedding.weight" else name] = value

@@ -18,6 +18,7 @@ from diffprune.errors import InputError
 from diffprune.files import read_json
 from diffprune.models.positions import sincos_position_embedding
 from diffprune.storage import AnyPath
+from diffprune.weight_files import diffusers_folder, substituted
 
 _CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # before the first existed it was the second
 _ONLY = {
@@ -46,7 +47,7 @@ def diffusers_dit_folder(path: AnyPath) -> AnyPath | None:
     """Where diffusers' ``config.json`` lies: in ``path``, or in ``transformer`` of a pipeline's folder; else None."""
     if path.suffix in (".pt", ".pth", ".ckpt", ".safetensors"):
         return None
-    return next((folder for folder in (path, path / "transformer") if (folder / "config.json").is_file()), None)
+    return diffusers_folder(path, "transformer")
 
 
 def check_diffusers_config(path: AnyPath, config: DitConfig) -> None:
@@ -76,9 +77,7 @@ def published_names(tensors: dict[str, Tensor], config: DitConfig, path: AnyPath
     side = config.input_size // config.patch_size
     renamed = {"pos_embed": sincos_position_embedding(side, config.hidden_size).unsqueeze(0)}
     for name, value in _with_one_embedder(tensors, path):
-        for pattern, replacement in _NAMES:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = value
+        renamed[substituted(name, _NAMES)] = value
     for name in [name for name in renamed if re.search(r"\.attn\.to_q\.(weight|bias)$", name)]:
         names = [name.replace("to_q", f"to_{one}") for one in "qkv"]
         if all(one in renamed for one in names):  # else they are told to be no part of a DiT

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pickle
+import re
 import struct
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -79,6 +80,19 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor],
     for name, got in tensors.items():
         if name not in expected:
             raise InputError(f"{path}: tensor {name!r} {_describe(got)} is not part of this model's config")
+
+
+def diffusers_folder(path: AnyPath, *within: str) -> AnyPath | None:
+    """Where diffusers' ``config.json`` lies: in ``path``, or in one of these folders of a pipeline's; else None."""
+    folders = (path, *(path / name for name in within))
+    return next((folder for folder in folders if (folder / "config.json").is_file()), None)
+
+
+def substituted(name: str, rules: Iterable[tuple[str, str]]) -> str:
+    """A tensor's name after these substitutions, (pattern, replacement), one after the other."""
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def no_diffusers_weights(path: AnyPath) -> InputError:

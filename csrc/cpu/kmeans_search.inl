@@ -197,7 +197,6 @@ void drop_overtaken(Row& row) {
 bool compare(const Packed& packed, const float* x, Row& row, Counts& counts) {
   const int64_t dimensions = packed.dimensions;
   const auto centroid = [&](int i) { return packed.centroids + row.candidates[i] * dimensions; };
-  drop_overtaken(row);
   counts.candidates += row.count;
   float least = __builtin_inff();
   for (int i = 0; i < row.count; ++i) {
@@ -269,6 +268,7 @@ void decide_among_all(const Packed& packed, const float* x, int32_t& nearest, fl
 
 // The nearest of the candidates, which are in ascending order, and the squared distance to it.
 void decide(const Packed& packed, const float* x, Row& row, int32_t& nearest, float& sqdistance, Counts& counts) {
+  drop_overtaken(row);
   const bool told = compare(packed, x, row, counts);
   if (row.count == 0) {  // no centroid is finite
     nearest = 0, sqdistance = __builtin_nanf("");

@@ -91,7 +91,7 @@ def _timed(step: Callable[[], None]) -> float:
 def _training_step(run: DitRun, batch: int, device: str) -> Callable[[], None]:
     run = with_device(run, device, batch_size=batch, accumulate=1)
     model, ranks = run.model, training_ranks(device, batch)
-    shape = (batch, model.in_channels, model.input_size, model.input_size)
+    shape = (batch, *model.latent_shape)
     values = np.random.default_rng(0).standard_normal(shape).astype(np.float16)
     labels = torch.zeros(batch, dtype=torch.int64) if model.num_classes else None
     keys = [str(row) for row in range(batch)]
