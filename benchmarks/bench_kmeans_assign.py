@@ -20,27 +20,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from benchmarks.clip_like import clip_like
 from diffprune.kernels import cpp, kmeans_assign
 
 N, D, K = map(int, os.environ.get("KMEANS_ASSIGN_SIZE", "100000,384,1000").split(","))
 ROUNDS = 11
 DATA = ("clip-like", "structureless")
 seconds: dict[tuple[str, str], float] = {}  # median, by data and way
-
-
-def clip_like(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    spread = torch.arange(1, D + 1) ** -0.5
-    middles = torch.randn(2 * K, D, generator=generator) * spread
-    points = torch.randn(D, generator=generator) + middles[torch.randint(0, 2 * K, (N,), generator=generator)]
-    points = F.normalize(points + 0.7 * spread * torch.randn(N, D, generator=generator))
-    centroids = points[torch.randperm(N, generator=generator)[:K]]
-    for _ in range(2):
-        labels = kmeans_assign(points, centroids)[0].long()
-        sums = torch.zeros(K, D).index_add_(0, labels, points)
-        centroids = sums / labels.bincount(minlength=K).clamp(min=1)[:, None]
-    return points, centroids
 
 
 def structureless(generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -50,9 +37,8 @@ def structureless(generator: torch.Generator) -> tuple[Tensor, Tensor]:
 @pytest.fixture(scope="module", params=DATA)
 def problem(request: pytest.FixtureRequest) -> tuple[str, Tensor, Tensor, Tensor]:
     """Name, points, centroids and the float64 distance of the nearest centroid."""
-    points, centroids = {"clip-like": clip_like, "structureless": structureless}[request.param](
-        torch.Generator().manual_seed(0)
-    )
+    generator = torch.Generator().manual_seed(0)
+    points, centroids = clip_like(generator, N, K, D) if request.param == "clip-like" else structureless(generator)
     exact = centroids.double()
     nearest = [
         torch.cdist(block.double(), exact, compute_mode="donot_use_mm_for_euclid_dist").amin(dim=1)

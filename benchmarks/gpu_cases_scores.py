@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.clip_like import clip_like
 from benchmarks.gpu_case import Case, Goal, Scale, Way, normal, ours, relative_error, sample_rows
 from diffprune.kernels import (
     kmeans_assign,
@@ -115,7 +116,7 @@ def linear_grad_sqnorm_dot_cases(scale: Scale) -> Iterator[Case]:
 
 
 def kmeans_assign_cases(scale: Scale) -> Iterator[Case]:
-    """Unit vectors in clusters around a common direction, as embeddings of images are; centroids are float32.
+    """Points like embeddings of images, of which the products do not decide all; centroids are float32.
 
     As in a round of k-means: the host does not wait to look at the centroids.
     """
@@ -125,7 +126,7 @@ def kmeans_assign_cases(scale: Scale) -> Iterator[Case]:
         points_bytes = n * d * dtype.itemsize
 
         def make(generator: torch.Generator, dtype: torch.dtype = dtype, k: int = k) -> tuple:
-            return embeddings(generator, n, k, d, dtype)
+            return clip_like(generator, n, k, d, dtype)
 
         def ways() -> list[Way]:
             run = lambda impl, *x: kmeans_assign(*x, impl=impl, check_values=False)  # noqa: E731
@@ -213,44 +214,37 @@ def kmeans_update_delta_cases(scale: Scale) -> Iterator[Case]:
 
 
 def pairwise_topk_cases(scale: Scale) -> Iterator[Case]:
-    """Neighbours of embeddings among themselves."""
+    """Neighbours of points like embeddings among others of the kind."""
     n, d, k = scale.size(32768, 40), scale.size(768, 24), 4
 
     def make(generator: torch.Generator) -> tuple:
-        points, queries = embeddings(generator, n, n, d, torch.float32)
-        return queries, points
+        points, _ = clip_like(generator, 2 * n, scale.size(1000, 7), d)
+        return points[:n], points[n:]
 
-    def check(inputs: tuple, output: Any) -> float:
+    def chosen(inputs: tuple, output: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Float64 distances of some rows' neighbours that were chosen, those of the nearest; and those rows."""
         queries, points = inputs
-        distances, indices = output
         rows = sample_rows(n, 64, points.device)
         some = queries[rows].double()
         expected, _ = pairwise_topk(some, points.double(), k, impl="reference")
-        chosen = (points[indices[rows].long()].double() - some[:, None]).square().sum(dim=2).sqrt()
-        if relative_error(chosen, expected) > 1e-12:  # another neighbour
-            return torch.inf
-        return relative_error(distances[rows], expected)
+        return (points[output[1][rows].long()].double() - some[:, None]).square().sum(dim=2).sqrt(), expected, rows
+
+    def check(inputs: tuple, output: Any) -> float:
+        found, expected, rows = chosen(inputs, output)
+        another = relative_error(found, expected) > 1e-12
+        return torch.inf if another else relative_error(output[0][rows], expected)
+
+    def check_plain(inputs: tuple, output: Any) -> float:  # float32 may choose others: by how much they are farther
+        return relative_error(*chosen(inputs, output)[:2])
 
     def ways() -> list[Way]:
         run = lambda impl, *x: pairwise_topk(*x, k, impl=impl)  # noqa: E731
-        plain = Way("cdist and topk", lambda q, p: _cdist_topk(q, p, k), False, check)
+        plain = Way("cdist and topk", lambda q, p: _cdist_topk(q, p, k), False, check_plain)
         return [*ours(scale, "pairwise_topk", run, check, 1e-6), plain]
 
     moved = 4 * 2 * n * d + 12 * n * k
     shape = {"N": n, "M": n, "D": d, "k": k}
     yield Case("pairwise_topk", "float32", shape, "float32", make, ways, moved, 2 * n * n * d)
-
-
-def embeddings(generator: torch.Generator, n: int, k: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Unit vectors [n, d] of ``dtype`` and k centroids [k, d] float32: a common direction, clusters, noise."""
-    common = _unit(normal(generator, 1, d, dtype=torch.float32))
-    centroids = 0.7 * common + 0.4 * _unit(normal(generator, k, d, dtype=torch.float32))
-    points = torch.empty(n, d, dtype=dtype, device=generator.device)
-    for part in points.split(2**16):
-        labels = torch.randint(k, (len(part),), generator=generator, device=generator.device)
-        noise = _unit(normal(generator, len(part), d, dtype=torch.float32))
-        part.copy_(_unit(centroids[labels] + 0.6 * noise))
-    return points, centroids
 
 
 def _check_assignment(inputs: tuple, output: Any) -> float:
@@ -342,10 +336,6 @@ def _index_add(points: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _cdist_topk(queries: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
     found = [torch.cdist(part, points).topk(k, largest=False) for part in queries.split(2**13)]
     return torch.cat([values for values, _ in found]), torch.cat([indices for _, indices in found])
-
-
-def _unit(x: Tensor) -> Tensor:
-    return x / x.norm(dim=1, keepdim=True)
 
 
 def _name(dtype: torch.dtype) -> str:

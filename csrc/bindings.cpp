@@ -20,6 +20,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("kmeans_round", &kmeans_round, unlocked);
   module.def("kmeans_search", &kmeans_search, unlocked);
   module.def("kmeans_decide", &kmeans_decide, unlocked);
+  module.def("kmeans_search_again", &kmeans_search_again, unlocked);
+  module.def("kmeans_search_again_few", &kmeans_search_again_few);
   module.def("kmeans_update", &kmeans_update, unlocked);
   module.def("flow_matching_loss", &flow_matching_loss, unlocked);
   module.def("flow_matching_loss_tiles", &flow_matching_loss_tiles);

@@ -16,6 +16,16 @@ template <class T>
 struct Matrix {
   const T* data;
   int rows, columns;
+  __device__ int place(int row) const { return row; }
+};
+
+// The rows of such a matrix that a list names, in its order.
+template <class T>
+struct ListedRows {
+  const T* data;
+  int rows, columns;  // rows: how many the list has
+  const int* list;
+  __device__ int place(int row) const { return list[row]; }
 };
 
 // Result (i, j, e) of a thread: rows of the tile from 16·i, columns from 8·j, element e.
@@ -30,15 +40,15 @@ using BlockResults = float[2][8][4];
 
 // 128 × 64 numbers into panels. Not transposed: rows from `major`, columns from `depth`: one panel. Transposed: rows from
 // `depth`, 128 columns from `major`: two panels of 64 rows.
-template <bool Transposed, class T>
-__device__ __forceinline__ void load_tile(unsigned char* target, const Matrix<T>& matrix, int major, int depth) {
+template <bool Transposed, class SomeMatrix>
+__device__ __forceinline__ void load_tile(unsigned char* target, const SomeMatrix& matrix, int major, int depth) {
 #pragma unroll
   for (int i = 0; i < kOperandBytes / 16 / kBlockThreads; ++i) {
     const int piece = threadIdx.x + i * kBlockThreads, chunk = piece % 8, line = piece / 8;
     const int row = Transposed ? depth + line % 64 : major + line;
     const int column = (Transposed ? major + line / 64 * kPanelColumns : depth) + chunk * 8;
     const bool valid = row < matrix.rows && column < matrix.columns;
-    const T* source = valid ? matrix.data + int64_t(row) * matrix.columns + column : matrix.data;
+    const auto* source = valid ? matrix.data + int64_t(matrix.place(row)) * matrix.columns + column : matrix.data;
     copy_async(target + panel_offset(line, chunk), source, valid);
   }
 }
@@ -80,9 +90,9 @@ __device__ __forceinline__ void multiply_stage(BlockResults& results, const unsi
 
 // results = left[left_at ...]·right[right_at ...]ᵀ. Not transposed: both [*, depth]; Transposed: both [depth, *].
 // All threads of the block; the shared memory is free again when it returns.
-template <class T, bool Transposed>
-__device__ __forceinline__ void multiply_block(BlockResults& results, unsigned char* shared, const Matrix<T>& left,
-                                               int left_at, const Matrix<T>& right, int right_at) {
+template <class T, bool Transposed, class Left>
+__device__ __forceinline__ void multiply_block(BlockResults& results, unsigned char* shared, const Left& left, int left_at,
+                                               const Matrix<T>& right, int right_at) {
   const BlockThread thread;
   const int steps = ceil_div(Transposed ? left.rows : left.columns, kBlockDepth);
   auto load = [&](int step) {

@@ -1,4 +1,4 @@
-// kmeans_assign: rounding of the points, the search for sm_80, the decision, and the search in float64 where it is needed.
+// kmeans_assign: rounding of the points, the search for sm_80, and the decision.
 #include "gemm_sm80.cuh"
 #include "kmeans_search.cuh"
 
@@ -8,7 +8,6 @@ namespace {
 
 constexpr int kRowThreads = 256;  // a warp per row
 constexpr int kRowsPerBlock = kRowThreads / 32;
-constexpr int kAgainRows = 4;  // that share one pass over the centroids
 
 __device__ __forceinline__ float warp_max(float value) {
   for (int distance = 16; distance > 0; distance /= 2) value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, distance));
@@ -112,25 +111,14 @@ kmeans_search_sm80(SearchInputs inputs, SearchOutputs outputs, SearchShape shape
     }
 }
 
-// Σ (x − c)² in float64, for every lane.
-template <class T>
-__device__ __forceinline__ double exact_sqdistance(const T* x, const float* c, int dimensions) {
-  double sum = 0;
-  for (int d = threadIdx.x % 32; d < dimensions; d += 32) {
-    const double difference = double(to_float(x[d])) - double(c[d]);
-    sum += difference * difference;
-  }
-  return warp_sum(sum);
-}
-
 // A warp per row. With E a bound of |computed v - exact v| (v = x·c - offset, -‖x - c‖²/2 up to a constant of the row) the
 // nearest centroid has v >= first - 2E: if only the first does, it is the nearest; if only two do, they are compared in
-// float64; otherwise the row is put on the list `again`.
+// float64; otherwise the row is put on the list `again`, and what its v must reach replaces the bound of the others.
 template <class T>
 __global__ void __launch_bounds__(kRowThreads)
 kmeans_decide_rows(const T* points,          // [n, dimensions]
                    const float* centroids,   // [k, dimensions]
-                   const float4* values,     // [n]
+                   float4* values,           // [n]
                    const int2* candidates,   // [n]
                    const float2* norms,      // [n] or null
                    const float* limits,      // [3]
@@ -172,78 +160,17 @@ kmeans_decide_rows(const T* points,          // [n, dimensions]
       if (second < first || (second == first && candidate.y < candidate.x)) nearest = candidate.y;
       squares = static_cast<float>(nearest == candidate.x ? first : second);
     } else if (k > 1) {
-      if (lane == 0) again[1 + atomicAdd(again, 1)] = row;
+      if (lane == 0) {
+        again[1 + atomicAdd(again, 1)] = row;
+        // Where it is not finite v may be NaN: none reaches infinity.
+        values[row].z = twice < 1e30f ? value.x - twice - 1.6e-5f * fabsf(value.x) : INFINITY;
+      }
       return;
     }
   }
   if (lane == 0) {
     assignment[row] = nearest;
     sqdistance[row] = squares;
-  }
-}
-
-// Rows of the list, kAgainRows at a time per block; each warp takes every 8th centroid. Rows do not depend on each other,
-// so their order on the list does not matter.
-template <class T>
-__global__ void __launch_bounds__(kRowThreads, 2)
-kmeans_search_again(const T* points,         // [n, dimensions]
-                    const float* centroids,  // [k, dimensions]
-                    const int* again,        // [1 + n]
-                    int* assignment,         // [n]
-                    float* sqdistance,       // [n]
-                    int k, int dimensions) {
-  double* distances = reinterpret_cast<double*>(shared_memory());                    // [kAgainRows, warps]
-  int* columns = reinterpret_cast<int*>(distances + kAgainRows * kRowsPerBlock);  // [kAgainRows, warps]
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, count = again[0];
-  for (int start = blockIdx.x * kAgainRows; start < count; start += gridDim.x * kAgainRows) {
-    const T* x[kAgainRows];
-    double smallest[kAgainRows];
-    int nearest[kAgainRows];
-#pragma unroll
-    for (int i = 0; i < kAgainRows; ++i) {
-      const int entry = start + i < count ? start + i : count - 1;
-      x[i] = points + int64_t(again[1 + entry]) * dimensions;
-      smallest[i] = INFINITY;
-      nearest[i] = k;
-    }
-    for (int column = warp; column < k; column += kRowsPerBlock) {
-      const float* c = centroids + int64_t(column) * dimensions;
-      double sums[kAgainRows] = {};
-      for (int d = lane; d < dimensions; d += 32) {
-        const double number = c[d];
-#pragma unroll
-        for (int i = 0; i < kAgainRows; ++i) {
-          const double difference = double(to_float(x[i][d])) - number;
-          sums[i] += difference * difference;
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kAgainRows; ++i) {
-        const double sum = warp_sum(sums[i]);
-        if (sum < smallest[i] || nearest[i] == k) {  // NaN: the first column stays
-          smallest[i] = sum;
-          nearest[i] = column;
-        }
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kAgainRows; ++i)
-      if (lane == 0) {
-        distances[i * kRowsPerBlock + warp] = smallest[i];
-        columns[i * kRowsPerBlock + warp] = nearest[i];
-      }
-    __syncthreads();
-    if (threadIdx.x < kAgainRows && start + int(threadIdx.x) < count) {
-      const int first = threadIdx.x * kRowsPerBlock;
-      int best = first;  // warp 0 has column 0
-      for (int i = first + 1; i < first + kRowsPerBlock; ++i)
-        if (columns[i] < k && (distances[i] < distances[best] || (distances[i] == distances[best] && columns[i] < columns[best])))
-          best = i;
-      const int row = again[1 + start + threadIdx.x];
-      assignment[row] = columns[best];
-      sqdistance[row] = static_cast<float>(distances[best]);
-    }
-    __syncthreads();
   }
 }
 
@@ -290,10 +217,6 @@ void kmeans_decide(const Where& where, int dtype, uint64_t points, uint64_t cent
            pointer<T>(points), pointer<float>(centroids), pointer<float4>(values), pointer<int2>(candidates),
            pointer<float2>(norms), pointer<float>(limits), rounding, pointer<int>(again), pointer<int>(assignment),
            pointer<float>(sqdistance), rows, columns, depth);
-    launch("kmeans_search_again", kmeans_search_again<T>, dim3(4 * queue.multiprocessors), kRowThreads,
-           kAlignmentBytes + kAgainRows * kRowsPerBlock * 12, 1, queue.stream, pointer<T>(points),
-           pointer<float>(centroids), pointer<int>(again), pointer<int>(assignment), pointer<float>(sqdistance), columns,
-           depth);
   });
 }
 

@@ -70,6 +70,17 @@ __device__ __forceinline__ void merge_lanes(Best& best) {
   }
 }
 
+// Σ (x − c)² in float64, by a warp, for every lane.
+template <class T>
+__device__ __forceinline__ double exact_sqdistance(const T* x, const float* c, int dimensions) {
+  double sum = 0;
+  for (int d = threadIdx.x % 32; d < dimensions; d += 32) {
+    const double difference = double(to_float(x[d])) - double(c[d]);
+    sum += difference * difference;
+  }
+  return warp_sum(sum);
+}
+
 struct SearchShape {
   int n, k, depth, columns;  // points, centroids, padded dimensions, centroids padded to a multiple of kSearchColumns
 };

@@ -8,6 +8,7 @@ from cuda_case import cuda_ops, launch, path  # noqa: F401
 from torch import Tensor
 
 from diffprune.kernels import kmeans_assign
+from diffprune.kernels.cuda import kmeans_assign as assigning
 
 pytestmark = pytest.mark.usefixtures("path")
 
@@ -26,6 +27,19 @@ def check(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     assert torch.equal(assignment.long(), index.long())
     torch.testing.assert_close(sqdistance.double(), expected.double(), rtol=3e-6, atol=1e-38)
     return assignment, sqdistance
+
+
+@pytest.fixture
+def lists(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Gets of each call how many rows two candidates did not decide, and how many of these few did not."""
+    counts, search = [], assigning.search
+
+    def run(*tensors: Tensor) -> None:
+        search(*tensors)
+        counts.append(tensors[-1][:, 0].tolist())
+
+    monkeypatch.setattr(assigning, "search", run)
+    return counts
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -61,13 +75,33 @@ def test_ties_and_duplicates() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 5, 6, 7])
-def test_all_rows_are_searched_again(n: int) -> None:
-    """The list of rows is full, and its last few are not as many as go through the centroids together.
+@pytest.mark.parametrize("copies", [9, 40])
+def test_all_rows_are_searched_again(n: int, copies: int, lists: list[list[int]]) -> None:
+    """The lists of rows are full, and their last few are not as many as go through the centroids together.
 
     All centroids are equal, so all v are 0: only the tags in their bits differ.
     """
     for dtype in (torch.float32, torch.float16):
-        check(normal(n, 24, seed=1, dtype=dtype), normal(1, 24, seed=2).repeat(9, 1))
+        check(normal(n, 24, seed=1, dtype=dtype), normal(1, 24, seed=2).repeat(copies, 1))
+    assert lists == [[n, n if copies > 32 else 0]] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_few_centroids_that_may_be_nearest(dtype: torch.dtype, lists: list[list[int]]) -> None:
+    """From 3 to 32 are compared in float64, wherever they are; for more, all are. Of ties the first wins."""
+    groups = torch.tensor([3, 31, 32, 33, 45])
+    centroids = (3 * torch.eye(5, 40)).repeat_interleave(groups, dim=0)
+    centroids = centroids[torch.randperm(len(centroids), generator=torch.Generator().manual_seed(0))]
+    centroids[::2] += 1e-6 * normal(72, 40, seed=1)
+    points = (3 * torch.eye(5, 40)).repeat(60, 1) + 0.01 * normal(300, 40, seed=2)
+    check(points.to(dtype), centroids)
+    assert lists == [[300, 120]]
+
+
+def test_products_decide_most_rows(lists: list[list[int]]) -> None:
+    points, centroids = normal(150, 140, seed=1), normal(40, 140, seed=2)
+    check(points, centroids)
+    assert lists[0][0] <= 5 and lists[0][1] == 0
 
 
 @pytest.mark.parametrize("scale", [1e-18, 1e-25, 1e-30])
@@ -77,12 +111,13 @@ def test_values_that_are_subnormal(scale: float) -> None:
     check(scale * normal(60, 24, seed=1), scale * centroids.repeat(2, 1))
 
 
-def test_neighbours_that_float16_cannot_tell_apart() -> None:
+def test_neighbours_that_float16_cannot_tell_apart(lists: list[list[int]]) -> None:
     """Centroids closer to each other than half precision resolves: two of them, three, and many."""
     base = normal(20, 64, seed=1)
     for copies in (2, 3, 7):
         centroids = base.repeat_interleave(copies, dim=0) * (1 + 1e-5 * normal(20 * copies, 1, seed=2))
         check(base + 0.1 * normal(20, 64, seed=3), centroids)
+    assert lists[1:] == [[20, 0], [20, 0]]
 
 
 def test_magnitudes() -> None:

@@ -21,6 +21,7 @@ TESTS = {
     "flow_matching_loss.cu": ("test_cuda_flow_matching_loss",),
     "gemm_sm80.cuh": (DOT, SQNORM),
     "kmeans_assign.cu": (ASSIGN,),
+    "kmeans_assign_again.cu": (ASSIGN,),
     "kmeans_assign_sm90.cu": (ASSIGN,),
     "kmeans_search.cuh": (ASSIGN,),
     "kmeans_update.cu": ("test_cuda_kmeans_update",),
@@ -31,7 +32,8 @@ TESTS = {
 }
 
 NAMES = "n k d dimensions padded count columns rows tiles items end wide high tokens clusters row_tiles strips elements"
-SIZE = rf"(?:shape\.\w+|matrix\.\w+|[xw]\.rows|{'|'.join(NAMES.split())}|steps|ceil_div\([^()]*\)|kAgainRows|Cluster)"
+CONSTANTS = "kTogether|kFewColumns|Cluster"
+SIZE = rf"(?:shape\.\w+|matrix\.\w+|[xw]\.rows|{'|'.join(NAMES.split())}|steps|ceil_div\([^()]*\)|{CONSTANTS})"
 VALUE = r"(?:int\([\w.]+\)|int64_t\([\w.]+\)|[\w.]+(?:\[[\w.]+\])?)(?: [+*] (?:\w+|int\([\w.]+\)))*"
 COMPARISON = re.compile(rf"(?<![\w.\])] )({VALUE}) (<|>=) ({SIZE})\b(?![(\[])")
 MINIMUM = re.compile(r"\bmin\(([\w.]+), ([^()]+)\)")
@@ -45,7 +47,7 @@ UNNOTICEABLE = {
         ("linear_grad_sqnorm_sm90.cu", "item < items -> item <= items"),
     ),
     "work saved: the last rows, or all samples, are summed again to the same": (
-        ("kmeans_assign.cu", "start < count -> start <= count"),
+        ("kmeans_assign_again.cu", "start < count -> start <= count"),
         ("linear_grad_sqnorm.cu", "if (only != nullptr && only[sample] == 0) return; -> ;"),
     ),
     "for what a GPU may make of NaN: here such a row has column 0": (
@@ -53,8 +55,8 @@ UNNOTICEABLE = {
         ("kmeans_assign.cu", "min(candidate.y, k - 1) -> candidate.y"),
     ),
     "a warp without a column holds infinity, which wins nothing": (
-        ("kmeans_assign.cu", "columns[i] < k -> columns[i] <= k"),
-        ("kmeans_assign.cu", "columns[i] < k -> true"),
+        ("kmeans_assign_again.cu", "columns[i] < k -> columns[i] <= k"),
+        ("kmeans_assign_again.cu", "columns[i] < k -> true"),
     ),
 }
 """Why no test here can notice a change -> (file, "before -> after")."""

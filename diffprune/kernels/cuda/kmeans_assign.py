@@ -3,8 +3,9 @@
 argmin ‖x − c‖² is argmax v with v = x·c' − h, c' = c − μ and h = ‖c‖²/2 less a constant, whatever the centre μ. The
 products of x̂ and ĉ', rounded to float16, give v up to a bound E that the roundings, which are known exactly, the norms
 and the tensor cores' additions imply. Of each row the two largest v and a bound of all others are kept: where the first
-leads by more than 2E it is certainly the nearest; where only the second is as near, the two are compared in float64;
-the rest is searched in float64.
+leads by more than 2E it is certainly the nearest; where only the second is as near, the two are compared in float64.
+Other rows are put on a list: their products are made once more, and the centroids within 2E of the first, most often a
+few, are compared in float64; all centroids only where these are more than 32.
 """
 
 from __future__ import annotations
@@ -24,15 +25,25 @@ def refuse(points: Tensor, centroids: Tensor) -> str | None:
 
 
 def run(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """See ``kernels/kmeans_assign.py``.
+    """See ``kernels/kmeans_assign.py``."""
+    n = len(points)
+    assignment = torch.empty(n, dtype=torch.int32, device=points.device)
+    sqdistance = torch.empty(n, dtype=torch.float32, device=points.device)
+    if n > 0:
+        search(points, centroids, assignment, sqdistance, points.new_zeros(2, 1 + n, dtype=torch.int32))
+    return assignment, sqdistance
+
+
+def search(points: Tensor, centroids: Tensor, assignment: Tensor, sqdistance: Tensor, lists: Tensor) -> None:
+    """Writes ``assignment`` and ``sqdistance``; N at least 1.
+
+    ``lists`` [2, 1 + N] int32, zeros, gets how many rows two candidates did not decide, and which; and likewise those
+    of them that were compared with all centroids.
 
     Float16 points are multiplied as they are if D is a multiple of 8; others from a float16 copy, less the centre.
     """
     (n, dimensions), k = points.shape, centroids.shape[0]
-    assignment = torch.empty(n, dtype=torch.int32, device=points.device)
-    sqdistance = torch.empty(n, dtype=torch.float32, device=points.device)
-    if n == 0:
-        return assignment, sqdistance
+    again, rest = lists
     points, centroids = points.contiguous(), centroids.float().contiguous()
     as_they_are = points.dtype == torch.float16 and dimensions % 8 == 0 and points.data_ptr() % 16 == 0
     padded = -(-dimensions // 8) * 8
@@ -40,7 +51,6 @@ def run(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     rounded, offset, unscale, limits = _round_centroids(centroids, centre, padded, as_they_are)
     values = torch.empty(n, 4, dtype=torch.float32, device=points.device)
     candidates = torch.empty(n, 2, dtype=torch.int32, device=points.device)
-    again = points.new_zeros(1 + n, dtype=torch.int32)
     with where(points) as (extension, here):
         x, scale, norms = points, None, None
         if not as_they_are:
@@ -55,7 +65,10 @@ def run(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
         results = map(address, (again, assignment, sqdistance))
         rounding = tensor_core_error(padded)
         extension.kmeans_decide(here, DTYPES[points.dtype], *arrays, rounding, *results, n, k, dimensions)
-    return assignment, sqdistance
+        few = torch.empty(extension.kmeans_search_again_few(here, n), dtype=torch.int32, device=points.device)
+        arrays = map(address, (points, centroids, x, rounded, offset, scale, unscale, values, again, few, rest))
+        results = map(address, (assignment, sqdistance))
+        extension.kmeans_search_again(here, DTYPES[points.dtype], *arrays, *results, n, k, dimensions, padded)
 
 
 def tensor_core_error(depth: int) -> float:
