@@ -129,6 +129,18 @@ def test_far_clusters_with_close_members() -> None:
     check(points, points, 2, exclude_self=True)
 
 
+@pytest.mark.parametrize("near", [0.03125, 0.0625, 0.125])
+@pytest.mark.parametrize("exclude_self", [False, True])
+def test_neighbours_far_beyond_the_nearest(near: float, exclude_self: bool) -> None:
+    """The error of what is not nearest: two points, of which float16 takes the second nearest for the third."""
+    long, x = 1 + 0.98 * 2**-11, near
+    v = x * long - long**2 / 2 - 0.4 * x * 0.98 * 2**-11  # its own, less what rounding takes from the other's v
+    other = (2 * (x * 0.5 - v) - 0.25) ** 0.5
+    points = torch.tensor([[x, 0.0], [0, 0], [long, 0], [0.5, other], [-1.25, -0.5], [-1.25, 0], [-1.25, 0]])
+    for k in (2, 3, 4):
+        check(points if exclude_self else points[:1], points[not exclude_self :], k, exclude_self)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_only_near_points_are_compared(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """What products rule out is not read again: it may have become the query. Also with a far outlier."""
@@ -141,7 +153,7 @@ def test_only_near_points_are_compared(dtype: torch.dtype, monkeypatch: pytest.M
     spoilt = points.clone()
     for i in range(3):
         spoilt[far[i::3]] = queries[i].float()
-    monkeypatch.setattr(selecting, "round_both", lambda rows, _: original(rows, points.to(DEVICE)))
+    monkeypatch.setattr(selecting, "round_both", lambda rows, _, **more: original(rows, points.to(DEVICE), **more))
     found, indices = selecting.run(queries.to(DEVICE), spoilt.to(DEVICE), 2, False)
     assert torch.equal(indices.cpu(), distances.argsort(dim=1)[:, :2])
     assert (found > 1).all()

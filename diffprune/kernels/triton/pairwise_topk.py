@@ -48,7 +48,7 @@ def run(queries: Tensor, points: Tensor, k: int, exclude_self: bool) -> tuple[Te
     indices = torch.empty(n, k, dtype=torch.int64, device=queries.device)
     if n == 0:
         return squares.float(), indices
-    rounded = round_both(queries, points)
+    rounded = round_both(queries, points, neighbours=k + exclude_self)
     value, index, tag = search(rounded, k, exclude_self)
     _, shares, kept = value.shape
     _select_kernel[(n,)](

@@ -1,10 +1,8 @@
 """Nearest columns of each row by float16 products of known error: what ``kmeans_assign`` and ``pairwise_topk`` share.
 
-‖x − c‖² is the smaller, the larger v = (x − μ)·C − ‖C‖²/2 with C = c − μ is, for any centre μ. Tensor cores find v from
-rounded values up to an error E. So a column whose v is more than 2E below another one's is certainly farther, and the
-few that are not are compared in float64. Ties are never decided by v: E is above 0.
-
-All norms and v are in units of a power of two that brings the largest entry of a C next to 2^14.
+‖x − c‖² is the smaller, the larger v = (x − μ)·C − ‖C‖²/2 with C = c − μ is (``rounded_columns.py``). Tensor cores find
+v from rounded values up to an error E. So a column whose v is more than 2E below another one's is certainly farther,
+and the few that are not are compared in float64. Ties are never decided by v: E is above 0.
 
 Rows and columns may be rounded to int8 instead, whose products run at twice the rate and are exact: a row to multiples
 of its largest entry / 127, columns to multiples of the largest of all / 127. What is lost is 40 times as much, so v
@@ -20,10 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffprune.kernels.triton.tiles import matrix
-
-BLOCK = 2**24
-"""Elements of the columns that are held in float64 at a time: 128 MiB."""
+from diffprune.kernels.rounded_columns import centre_of, round_columns
 
 LEAST, MOST = tl.constexpr(2.0**-100), tl.constexpr(2.0**122)
 """Of the scales for int8."""
@@ -34,7 +29,7 @@ NONE = -3e38
 
 @dataclass(frozen=True)
 class Rounded:
-    """Rows and columns in float16, and what ``tolerance`` needs to know of the columns."""
+    """Rows and columns in float16 or int8, and what ``tolerance`` needs to know of the columns."""
 
     rows: Tensor  # [N, D] float16 or int8
     scale: (
@@ -43,9 +38,7 @@ class Rounded:
     columns: Tensor  # [M, D], likewise
     offset: Tensor  # [M] float32: v = scale · step / unit · product − offset
     centre: Tensor  # [D] float32
-    limits: (
-        Tensor  # [6] float32: 1 / unit, smallest ‖C‖, largest ‖C‖, ratio of error to norm, ‖μ‖ if rows keep it, step
-    )
+    limits: Tensor  # [6] float32, see ``round_columns``
 
     @property
     def whole(self) -> bool:
@@ -53,18 +46,14 @@ class Rounded:
         return self.scale is None
 
 
-def round_both(rows: Tensor, columns: Tensor, dtype: torch.dtype = torch.float16) -> Rounded:
+def round_both(rows: Tensor, columns: Tensor, dtype: torch.dtype = torch.float16, neighbours: int = 1) -> Rounded:
     """``rows`` [N, D] with consecutive columns, ``columns`` [M, D]; N, M and D at least 1. Waits for no result.
 
-    ``dtype``: float16, or int8.
-
-    The centre is the median of a sample of columns: no outlier moves it. Rows of float16 keep it, and the offset makes
-    up for that: x·C = (x − μ)·C + μ·C.
+    ``dtype``: float16, or int8. ``neighbours``: how many of each row are looked for. Rows of float16 keep the centre.
     """
     whole = rows.dtype == dtype
-    sample = columns[:: max(1, len(columns) // 256)].float()
-    centre = sample.sort(dim=0).values[len(sample) // 2].contiguous()  # median() is not deterministic on a GPU
-    rounded, offset, limits = _round_columns(columns, centre, whole, dtype)
+    centre, rounded = centre_of(columns), _padded(*columns.shape, columns, dtype)
+    offset, limits = round_columns(columns, centre, rounded, whole=whole, neighbours=neighbours)
     if whole:
         return Rounded(rows, None, rounded, offset, centre, limits)
     (n, depth), step = rows.shape, 256
@@ -83,30 +72,6 @@ def _padded(rows: int, columns: int, like: Tensor, dtype: torch.dtype) -> Tensor
     return torch.empty(rows, triton.cdiv(columns, unit) * unit, dtype=dtype, device=like.device)[:, :columns]
 
 
-def _round_columns(columns: Tensor, centre: Tensor, whole: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    (m, depth), middle = columns.shape, centre.double()
-    lowest, highest = (extreme.double() for extreme in matrix(columns).aminmax(dim=0))
-    largest = torch.maximum(highest - middle, middle - lowest).amax().clamp(min=2.0**-100)
-    per_unit = torch.frexp(largest).mantissa * 2**14 / largest  # a power of two
-    step = torch.ceil(largest * per_unit / 127) if dtype == torch.int8 else torch.ones_like(largest)
-    rounded = _padded(m, depth, columns, dtype)
-    norm, error, offset = torch.empty(3, m, dtype=torch.float64, device=columns.device)
-    height = max(1, BLOCK // depth)
-    for start in range(0, m, height):
-        own = slice(start, start + height)
-        exact = (columns[own].double() - middle) * per_unit
-        rounded[own] = exact if dtype == torch.float16 else (exact / step).round()
-        norm[own] = torch.linalg.vector_norm(exact, dim=1)
-        error[own] = torch.linalg.vector_norm(exact - rounded[own] * step, dim=1)
-        offset[own] = norm[own].square() / 2
-        if whole:
-            offset[own] += exact @ (middle * per_unit)
-    ratio = (error / (norm + 2.0**-14 * depth**0.5)).amax()
-    kept = torch.linalg.vector_norm(middle * per_unit) if whole else torch.zeros_like(ratio)
-    bounds = torch.stack([norm.amin(), norm.amax(), ratio, kept]) * (1 + 2**-20)  # not below after rounding
-    return rounded, offset.float(), torch.cat([per_unit.view(1), bounds, step.view(1)]).float()
-
-
 @triton.jit
 def tolerance(
     size,  # ‖x̂‖: of what was multiplied
@@ -118,17 +83,18 @@ def tolerance(
     """2E for the columns that can be nearest. Norms are float32 sums of D squares.
 
     |v − exact| is at most, in this order, of the rounding of the rows, of the columns and of the sums:
-    lost·‖C‖ + size·‖C − Ĉ‖ + τ·size·‖Ĉ‖, and some 2^-23 of v and of the offset. ‖C − Ĉ‖ <= ratio·(‖C‖ + floor): the
+    lost·‖Ĉ‖ + reach·‖C − Ĉ‖ + τ·size·‖Ĉ‖, and some 2^-23 of v and of the offset. ‖C − Ĉ‖ <= ratio·(‖C‖ + floor): the
     floor is for entries that are subnormal in float16.
 
-    τ = (D + 16)·2^-22. A tensor core adds exact products to an accumulator some at a time, aligned to the largest of
-    them, cuts each off below the 24 bits of float32 and cuts the sum: at most b + 2 errors of 2^-23 of the largest, for
-    b products (Fasi, Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor cores", PeerJ CS 2021, for V100,
-    T4, A100; Khattak, Mikaitis, "Accurate models of NVIDIA tensor cores", arXiv 2512.07004, for H100 and B200, which
-    keep more bits). No partial sum exceeds size·‖Ĉ‖. τ allows for two such errors per product: enough for any b >= 2.
+    τ = (D + 16)·1.5·2^-23. A tensor core adds b exact products to an accumulator at a time, aligned to the largest of
+    them, cuts each off below the 24 bits of float32 and cuts the sum: at most b + 2 errors of 2^-23 of the largest
+    (Fasi, Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor cores", PeerJ CS 2021: b is 4 on V100 and 8
+    on A100; Khattak, Mikaitis, "Accurate models of NVIDIA tensor cores", arXiv 2512.07004, for H100 and B200, which
+    keep more bits). No partial sum exceeds size·‖Ĉ‖. τ allows for 1.5 such errors per product: enough for b >= 4.
 
-    Of all ‖C‖ up to 2·reach + smallest ‖C‖ + 2·slope: a column of a larger norm is not the nearest, and the larger its
-    norm, the faster (x − μ)·C − ‖C‖²/2 falls against the error. So a far outlier does not loosen the bound.
+    Of all ‖C‖ up to 2·reach + ‖C'‖ + 2·slope, C' that of the neighbours-th smallest norm: a column of a larger norm is
+    farther than these, and the larger its norm, the faster (x − μ)·C − ‖C‖²/2 falls against the error. So a far outlier
+    does not loosen the bound.
 
     v overflows only where a row is over 1e20 times as far from the columns as these are from one another: then all its
     distances are the same in float64.
@@ -136,9 +102,9 @@ def tolerance(
     smallest, largest = tl.load(limits_ptr + 1), tl.load(limits_ptr + 2)
     ratio, kept = tl.load(limits_ptr + 3), tl.load(limits_ptr + 4)
     width = depth * 1.0
-    sums = (width + 16) * 0.0000002384185791015625  # 2^-22
+    sums = (width + 16) * 0.00000017881393432617188  # 1.5 * 2^-23
     floor = 0.00006103515625 * tl.sqrt(width)  # 2^-14
-    slope = lost + size * (ratio + (1.01 + ratio) * (sums + 1.2e-7)) + 1.2e-7 * (kept + reach)
+    slope = lost + (lost + reach) * ratio + size * (1.01 + ratio) * (sums + 1.2e-7) + 1.2e-7 * (kept + reach)
     length = tl.minimum(2 * reach + smallest + 2 * slope, largest) + floor
     return (2.02 + 5e-7 * width) * length * (slope + 1.2e-7 * length) + 1e-30  # 1% for what is of second order
 
