@@ -61,7 +61,7 @@ kmeans_search_sm80(SearchInputs inputs, SearchOutputs outputs, SearchShape shape
   unsigned char* shared = shared_memory();
   const BlockThread thread;
   const int first_row = blockIdx.x * kBlockTile;
-  const float unscale = inputs.unscale[0];
+  const float per_unit = inputs.per_unit[0];
   Best best[2][2];
   float scale[2][2];
 #pragma unroll
@@ -69,7 +69,7 @@ kmeans_search_sm80(SearchInputs inputs, SearchOutputs outputs, SearchShape shape
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = first_row + thread.row(i, 2 * half);
-      scale[i][half] = unscale * (inputs.scale != nullptr && row < shape.n ? inputs.scale[row] : 1.0f);
+      scale[i][half] = per_unit * (inputs.scale != nullptr && row < shape.n ? inputs.scale[row] : 1.0f);
     }
   for (int column = 0; column < shape.k; column += kBlockTile) {
     BlockResults products;
@@ -111,21 +111,33 @@ kmeans_search_sm80(SearchInputs inputs, SearchOutputs outputs, SearchShape shape
     }
 }
 
-// A warp per row. With E a bound of |computed v - exact v| (v = x·c - offset, -‖x - c‖²/2 up to a constant of the row) the
-// nearest centroid has v >= first - 2E: if only the first does, it is the nearest; if only two do, they are compared in
-// float64; otherwise the row is put on the list `again`, and what its v must reach replaces the bound of the others.
+// 2E for the columns that can be nearest, E as in diffprune/kernels/triton/search.py, tolerance: there is why. size: ‖x̂‖ of
+// what was multiplied; lost: ‖x − μ − x̂‖; reach: ‖x − μ‖.
+__device__ __forceinline__ float tolerance(float size, float lost, float reach, const float* limits, int dimensions) {
+  const float smallest = limits[1], largest = limits[2], ratio = limits[3], kept = limits[4];
+  const float sums = (dimensions + 16) * 1.7881393e-7f;  // 1.5 * 2^-23
+  const float floor = 6.1035156e-5f * sqrtf(float(dimensions));
+  const float slope =
+      lost + (lost + reach) * ratio + size * (1.01f + ratio) * (sums + 1.2e-7f) + 1.2e-7f * (kept + reach);
+  const float length = fminf(2.0f * reach + smallest + 2.0f * slope, largest) + floor;
+  return (2.02f + 5e-7f * dimensions) * length * (slope + 1.2e-7f * length) + 1e-30f;
+}
+
+// A warp per row. The nearest centroid has v >= first - 2E: if only the first does, it is the nearest; if only two do, they
+// are compared in float64; otherwise the row is put on the list `again`, and what its v must reach replaces the bound of the
+// others.
 template <class T>
 __global__ void __launch_bounds__(kRowThreads)
-kmeans_decide_rows(const T* points,          // [n, dimensions]
-                   const float* centroids,   // [k, dimensions]
-                   float4* values,           // [n]
-                   const int2* candidates,   // [n]
-                   const float2* norms,      // [n] or null
-                   const float* limits,      // [3]
-                   float rounding,
-                   int* again,               // [1 + n]: how many rows, the rows
-                   int* assignment,          // [n]
-                   float* sqdistance,        // [n]
+kmeans_decide_rows(const T* points,         // [n, dimensions]
+                   const float* centroids,  // [k, dimensions]
+                   const float* centre,     // [dimensions]
+                   float4* values,          // [n]
+                   const int2* candidates,  // [n]
+                   const float2* norms,     // [n], or null: the points are multiplied as they are
+                   const float* limits,     // [6]
+                   int* again,              // [1 + n]: how many rows, the rows
+                   int* assignment,         // [n]
+                   float* sqdistance,       // [n]
                    int n, int k, int dimensions) {
   const int row = blockIdx.x * kRowsPerBlock + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (row >= n) return;
@@ -135,20 +147,23 @@ kmeans_decide_rows(const T* points,          // [n, dimensions]
   candidate.x = min(candidate.x, k - 1);  // rows without a comparable value have any column
   candidate.y = min(candidate.y, k - 1);
   const float* c = centroids + int64_t(candidate.x) * dimensions;
-  float squares = 0, norm = 0;
+  float squares = 0, size = 0, reach = 0;
 #pragma unroll 4
   for (int d = lane; d < dimensions; d += 32) {
-    const float number = to_float(x[d]), difference = number - c[d];
+    const float number = to_float(x[d]), difference = number - c[d], own = number - centre[d];
     squares += difference * difference;
-    norm += number * number;
+    size += number * number;
+    reach += own * own;
   }
   squares = warp_sum(squares);
-  norm = sqrtf(warp_sum(norm)) * (1.0f + dimensions * 1.2e-7f);
-  const float2 own = norms != nullptr ? norms[row] : make_float2(norm, 0.0f);
-  const float largest = limits[0], error = limits[1], offset = limits[2];
-  const float twice = 2.0f * 1.0001f * (own.y * largest + own.x * error + rounding * own.x * (largest + error) +
-                                        2.4e-7f * ((own.x + own.y) * largest + offset)) +
-                      1e-30f;  // below it the tags are no small part of a value: of 0, say, where all centroids are equal
+  const float per_unit = limits[0];
+  float twice;
+  if (norms == nullptr) {
+    twice = tolerance(per_unit * sqrtf(warp_sum(size)), 0, per_unit * sqrtf(warp_sum(reach)), limits, dimensions);
+  } else {
+    const float rounded = per_unit * norms[row].x, lost = per_unit * norms[row].y;
+    twice = tolerance(rounded, lost, rounded + lost, limits, dimensions);
+  }
   // 2^-16: the tags in the last bits of both values, twice over.
   const bool one = value.x - value.y > twice + 1.6e-5f * (fabsf(value.x) + fabsf(value.y));
   const bool two = value.x - value.z > twice + 1.6e-5f * (fabsf(value.x) + fabsf(value.z));
@@ -162,8 +177,8 @@ kmeans_decide_rows(const T* points,          // [n, dimensions]
     } else if (k > 1) {
       if (lane == 0) {
         again[1 + atomicAdd(again, 1)] = row;
-        // Where it is not finite v may be NaN: none reaches infinity.
-        values[row].z = twice < 1e30f ? value.x - twice - 1.6e-5f * fabsf(value.x) : INFINITY;
+        // Where it is not finite v may be NaN or infinite: none reaches NaN.
+        values[row].z = twice < 1e37f ? value.x - twice - 1.6e-5f * fabsf(value.x) : NAN;
       }
       return;
     }
@@ -193,10 +208,10 @@ void kmeans_round(const Where& where, int dtype, uint64_t points, uint64_t centr
   });
 }
 
-void kmeans_search(const Where& where, uint64_t x, uint64_t c, uint64_t offset, uint64_t scale, uint64_t unscale,
+void kmeans_search(const Where& where, uint64_t x, uint64_t c, uint64_t offset, uint64_t scale, uint64_t per_unit,
                    uint64_t values, uint64_t candidates, int64_t n, int64_t k, int64_t padded, int64_t columns) {
   const Queue queue(where);
-  const SearchInputs inputs{x, c, pointer<float>(offset), pointer<float>(scale), pointer<float>(unscale)};
+  const SearchInputs inputs{x, c, pointer<float>(offset), pointer<float>(scale), pointer<float>(per_unit)};
   const SearchOutputs outputs{pointer<float4>(values), pointer<int2>(candidates)};
   const SearchShape shape{narrow(n, "points"), narrow(k, "centroids"), narrow(padded, "dimensions"),
                           narrow(columns, "centroids")};
@@ -206,17 +221,17 @@ void kmeans_search(const Where& where, uint64_t x, uint64_t c, uint64_t offset, 
   if (queue.path == 80) search_sm80(queue, inputs, outputs, shape);
 }
 
-void kmeans_decide(const Where& where, int dtype, uint64_t points, uint64_t centroids, uint64_t values,
-                   uint64_t candidates, uint64_t norms, uint64_t limits, float rounding, uint64_t again,
-                   uint64_t assignment, uint64_t sqdistance, int64_t n, int64_t k, int64_t dimensions) {
+void kmeans_decide(const Where& where, int dtype, uint64_t points, uint64_t centroids, uint64_t centre, uint64_t values,
+                   uint64_t candidates, uint64_t norms, uint64_t limits, uint64_t again, uint64_t assignment,
+                   uint64_t sqdistance, int64_t n, int64_t k, int64_t dimensions) {
   const Queue queue(where);
   const int rows = narrow(n, "points"), columns = narrow(k, "centroids"), depth = narrow(dimensions, "dimensions");
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
     launch("kmeans_decide", kmeans_decide_rows<T>, dim3(ceil_div(rows, kRowsPerBlock)), kRowThreads, 0, 1, queue.stream,
-           pointer<T>(points), pointer<float>(centroids), pointer<float4>(values), pointer<int2>(candidates),
-           pointer<float2>(norms), pointer<float>(limits), rounding, pointer<int>(again), pointer<int>(assignment),
-           pointer<float>(sqdistance), rows, columns, depth);
+           pointer<T>(points), pointer<float>(centroids), pointer<float>(centre), pointer<float4>(values),
+           pointer<int2>(candidates), pointer<float2>(norms), pointer<float>(limits), pointer<int>(again),
+           pointer<int>(assignment), pointer<float>(sqdistance), rows, columns, depth);
   });
 }
 

@@ -40,7 +40,7 @@ kmeans_search_few(const T* points,         // [n, dimensions]
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int entry = start + thread.row(i, 2 * half), row = entry < count ? again[1 + entry] : 0;
-        scale[i][half] = inputs.unscale[0] * (inputs.scale != nullptr ? inputs.scale[row] : 1.0f);
+        scale[i][half] = inputs.per_unit[0] * (inputs.scale != nullptr ? inputs.scale[row] : 1.0f);
         least[i][half] = entry < count ? values[row].z : INFINITY;
       }
     for (int column = 0; column < shape.k; column += kBlockTile) {
@@ -162,11 +162,11 @@ int64_t kmeans_search_again_few(const Where& where, int64_t n) {
 }
 
 void kmeans_search_again(const Where& where, int dtype, uint64_t points, uint64_t centroids, uint64_t x, uint64_t c,
-                         uint64_t offset, uint64_t scale, uint64_t unscale, uint64_t values, uint64_t again, uint64_t few,
+                         uint64_t offset, uint64_t scale, uint64_t per_unit, uint64_t values, uint64_t again, uint64_t few,
                          uint64_t rest, uint64_t assignment, uint64_t sqdistance, int64_t n, int64_t k, int64_t dimensions,
                          int64_t padded) {
   const Queue queue(where);
-  const SearchInputs inputs{x, c, pointer<float>(offset), pointer<float>(scale), pointer<float>(unscale)};
+  const SearchInputs inputs{x, c, pointer<float>(offset), pointer<float>(scale), pointer<float>(per_unit)};
   const SearchShape shape{narrow(n, "points"), narrow(k, "centroids"), narrow(padded, "dimensions"), 0};
   const int depth = narrow(dimensions, "dimensions");
   const int blocks = int(kmeans_search_again_few(where, n) / (kBlockTile * kFewColumns));

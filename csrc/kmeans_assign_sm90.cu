@@ -36,14 +36,14 @@ kmeans_search_sm90(const __grid_constant__ CUtensorMap x_map,  // [n, depth], bo
   } else {
     registers_grow<kConsumerRegisters>();
     const int lane = threadIdx.x % 32, half = warpgroup - 1;
-    const float unscale = inputs.unscale[0];
+    const float per_unit = inputs.per_unit[0];
     for (int row_tile = blockIdx.x / 2; row_tile < row_tiles; row_tile += gridDim.x / 2) {
       const int row = row_tile * kClusterRows + rank * kTileRows + half * 64 + threadIdx.x / 32 % 4 * 16 + lane / 4;
       Best best[2];
       float scale[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        scale[i] = unscale * (inputs.scale != nullptr && row + 8 * i < shape.n ? inputs.scale[row + 8 * i] : 1.0f);
+        scale[i] = per_unit * (inputs.scale != nullptr && row + 8 * i < shape.n ? inputs.scale[row + 8 * i] : 1.0f);
       for (int column = 0; column < shape.k; column += kSearchColumns) {
         float products[kSearchColumns / 2];
         multiply<__half, kSearchColumns, false>(products, ring, steps, half * kPanelBytes, kXBytes);

@@ -89,7 +89,7 @@ struct SearchInputs {
   uint64_t x, c;         // [n, depth], [k, depth] float16
   const float* offset;   // [columns]
   const float* scale;    // [n] or null
-  const float* unscale;  // [1]
+  const float* per_unit;  // [1]
 };
 
 struct SearchOutputs {

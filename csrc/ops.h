@@ -42,26 +42,25 @@ void linear_grad_sqnorm_token(const Where& where, int dtype, uint64_t a, uint64_
 void kmeans_round(const Where& where, int dtype, uint64_t points, uint64_t centre, uint64_t rounded, uint64_t scale,
                   uint64_t norms, int64_t n, int64_t dimensions, int64_t padded);
 
-// Candidates for the nearest of k centroids: the largest v = scale[row]·unscale·(x̂·ĉ) - offset[k] of each row.
+// Candidates for the nearest of k centroids: the largest v = scale[row]·per_unit·(x̂·ĉ) - offset[k] of each row.
 // x [n, padded] and c [k, padded] float16, padded a multiple of 8; offset [columns] float32, columns a multiple of 256 that
-// holds k, 3e38 from k on; scale [n] float32 or 0 for 1; unscale [1].
+// holds k, 3e38 from k on; scale [n] float32 or 0 for 1; per_unit [1].
 // values [n, 4]: the largest v, the second, a bound of all others; candidates [n, 2] int32: their columns.
-void kmeans_search(const Where& where, uint64_t x, uint64_t c, uint64_t offset, uint64_t scale, uint64_t unscale,
+void kmeans_search(const Where& where, uint64_t x, uint64_t c, uint64_t offset, uint64_t scale, uint64_t per_unit,
                    uint64_t values, uint64_t candidates, int64_t n, int64_t k, int64_t padded, int64_t columns);
 
 // Decides: assignment [n] int32 and sqdistance [n] float32 from the candidates; rows that they cannot decide go to the list
 // `again`, and values[row, 2] to the least v of those that may be nearest. points [n, dimensions] of `dtype`, centroids
-// [k, dimensions] float32, norms as above or 0 where x is the points themselves. limits [3] float32: max ‖c - centre‖,
-// max ‖c - centre - ĉ‖, max |offset|, each rounded up. rounding: relative error of a product in the tensor cores. again:
-// int32 [1 + n]: how many, 0 on entry, and the rows.
-void kmeans_decide(const Where& where, int dtype, uint64_t points, uint64_t centroids, uint64_t values,
-                   uint64_t candidates, uint64_t norms, uint64_t limits, float rounding, uint64_t again,
-                   uint64_t assignment, uint64_t sqdistance, int64_t n, int64_t k, int64_t dimensions);
+// [k, dimensions] and centre [dimensions] float32; norms as above, or 0 where x is the points themselves; limits [6]: see
+// diffprune/kernels/rounded_columns.py. again: int32 [1 + n]: how many, 0 on entry, and the rows.
+void kmeans_decide(const Where& where, int dtype, uint64_t points, uint64_t centroids, uint64_t centre, uint64_t values,
+                   uint64_t candidates, uint64_t norms, uint64_t limits, uint64_t again, uint64_t assignment,
+                   uint64_t sqdistance, int64_t n, int64_t k, int64_t dimensions);
 
 // Searches the rows of `again`: their v are computed once more, and the few centroids that may be nearest are compared in
 // float64; all of them where they are not few. few: int32 [kmeans_search_again_few]; rest: a list likewise, 0 on entry.
 void kmeans_search_again(const Where& where, int dtype, uint64_t points, uint64_t centroids, uint64_t x, uint64_t c,
-                         uint64_t offset, uint64_t scale, uint64_t unscale, uint64_t values, uint64_t again, uint64_t few,
+                         uint64_t offset, uint64_t scale, uint64_t per_unit, uint64_t values, uint64_t again, uint64_t few,
                          uint64_t rest, uint64_t assignment, uint64_t sqdistance, int64_t n, int64_t k, int64_t dimensions,
                          int64_t padded);
 int64_t kmeans_search_again_few(const Where& where, int64_t n);

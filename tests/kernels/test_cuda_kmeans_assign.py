@@ -25,7 +25,7 @@ def check(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     blocks = [(x[:, None] - centroids.double()).square().sum(dim=2) for x in points.double().split(64)]
     expected, index = torch.cat(blocks).min(dim=1) if blocks else (points.new_empty(0), points.new_empty(0))
     assert torch.equal(assignment.long(), index.long())
-    torch.testing.assert_close(sqdistance.double(), expected.double(), rtol=3e-6, atol=1e-38)
+    torch.testing.assert_close(sqdistance, expected.float(), rtol=3e-6, atol=1e-38)
     return assignment, sqdistance
 
 
@@ -98,10 +98,18 @@ def test_few_centroids_that_may_be_nearest(dtype: torch.dtype, lists: list[list[
     assert lists == [[300, 120]]
 
 
-def test_products_decide_most_rows(lists: list[list[int]]) -> None:
-    points, centroids = normal(150, 140, seed=1), normal(40, 140, seed=2)
-    check(points, centroids)
-    assert lists[0][0] <= 5 and lists[0][1] == 0
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", ["centred", "off the origin", "outlier", "small"])
+def test_products_decide_most_rows(dtype: torch.dtype, shape: str, lists: list[list[int]]) -> None:
+    points, centroids = normal(150, 144, seed=1), normal(40, 144, seed=2)
+    if shape == "off the origin":
+        points, centroids = points + 10, centroids + 10
+    if shape == "outlier":
+        centroids[7] = 1e5
+    if shape == "small" and dtype != torch.float16:
+        points, centroids = 1e-19 * points, 1e-19 * centroids
+    check(points.to(dtype), centroids)
+    assert lists[0][0] <= 6 and lists[0][1] == 0
 
 
 @pytest.mark.parametrize("scale", [1e-18, 1e-25, 1e-30])
@@ -118,6 +126,37 @@ def test_neighbours_that_float16_cannot_tell_apart(lists: list[list[int]]) -> No
         centroids = base.repeat_interleave(copies, dim=0) * (1 + 1e-5 * normal(20 * copies, 1, seed=2))
         check(base + 0.1 * normal(20, 64, seed=3), centroids)
     assert lists[1:] == [[20, 0], [20, 0]]
+
+
+@pytest.mark.parametrize("rounded", ["point", "centroid"])
+def test_rounding_that_takes_most(rounded: str) -> None:
+    """Of the nearest centroid's v, and nothing of the others': products of float16 prefer the next."""
+    lost = 0.98 * 2**-11
+    x, long = (0.5 * (1 + lost), 1.0) if rounded == "point" else (0.5, 1 + lost)
+    v = x * long - long**2 / 2 - 0.2 * lost * x
+    square = 2 * (0.25 * x - v) - 0.0625
+    up = torch.tensor(square - 1e-4).sqrt().half().double()
+    rest = (square - up**2).sqrt().half()
+    others = [[0, -2, -2], [-1.25, -0.5, 0], [-1.25, 0, 0]]
+    centroids = torch.tensor([[0.25, up.item(), rest.item()], [long, 0, 0], *others])
+    point = torch.tensor([[x, 0.0, 0.0]])
+    products = (point.half().float() @ centroids.half().float().T)[0] - centroids.square().sum(dim=1) / 2
+    assert products.argmax() == 0
+    check(point, centroids)
+
+
+def test_columns_in_the_bits_of_values_do_not_decide() -> None:
+    """Centroids on a circle, points near its middle: v differ by less than the last bits that hold the columns."""
+    angle = torch.arange(240) * (2 * torch.pi / 240)
+    centroids = torch.stack([angle.cos(), angle.sin()], dim=1)
+    check(2e-3 * normal(300, 2, seed=1), centroids[torch.randperm(240, generator=torch.Generator().manual_seed(0))])
+
+
+def test_points_and_centroids_of_different_size() -> None:
+    """Products that overflow, or vanish, against the centroids' norms."""
+    points = torch.cat([normal(8, 5, seed=1) * 1e36, normal(8, 5, seed=2) * 1e-36])
+    for size in (1.0, 1e-34, 1e34):
+        check(points, normal(9, 5, seed=3) * size)
 
 
 def test_magnitudes() -> None:

@@ -1,11 +1,10 @@
 """``kmeans_assign`` by float16 products on tensor cores that are certified, and float64 where they cannot decide.
 
-argmin ‖x − c‖² is argmax v with v = x·c' − h, c' = c − μ and h = ‖c‖²/2 less a constant, whatever the centre μ. The
-products of x̂ and ĉ', rounded to float16, give v up to a bound E that the roundings, which are known exactly, the norms
-and the tensor cores' additions imply. Of each row the two largest v and a bound of all others are kept: where the first
-leads by more than 2E it is certainly the nearest; where only the second is as near, the two are compared in float64.
-Other rows are put on a list: their products are made once more, and the centroids within 2E of the first, most often a
-few, are compared in float64; all centroids only where these are more than 32.
+The nearest centroid has the largest v (``rounded_columns.py``), which products give up to a bound E. Of each row the
+two largest v and a bound of all others are kept: where the first leads by more than 2E it is certainly the nearest;
+where only the second is as near, the two are compared in float64. Other rows are put on a list: their products are made
+once more, and the centroids within 2E of the first, most often a few, are compared in float64; all of them only where
+these are more than 32.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffprune.kernels.cuda import DTYPES, HALF, address, refuse_inputs, where
+from diffprune.kernels.rounded_columns import centre_of, round_columns
 
 TILE = 256
 """Centroids are padded to a multiple of it, with values that never win."""
@@ -47,8 +47,9 @@ def search(points: Tensor, centroids: Tensor, assignment: Tensor, sqdistance: Te
     points, centroids = points.contiguous(), centroids.float().contiguous()
     as_they_are = points.dtype == torch.float16 and dimensions % 8 == 0 and points.data_ptr() % 16 == 0
     padded = -(-dimensions // 8) * 8
-    centre = centroids.double().mean(dim=0).float()
-    rounded, offset, unscale, limits = _round_centroids(centroids, centre, padded, as_they_are)
+    centre, rounded = centre_of(centroids), centroids.new_zeros(k, padded, dtype=torch.float16)
+    offset, limits = round_columns(centroids, centre, rounded[:, :dimensions], whole=as_they_are)
+    columns = torch.nn.functional.pad(offset.clamp(-1e38, 1e38), (0, -k % TILE), value=3e38)
     values = torch.empty(n, 4, dtype=torch.float32, device=points.device)
     candidates = torch.empty(n, 2, dtype=torch.int32, device=points.device)
     with where(points) as (extension, here):
@@ -59,46 +60,12 @@ def search(points: Tensor, centroids: Tensor, assignment: Tensor, sqdistance: Te
             norms = torch.empty(n, 2, dtype=torch.float32, device=points.device)
             arrays = map(address, (points, centre, x, scale, norms))
             extension.kmeans_round(here, DTYPES[points.dtype], *arrays, n, dimensions, padded)
-        arrays = map(address, (x, rounded, offset, scale, unscale, values, candidates))
-        extension.kmeans_search(here, *arrays, n, k, padded, len(offset))
-        arrays = map(address, (points, centroids, values, candidates, norms, limits))
+        arrays = map(address, (x, rounded, columns, scale, limits, values, candidates))
+        extension.kmeans_search(here, *arrays, n, k, padded, len(columns))
+        arrays = map(address, (points, centroids, centre, values, candidates, norms, limits))
         results = map(address, (again, assignment, sqdistance))
-        rounding = tensor_core_error(padded)
-        extension.kmeans_decide(here, DTYPES[points.dtype], *arrays, rounding, *results, n, k, dimensions)
+        extension.kmeans_decide(here, DTYPES[points.dtype], *arrays, *results, n, k, dimensions)
         few = torch.empty(extension.kmeans_search_again_few(here, n), dtype=torch.int32, device=points.device)
-        arrays = map(address, (points, centroids, x, rounded, offset, scale, unscale, values, again, few, rest))
+        arrays = map(address, (points, centroids, x, rounded, columns, scale, limits, values, again, few, rest))
         results = map(address, (assignment, sqdistance))
         extension.kmeans_search_again(here, DTYPES[points.dtype], *arrays, *results, n, k, dimensions, padded)
-
-
-def tensor_core_error(depth: int) -> float:
-    """Bound of |computed − exact| of a product, relative to the norms' product.
-
-    A tensor core adds 4, 8 or 16 exact products to an accumulator at a time, aligned to the largest of them and cut off
-    below its last bit, and cuts the result (Fasi et al., "Numerical behavior of NVIDIA tensor cores", PeerJ 2021): at
-    most 24 errors of 2^-23 of the largest number per 16 products, and no number exceeds the norms' product.
-    """
-    return 2.0**-23 * 24 * (-(-depth // 16) + 1)
-
-
-def _round_centroids(
-    centroids: Tensor, centre: Tensor, padded: int, whole: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """ĉ' [K, padded] float16, h [columns] float32, the factor that undoes ĉ's scale [1], and the limits [3].
-
-    whole: the points keep their centre, so that h has to make up for it.
-    """
-    k, dimensions = centroids.shape
-    exact = centroids.double() - centre.double()
-    largest = exact.abs().amax().clamp(min=1e-30)
-    scale = torch.exp2(14 - torch.ceil(torch.log2(largest)))  # the largest number is in [2^13, 2^14]
-    rounded = centroids.new_zeros(k, padded, dtype=torch.float16)
-    rounded[:, :dimensions] = exact * scale
-    error = exact - rounded[:, :dimensions].double() / scale
-    offset = exact.square().sum(dim=1) / 2
-    if whole:
-        offset += exact @ centre.double()
-    columns = centroids.new_full((-(-k // TILE) * TILE,), 3e38)
-    columns[:k] = offset.clamp(-1e38, 1e38)
-    limits = torch.stack([exact.norm(dim=1).amax(), error.norm(dim=1).amax(), offset.abs().amax()]) * (1 + 1e-6)
-    return rounded, columns, (1 / scale).float().view(1), limits.float()
