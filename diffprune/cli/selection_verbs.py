@@ -71,8 +71,8 @@ def score(
     batch_size: Annotated[
         str | None,
         typer.Option(
-            help="Draws at a time, or auto. By default 64, or fewer if the CPU's memory wants it; halved where it runs out. "
-            "Does not change the result.",
+            help="Draws at a time, or auto; by default 64, on the CPU fewer if its memory is short. Halved where memory "
+            "runs out. Does not change the result.",
             rich_help_panel="How it runs",
         ),
     ] = None,
