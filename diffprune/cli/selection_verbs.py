@@ -71,7 +71,7 @@ def score(
     batch_size: Annotated[
         str | None,
         typer.Option(
-            help="Draws at a time, or auto; by default 64, on the CPU fewer if its memory is short. Halved where memory "
+            help="Draws at a time, or auto. By default 64, on the CPU fewer if its memory is short; halved where it "
             "runs out. Does not change the result.",
             rich_help_panel="How it runs",
         ),
