@@ -307,7 +307,7 @@ def test_a_run_on_a_gpu_builds_then_tests_then_measures(tmp_path: Path, monkeypa
     monkeypatch.setattr(gpu, "run_worker", worker)
     out = tmp_path / "x.json"
     assert gpu.main(["--only", "pairwise_topk", "--out", str(out)]) == int(failed)
-    assert steps == ["80;90a", "tests", "ceilings", "pairwise_topk"]
+    assert steps == ["90a", "tests", "ceilings", "pairwise_topk"]
     result = json.loads(out.read_text())
     statuses = {r["implementation"]: r["status"] for r in result["records"] if r["op"] == "pairwise_topk"}
     assert statuses == {"triton": "error", "cdist and topk": "skipped"}
