@@ -101,6 +101,17 @@ def kernel_tests(
     return {"status": result, "seconds": wall, **total, "by_file": by_file, "failed_tests": failed[:200], **end}
 
 
+def idle_time(seconds: float) -> dict[str, Any]:
+    """What benchmarks/gpu_idle.py finds: "idle_share" and more; status "ok", or "unavailable" and why."""
+    if find_spec("pyarrow") is None:
+        return {"status": "unavailable", "reason": "needs the package pyarrow, which reads and writes tables"}
+    status, output, wall = run_limited([sys.executable, "-m", "benchmarks.gpu_idle"], seconds, dict(os.environ))
+    lines = [line for line in output.splitlines() if line.startswith("{")]
+    if status != 0 or not lines:
+        return {"status": "error", "seconds": wall, **_end(status, output, seconds)}
+    return {"status": "ok", **json.loads(lines[-1])}
+
+
 def parse_tests(output: str) -> dict[str, str]:
     """Test -> "passed", "failed" or "skipped", from ``pytest -v``'s lines; also of a run that was killed."""
     outcomes = {}
