@@ -257,7 +257,7 @@ def _is_integer(value: Any) -> bool:
         index(value)
     except TypeError:
         return False
-    return True
+    return not isinstance(value, bool)
 
 
 def _weights(weights: Any, points: Points) -> Tensor | None:

@@ -246,6 +246,7 @@ def test_distances_that_leave_float32(scale: float, message: str) -> None:
         ({"k": 2, "init": torch.full((2, 8), torch.nan)}, "2 of 2 init have NaN or infinity: rows 0, 1"),
         ({"k": 2, "init": torch.ones(2)}, r"expected init \[N, D\] of a floating dtype .*, got \[2\]"),
         ({"k": 5.0}, "expected k as an integer, got 5.0"),
+        ({"k": True}, "expected k as an integer, got True"),
         ({"k": 2, "max_iter": 2.5}, "expected max_iter as an integer, got 2.5"),
         ({"k": 2, "batch_size": 9.5}, "expected batch_size as an integer, got 9.5"),
         ({"k": 2, "seed": None}, "expected seed as an integer, got None"),
