@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from diffprune.errors import InputError
-from diffprune.kernels.magnitudes import LARGEST, SMALLEST, largest_magnitude, squaring_shift
+from diffprune.kernels.magnitudes import largest_magnitude
 
 
-def check_features(least: int, **features: Any) -> None:
+def check_features(least: int, *, power: int = 2, **features: Any) -> None:
     """Raise InputError unless each is a tensor, a finite float [N, D] with N >= ``least``, all with the same D.
 
-    And unless float64 has the squares of their differences, which nothing but float64 features can be too large or too
-    small for.
+    And unless float64 has what the metric computes, which grows as that power of the features: with room for sums over
+    dimensions and for small differences. No features but those of float64 can be too large or too small for it.
     """
     widths = {}
     for name, x in features.items():
@@ -30,11 +30,13 @@ def check_features(least: int, **features: Any) -> None:
         widths[name] = x.shape[1]
     if len(set(widths.values())) > 1:
         raise InputError(f"expected features of one dimension, got {widths}")
-    if any(x.dtype == torch.float64 for x in features.values()) and squaring_shift(*features.values()):
-        raise InputError(
-            f"{' and '.join(features)}: expected a largest absolute value from {SMALLEST:.0e} to {LARGEST:.0e}, which "
-            f"float64 can square, got {largest_magnitude(*features.values()):.3g}; multiply by a power of two"
-        )
+    if any(x.dtype == torch.float64 for x in features.values()):
+        smallest, largest, found = 2.0 ** (-880 / power), 2.0 ** (980 / power), largest_magnitude(*features.values())
+        if found and not smallest <= found <= largest:
+            raise InputError(
+                f"{' and '.join(features)}: expected a largest absolute value from {smallest:.0e} to {largest:.0e}, "
+                f"whose power of {power} float64 has, got {found:.3g}; multiply by a power of two"
+            )
 
 
 def expect_tensor(name: str, features: Any) -> None:

@@ -24,7 +24,7 @@ def frechet_distance(samples: Tensor | Gaussian, reference: Tensor | Gaussian) -
     Raises InputError for other shapes and for NaN.
     """
     given = {"samples": samples, "reference": reference}
-    check_features(2, **{name: x for name, x in given.items() if not isinstance(x, Gaussian)})
+    check_features(2, power=4, **{name: x for name, x in given.items() if not isinstance(x, Gaussian)})
     return _Target(_gaussian(reference)).distance(_gaussian(samples))
 
 
@@ -42,7 +42,7 @@ def frechet_distance_infinity(
     Raises InputError for other shapes, NaN, fewer than 2 points, or too few samples: with N < 2·(D + 1) the singular
     covariances do not follow the line.
     """
-    check_features(2, samples=samples, **({} if isinstance(reference, Gaussian) else {"reference": reference}))
+    check_features(2, power=4, samples=samples, **({} if isinstance(reference, Gaussian) else {"reference": reference}))
     count, dimensions = samples.shape
     smallest = max(count // 10, dimensions + 1) if smallest is None else smallest
     if points < 2 or not 2 <= smallest < count:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 LARGEST, SMALLEST = 2.0**480, 2.0**-300
-"""Where the largest of some float64 values lies, sums of squares of their differences neither overflow nor vanish; what
-does vanish, below the square root of the least number, is under 2^-200 of it."""
+"""If the largest of some float64 values lies between them, sums of squares of their differences do not overflow, and
+those that vanish are under 2^-200 of it, squared."""
 
 
 def largest_magnitude(*tensors: Tensor) -> float:
