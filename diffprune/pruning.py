@@ -152,8 +152,14 @@ class _Selection:
         table = read_table(kept, ["key", "shard", "offset", "size"])
         if not table.num_rows:
             raise InputError(f"{kept}: expected samples to keep, found none")
-        if any(table[name].null_count for name in table.column_names):
-            raise InputError(f"{kept}: expected key, shard, offset and size in every row, found nulls; select again")
+        if placeless := max(table[name].null_count for name in ("shard", "offset", "size")):
+            raise InputError(
+                f"{kept}: {placeless} of {table.num_rows} rows have no shard, offset and size, as where a folder of "
+                "clip-retrieval was clustered as it is: bind it to the shards first (`diffprune embed SHARDS --model "
+                "clip-retrieval:FOLDER -o EMBEDDINGS`), then cluster and select from those"
+            )
+        if table["key"].null_count:
+            raise InputError(f"{kept}: expected a key in every row, found nulls; select again")
         position = {path.name: number for number, path in enumerate(sources)}
         names = table["shard"].combine_chunks().dictionary_encode()
         if absent := [name for name in names.dictionary.to_pylist() if name not in position]:

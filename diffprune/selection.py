@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from diffprune.errors import InputError
 from diffprune.files import fingerprint
 from diffprune.requests import NEEDS, Request, read_quota
 from diffprune.storage import AnyPath, as_path
-from diffprune.tables import read_stage, read_tables, table_metadata, write_table
+from diffprune.tables import read_tables, stage_fingerprint, table_metadata, write_table
 from diffprune.unique_keys import repeated_key
 
 __all__ = ["select"]
@@ -49,7 +50,8 @@ def select(
     """Choose the samples to keep and write them to ``out``, a parquet of key, shard, offset and size.
 
     Args:
-        scores: a folder of score tables, or several, which are joined by key.
+        scores: a folder of score tables, or several, which are joined by key; also folders of ``embed`` and, without
+            a score column or a shard, of clip-retrieval, for orders that need none.
         out: the file to write (kept.parquet); an earlier selection there is replaced.
         keep, prune, count: how much to keep; exactly one of them, unless ``quota`` says it, or ``dedup`` alone is to
             decide. ``keep`` is a fraction of the samples that did not fail, ``prune`` the fraction to leave out; keep·N
@@ -81,7 +83,7 @@ def select(
     request.check(table)
     total = int(pc.sum(pc.equal(table["status"], "ok")).as_py() or 0)
     count = _resolve_count(total, keep, prune, count, request)
-    inputs = [read_stage(folder).get("fingerprint") for folder in folders]
+    inputs = [stage_fingerprint(folder) for folder in folders]
     points_folder = _open_embeddings(embeddings, request)
     if points_folder is not None:
         inputs.append(points_folder.fingerprint)
@@ -122,11 +124,13 @@ def _settings(request: Request) -> dict[str, Any]:
 
 
 def _kept(table: pa.Table, rows: np.ndarray) -> pa.Table:
-    """The rows, by shard and place in it."""
+    """The rows, by shard and place in it; those of no shard, as clip-retrieval's, last and in the table's order."""
     kept = table.select(["key", "shard", "index", "offset", "size", "uid"]).take(pa.array(rows))
     shards = kept["shard"].combine_chunks().dictionary_encode()
-    ranks = pc.rank(shards.dictionary, tiebreaker="first").to_numpy()[shards.indices.to_numpy()]
-    kept = kept.drop_columns(["index"]).take(pa.array(np.lexsort((kept["index"].to_numpy(), ranks))))
+    codes = pc.fill_null(shards.indices, len(shards.dictionary)).to_numpy()
+    ranks = np.append(pc.rank(shards.dictionary, tiebreaker="first").to_numpy(), len(shards.dictionary) + 1)[codes]
+    places = np.where(codes < len(shards.dictionary), kept["index"].to_numpy(), np.arange(len(kept)))
+    kept = kept.drop_columns(["index"]).take(pa.array(np.lexsort((places, ranks))))
     return kept if kept["uid"].null_count < len(kept) else kept.drop_columns(["uid"])
 
 
@@ -189,7 +193,7 @@ def _aligned(table: pa.Table, folder: ArrayFolder) -> np.ndarray:
             raise InputError(f"{folder.folder}: of another data set than the scores: key {key!r} has another {name}")
     places = np.full(len(theirs), -1)
     places[rows[there]] = there
-    arrays = [array.reshape(len(array), -1) for array in map(folder.array, folder.stems)]
+    arrays = [array.reshape(len(array), math.prod(array.shape[1:])) for array in map(folder.array, folder.stems)]
     for stem, array in zip(folder.stems, arrays, strict=True):
         if array.shape[1] != arrays[0].shape[1]:
             raise InputError(

@@ -92,6 +92,50 @@ def test_cluster_reads_it_and_finds_the_same_clusters_as_in_a_bound_folder(small
     assert diffprune.prune(tmp_path / "kept.parquet", shards, tmp_path / "pruned")["count"] == 30
 
 
+def test_selections_of_it_as_it_is_have_keys_alone_and_prune_says_to_bind_it(small_set, tmp_path):
+    shards, keys, rows = small_set
+    source, kept = write(tmp_path / "emb", rows.astype(np.float16), keys), tmp_path / "kept.parquet"
+    diffprune.cluster(source, tmp_path / "clusters", k=4)
+    diffprune.select(tmp_path / "clusters", kept, order="equal", keep=0.1)
+    diffprune.embed(shards, tmp_path / "bound", model=f"clip-retrieval:{source}")
+    diffprune.cluster(tmp_path / "bound", tmp_path / "bound-clusters", k=4)
+    diffprune.select(tmp_path / "bound-clusters", tmp_path / "bound.parquet", order="equal", keep=0.1)
+    found = pq.read_table(kept)
+    assert sorted(found["key"].to_pylist()) == sorted(pq.read_table(tmp_path / "bound.parquet")["key"].to_pylist())
+    assert found["key"].to_pylist() == [key for key in keys if key in set(found["key"].to_pylist())]
+    assert found["shard"].null_count == 6
+    told = "6 of 6 rows have no shard, offset and size.*`diffprune embed SHARDS --model clip-retrieval:FOLDER"
+    with pytest.raises(InputError, match=told):
+        diffprune.prune(kept, shards, tmp_path / "pruned")
+    assert diffprune.export(kept, tmp_path / "keys.txt", format="keys")["count"] == 6
+
+
+def test_select_reads_it_as_it_is(small_set, tmp_path):
+    _, keys, rows = small_set
+    source, kept = write(tmp_path / "emb", rows.astype(np.float16), keys), tmp_path / "kept.parquet"
+    chosen = diffprune.select(source, kept, order="k-center", count=5, embeddings=source)
+    assert len(pq.read_table(kept)) == 5
+    diffprune.cluster(source, tmp_path / "clusters", k=4)
+    joined = {"order": "equal", "within": "herding", "count": 8, "embeddings": source}
+    assert diffprune.select([source, tmp_path / "clusters"], kept, **joined)["count"] == 8
+    rows[3] = rows[4]
+    write(source, rows.astype(np.float16), keys)
+    again = diffprune.select(source, kept, order="k-center", count=5, embeddings=source)
+    assert again["fingerprint"] != chosen["fingerprint"]
+
+
+def test_a_part_without_rows_takes_part(small_set, tmp_path):
+    _, keys, rows = small_set
+    source = write(tmp_path / "emb", rows.astype(np.float16), keys)
+    np.save(source / "img_emb" / "img_emb_3.npy", np.zeros((0, WIDTH), np.float16))
+    empty = pa.table({"image_path": pa.array([], pa.string())})
+    pq.write_table(empty, source / "metadata" / "metadata_3.parquet")
+    kept = tmp_path / "kept.parquet"
+    assert diffprune.select(source, kept, order="k-center", count=5, embeddings=source)["count"] == 5
+    assert diffprune.cluster(source, tmp_path / "clusters", k=4)["samples"] == 60
+    assert diffprune.evaluate(source, source, tmp_path / "metrics.json")["metrics"]["frechet_distance"] < 1e-6
+
+
 def test_binding_goes_by_key_and_tells_what_is_missing(small_set, tmp_path):
     shards, keys, rows = small_set
     shuffled = np.random.default_rng(2).permutation(60)

@@ -312,7 +312,9 @@ def test_selections_that_cannot_be_used_are_refused(tmp_path, kept):
         "found none": table.slice(0, 0),
         "stands in it twice": pa.concat_tables([table, table.slice(3, 1)]),
         "1 rows have no key": table.set_column(0, "key", pa.array([None, *table["key"].to_pylist()[1:]])),
-        "found nulls": table.set_column(2, "offset", pa.array([None, *table["offset"].to_pylist()[1:]], pa.int64())),
+        "1 of 9 rows have no shard, offset and size.*clip-retrieval:FOLDER": table.set_column(
+            2, "offset", pa.array([None, *table["offset"].to_pylist()[1:]], pa.int64())
+        ),
         "'offset'": table.drop_columns(["offset"]),
     }
     for message, content in broken.items():
