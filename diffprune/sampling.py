@@ -16,6 +16,7 @@ from diffprune.device import pick_device
 from diffprune.errors import InputError
 from diffprune.files import atomic_path
 from diffprune.generation import Sampler, Solver, sample_key
+from diffprune.outputs import PNG, check_output
 from diffprune.packing import PackedSample, shard_paths, write_shard
 from diffprune.plans import claim_folder
 from diffprune.progress import progress
@@ -87,10 +88,12 @@ def sample(
             raise InputError(f"{name}: expected at least 1, got {value}")
     if out is None and grid is None:
         raise InputError("expected a folder for shards (out), a PNG file (grid), or both; got neither")
+    paths = [] if out is None else shard_paths(out, PREFIX, count, shard_size)
+    if grid is not None:
+        check_output(grid, PNG, [checkpoint, vqvae, coarse, *paths])
     solver = Solver.checked(method, steps, rtol, atol)
     sampler = Sampler.load(checkpoint, vqvae, coarse, coarse_until, weights, pick_device(device))
     sampler.set_up(solver, guidance, guidance_channels, labels, seed)
-    paths = [] if out is None else shard_paths(out, PREFIX, count, shard_size)
     ranges = [range(i * shard_size, min((i + 1) * shard_size, count)) for i in range(len(paths))]
     settings = {"count": count, **asdict(solver), "guidance": guidance, "seed": seed}
     settings |= {"guidance_channels": guidance_channels, "coarse_until": coarse_until}

@@ -19,6 +19,7 @@ from diffprune.arrays import ArrayFolder
 from diffprune.choosing import choose_rows
 from diffprune.errors import InputError
 from diffprune.files import fingerprint
+from diffprune.outputs import PARQUET, check_output, is_stream
 from diffprune.requests import NEEDS, Request, read_quota
 from diffprune.storage import AnyPath, as_path
 from diffprune.tables import read_tables, stage_fingerprint, table_metadata, write_table
@@ -226,7 +227,8 @@ def _rows_of(table: pa.Table, theirs: pa.Table, folder: ArrayFolder) -> np.ndarr
 
 
 def _check_out(out: AnyPath) -> None:
-    if out.is_dir():
-        raise InputError(f"{out}: expected a file to write, such as kept.parquet, found a folder")
+    if is_stream(out):
+        raise InputError(f"{out}: a selection is read from any place in it: expected a file to write, found a pipe")
+    check_output(out, PARQUET)
     if out.exists() and table_metadata(out).get("stage") != "select":
         raise InputError(f"{out}: already there and no selection; write to another file")

@@ -82,7 +82,7 @@ def prune(
 
 def export(
     kept: Annotated[Path, typer.Argument(help="The selection: a kept.parquet.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write; - is standard output.")],
     format: Annotated[str, typer.Option("--format", "-f", help="keys, datacomp, energon, wids or timm.")],
     shards: Annotated[
         list[str] | None,
@@ -94,4 +94,4 @@ def export(
 ) -> None:
     """Write a selection in another tool's format."""
     options = {"format": format, "shards": shards or None, "split": split}
-    run(diffprune.export, kept, out, **options, dry_run=dry_run, as_json=as_json)
+    run(diffprune.export, kept, out, **options, writes=out, dry_run=dry_run, as_json=as_json)

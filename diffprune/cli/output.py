@@ -6,11 +6,14 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import typer
 
 from diffprune.errors import DiffpruneError
+from diffprune.outputs import is_stdout
 from diffprune.progress import set_enabled
 
 INTERRUPTED = 130
@@ -20,10 +23,14 @@ def run(
     function: Callable[..., dict[str, Any]],
     *args: Any,
     as_json: bool,
+    writes: Path | None = None,
     display: Callable[[dict[str, Any]], None] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Call a public function and print its result. What a user can mend ends as one line and exit code 1."""
+    """Call a public function and print its result. What a user can mend ends as one line and exit code 1.
+
+    ``writes``: the one file that the function writes. Where that is standard output, the result goes to standard error.
+    """
     set_enabled((not as_json or sys.stderr.isatty()) and os.environ.get("RANK", "0") == "0")
     try:
         result = function(*args, **options)
@@ -31,14 +38,17 @@ def run(
         _fail("interrupted: what is finished is kept; run the same command again to finish the rest", INTERRUPTED)
     except DiffpruneError as error:
         _fail(str(error), 1)
+    except BrokenPipeError:  # of who reads no further, as `head`: typer ends without a word
+        raise
     except OSError as error:  # a full disk, a read-only folder, a file that vanished: the message names the file
         _fail(str(error), 1)
     if os.environ.get("RANK", "0") != "0":  # torchrun's other processes: the first one speaks
         return result
-    if as_json:
-        print(json.dumps(result, indent=2, ensure_ascii=False, default=str))
-    else:
-        (display or show)(result)
+    with redirect_stdout(sys.stderr) if writes is not None and is_stdout(writes) else nullcontext():
+        if as_json:
+            print(json.dumps(result, indent=2, ensure_ascii=False, default=str))
+        else:
+            (display or show)(result)
     return result
 
 

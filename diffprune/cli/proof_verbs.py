@@ -70,6 +70,7 @@ def evaluate(
         reference,
         out,
         **options,
+        writes=out,
         dry_run=dry_run,
         as_json=as_json,
         display=show_evaluation,
@@ -104,7 +105,7 @@ def report(
         "metrics": metrics or [],
         "logs": _named(log),
     }
-    run(diffprune.report, out, **options, dry_run=dry_run, as_json=as_json)
+    run(diffprune.report, out, **options, writes=out, dry_run=dry_run, as_json=as_json)
 
 
 def _show(result: dict[str, Any]) -> None:
