@@ -208,6 +208,15 @@ def test_failed_samples_are_counted_at_the_end(small_run, tmp_path):
     key = damage_image(sorted(shards.glob("*.tar"))[0])
     told = invoke("encode", shards, "--vqvae", small_run.vqvae, "-o", tmp_path / "latents").stdout
     assert "1 of 120 samples failed" in told and key in told
+    kept = ["select", tmp_path / "latents", "--order", "random", "--keep", 0.5, "-o", tmp_path / "kept.parquet"]
+    few = ["--set", "train.steps=1"]
+    for verb in (
+        kept,
+        ["reconstruct", shards, "--vqvae", small_run.vqvae],
+        ["train", "vqvae", shards, "-o", tmp_path / "vqvae", *sets(VQVAE_OVERRIDES), *few],
+    ):
+        told = invoke(*verb).stdout
+        assert "samples that failed, and are left out: 1" in told and "None" not in told
     assert "damaged" in json.loads(invoke("verify", shards, "--decode", "--json", code=1).stdout)["damage"][0]["error"]
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 import diffprune
 from diffprune.arrays import ArrayFolder
-from diffprune.errors import InputError
+from diffprune.errors import InputError, StoppedError
 from diffprune.shards import index_shards
 from diffprune.tables import read_folder
 
@@ -155,6 +155,25 @@ def test_binding_goes_by_key_and_tells_what_is_missing(small_set, tmp_path):
     other = write(tmp_path / "other", stored, [f"x{i}" for i in range(60)])
     with pytest.raises(InputError, match=r"none of its keys, such as 'x0', is in the shards, .* such as '"):
         diffprune.embed(shards, tmp_path / "no", model=f"clip-retrieval:{other}")
+    assert not (tmp_path / "no").exists()
+
+
+def test_missing_embeddings_do_not_stop_the_run_and_bad_ones_do(small_set, tmp_path):
+    shards, keys, rows = small_set
+    stored = rows.astype(np.float32)
+    stored[10:20] = np.nan
+    others = [key if i < 20 else f"x{i}" for i, key in enumerate(keys)]
+    source = write(tmp_path / "emb", stored, others)
+    bind = {"model": f"clip-retrieval:{source}"}
+    with pytest.raises(StoppedError, match=f"10 samples in a row failed, such as key '{keys[10]}'.*NaN"):
+        diffprune.embed(shards, tmp_path / "stopped", **bind, max_failures=10)
+    assert diffprune.embed(shards, tmp_path / "bound", **bind, max_failures=11)["failed"] == 50
+    assert diffprune.embed(shards, tmp_path / "any", **bind, max_failures=0)["failed"] == 50
+    with pytest.raises(InputError, match="max_failures: expected 0 or more"):
+        diffprune.embed(shards, tmp_path / "no", **bind, max_failures=-1)
+    for given in ({"precision": "bf16"}, {"max_pixels": 10}, {"strict_decode": False}):
+        with pytest.raises(InputError, match=f"clip-retrieval: no image is read.*{next(iter(given))}"):
+            diffprune.embed(shards, tmp_path / "no", **bind, **given)
     assert not (tmp_path / "no").exists()
 
 

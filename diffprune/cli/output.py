@@ -64,13 +64,14 @@ def show(result: dict[str, Any]) -> None:
         if value is not None and value != []:
             table.add_row(f"[dim]{key.replace('_', ' ')}[/dim]", escape(_text(value)))
     console.print(table)
-    failed = result.get("failed")
-    if failed:
-        first = result.get("first_error") or {}
+    failed, first = result.get("failed"), result.get("first_error")
+    if failed and first:  # of a stage, which has written tables
         console.print(
-            f"[yellow]{failed:,} of {result.get('samples', 0):,} samples failed[/yellow]; they are in the tables, with "
-            f"status and error. First: {escape(str(first.get('key')))}: {escape(str(first.get('error')))}"
+            f"[yellow]{failed:,} of {result['samples']:,} samples failed[/yellow]; they are in the tables, with status "
+            f"and error. First: {escape(str(first['key']))}: {escape(str(first['error']))}"
         )
+    elif failed:
+        console.print(f"[yellow]samples that failed, and are left out: {failed:,}[/yellow]")
 
 
 def show_doctor(found: dict[str, Any]) -> None:
