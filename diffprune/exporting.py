@@ -20,7 +20,7 @@ from diffprune.outputs import NPY, TEXT, Kind, check_output
 from diffprune.progress import progress
 from diffprune.shards import ShardIndex, ShardSpec, index_shards
 from diffprune.storage import AnyPath, as_path
-from diffprune.tables import read_table
+from diffprune.tables import read_table, selection_about
 
 
 def export(
@@ -85,6 +85,7 @@ class _Source:
 
     @cached_property
     def keys(self) -> list[str]:
+        selection_about(self.kept)
         keys = read_table(self.kept, ["key"])["key"].to_pylist()
         if not keys or None in keys:
             raise InputError(f"{self.kept}: expected a selection with a key in every row; select again")

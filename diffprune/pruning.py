@@ -25,7 +25,7 @@ from diffprune.plans import claim_folder
 from diffprune.progress import progress
 from diffprune.shards import SampleList, ShardIndex, ShardSpec, find_shards, index_each
 from diffprune.storage import AnyPath, Stat, as_path
-from diffprune.tables import read_table
+from diffprune.tables import read_table, selection_about
 
 MANIFEST = "prune.json"
 # What may lie beside the new shards: class names, and what `export` writes for other tools.
@@ -149,6 +149,7 @@ class _Selection:
 
     @classmethod
     def read(cls, kept: str | Path, sources: Sequence[AnyPath]) -> _Selection:
+        selection_about(kept)
         table = read_table(kept, ["key", "shard", "offset", "size"])
         if not table.num_rows:
             raise InputError(f"{kept}: expected samples to keep, found none")

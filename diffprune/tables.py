@@ -250,8 +250,22 @@ def stage_fingerprint(folder: str | Path) -> str | None:
     return read_stage(folder).get("fingerprint") if foreign is None else foreign.fingerprint
 
 
+def selection_about(path: str | Path) -> dict[str, Any]:
+    """What a selection's metadata says; {} of one made by hand. InputError for the table of another stage."""
+    if METADATA_KEY not in (_schema(path).metadata or {}):
+        return {}
+    about = table_metadata(path)
+    if (stage := about.get("stage", "select")) != "select":
+        raise InputError(
+            f"{path}: expected a selection, found a table of `{stage}`; make one by `diffprune select`. If rows of "
+            "that table were chosen by hand, write them without its metadata"
+        )
+    return about
+
+
 def kept_keys(path: str | Path) -> frozenset[str]:
     """The keys of a selection (kept.parquet)."""
+    selection_about(path)
     return frozenset(read_table(path, ["key"])["key"].to_pylist())
 
 

@@ -29,6 +29,7 @@ from diffprune.evaluation.vendi import vendi_scores
 from diffprune.files import write_json
 from diffprune.outputs import Kind, check_output
 from diffprune.progress import progress
+from diffprune.tables import selection_about
 
 VENDI_ORDERS = (0.1, 0.5, 1.0, 2.0, math.inf)
 
@@ -170,6 +171,7 @@ def evaluate(
         held_out=int(held_out.sum()),
         infinity=infinity,
         nearness=nearness,
+        dedup=training is None and kept is not None and selection_about(kept).get("dedup") is not None,
         has_classes=classes is not None,
     )
     result = {
