@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from diffprune.copying import copy_ranges, write_all
+from diffprune.copying import Comparison, Target, copy_ranges, write_all
 from diffprune.errors import InputError, short
-from diffprune.files import atomic_file, atomic_path, fingerprint, write_json
+from diffprune.files import atomic_file, atomic_path, fingerprint, open_file, write_json
 from diffprune.locks import folder_lock
 from diffprune.packing import BLOCK, brace_pattern, check_prefix
 from diffprune.plans import claim_folder
@@ -28,6 +28,7 @@ from diffprune.storage import AnyPath, Stat, as_path
 from diffprune.tables import read_table, selection_about
 
 MANIFEST = "prune.json"
+WORKERS = 4
 # What may lie beside the new shards: class names, and what `export` writes for other tools.
 BESIDE = ("classes.json", "_info.json", "index.json", ".nv-meta")
 
@@ -40,6 +41,7 @@ def prune(
     shard_size: int | None = None,
     prefix: str | None = None,
     workers: int | None = None,
+    verify: bool = False,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Copy the samples of ``kept`` from ``shards`` into new shards in ``out``.
@@ -52,24 +54,30 @@ def prune(
         shards: the shards that it was made from: a brace pattern, glob, folder, list file or several of them.
         shard_size: samples per new shard; by default that of the largest input shard.
         prefix: new shards are named ``<prefix>-<number>.tar``; by default like the input, with as many digits.
-        workers: shards written at a time, by threads, which mostly wait for the disk; by default 4.
+        workers: shards written at a time, by threads, which mostly wait for the disk.
+        verify: in the end read all new shards, those too that were there before, and compare them with the input byte
+            by byte; otherwise only sizes of shards that were there are looked at.
         dry_run: check the selection against the shards, say how much would be copied and write nothing.
 
     ``prune.json`` is written beside the new shards: the plan, and at the end counts and, per new shard, its samples,
     bytes and a fingerprint of its keys and sizes. ``classes.json`` is copied where there is one.
 
     Returns counts and paths: ``count`` (samples), ``bytes`` (of the new shards), ``shards`` (paths), ``pattern``,
-    ``shard_size``, ``written`` and ``present`` (shards), ``samples_in`` and ``shards_in``, ``out``.
+    ``shard_size``, ``written`` and ``present`` (shards), ``samples_in`` and ``shards_in``, ``out``; with ``verify``
+    ``verified`` (shards).
 
     Raises:
         InputError: a shard that is missing, damaged or changed since the selection or while it is copied; a key that
-            is not where the selection says (a selection of another data set); an ``out`` that holds other files.
+            is not where the selection says (a selection of another data set); an ``out`` that holds other files; a new
+            shard that was changed: of another size or, with ``verify``, in any byte.
         ResumeError: ``out`` was begun with another selection, other shards or settings.
     """
     if shard_size is not None and shard_size < 1:
         raise InputError(f"shard_size: expected at least 1 sample, got {shard_size}")
     if workers is not None and workers < 1:
         raise InputError(f"workers: expected at least 1, got {workers}")
+    if verify and dry_run:
+        raise InputError("verify compares what was written, a dry run writes nothing: give one of the two")
     kept, out = as_path(kept), as_path(out)
     listed = find_shards(shards)
     sources = list(listed)
@@ -97,7 +105,8 @@ def prune(
     }
     classes = _classes(sources)
     with nullcontext() if dry_run else folder_lock(out):
-        missing = claim_folder(out, MANIFEST, plan, paths, extra=BESIDE, dry_run=dry_run)
+        beside = [*BESIDE, *(f"{path.name}.idx" for path in paths)]  # `energon prepare` indexes each shard
+        missing = claim_folder(out, MANIFEST, plan, paths, extra=beside, dry_run=dry_run)
         wanted = {path: range(len(selection.keys))[i * shard_size :][:shard_size] for i, path in enumerate(paths)}
         shards_about = [selection.about(path, rows) for path, rows in wanted.items()]
         for path, about in zip(paths, shards_about, strict=True):
@@ -113,28 +122,46 @@ def prune(
             with atomic_path(out / "classes.json") as temporary:
                 temporary.write_bytes(classes)
 
+        def pour(path: AnyPath, target: Target) -> None:
+            """All bytes of a new shard, in order."""
+            for source, spans in groupby(selection.spans(wanted[path]), key=lambda span: span[0]):
+                copy_ranges(sources[source], [span[1:] for span in spans], target)
+                if _state(sources[source]) != listing[source]:
+                    raise InputError(f"{sources[source]}: changed while it was copied; select again, then prune again")
+            write_all(target, bytes(2 * BLOCK))
+
         def write(path: AnyPath) -> AnyPath:
             # the manifest, written last, syncs the folder
             with atomic_file(path, buffering=0, sync_folder=False) as file:
-                target = file.fileno() if isinstance(path, Path) else file
-                for source, spans in groupby(selection.spans(wanted[path]), key=lambda span: span[0]):
-                    copy_ranges(sources[source], [span[1:] for span in spans], target)
-                    if _state(sources[source]) != listing[source]:
-                        raise InputError(
-                            f"{sources[source]}: changed while it was copied; select again, then prune again"
-                        )
-                write_all(target, bytes(2 * BLOCK))
+                pour(path, file.fileno() if isinstance(path, Path) else file)
             return path
 
-        with progress("prune", total=sum(len(wanted[path]) for path in missing), unit="samples") as bar:
-            pool = ThreadPoolExecutor(workers or 4)
-            try:
-                for done in as_completed([pool.submit(write, path) for path in paths if path in missing]):
-                    bar.advance(len(wanted[done.result()]), note=done.result().name)
-            finally:
-                pool.shutdown(cancel_futures=True)
+        def compare(path: AnyPath) -> AnyPath:
+            with open_file(path) as file:
+                comparison = Comparison(file)
+                pour(path, comparison)
+                if (at := comparison.end()) is not None:
+                    raise InputError(
+                        f"{path}: byte {at}{selection.key_at(wanted[path], at)} is not as in the shards that it was "
+                        "pruned from: it was changed; delete it and run the same command again"
+                    )
+            return path
+
+        def all_of(title: str, todo: list[AnyPath], work: Callable[[AnyPath], AnyPath]) -> None:
+            with progress(title, total=sum(len(wanted[path]) for path in todo), unit="samples") as bar:
+                pool = ThreadPoolExecutor(workers or WORKERS)
+                try:
+                    for done in as_completed([pool.submit(work, path) for path in todo]):
+                        bar.advance(len(wanted[done.result()]), note=done.result().name)
+                finally:
+                    pool.shutdown(cancel_futures=True)
+
+        all_of("prune", [path for path in paths if path in missing], write)
         counts = {name: report[name] for name in ("count", "bytes", "samples_in", "shards_in")}
         write_json(out / MANIFEST, {"fingerprint": fingerprint(plan), "plan": plan, **counts, "shards": shards_about})
+        if verify:
+            all_of("verify", paths, compare)
+            report["verified"] = len(paths)
         return report
 
 
@@ -192,6 +219,11 @@ class _Selection:
             "bytes": sum(sizes) + 2 * BLOCK,
             "fingerprint": fingerprint([self.keys[rows.start : rows.stop], sizes]),
         }
+
+    def key_at(self, rows: range, position: int) -> str:
+        """Of a new shard of these rows, whose sample a byte is in, as a message tells it."""
+        row = int(np.searchsorted(np.cumsum(self.sizes[rows.start : rows.stop]), position, side="right"))
+        return f" (key {short(self.keys[rows.start + row])})" if row < len(rows) else ""
 
     def spans(self, rows: Sequence[int]) -> Iterator[tuple[int, int, int]]:
         """(shard, begin, end) in bytes of these rows, neighbours joined."""

@@ -63,7 +63,7 @@ def test_the_whole_road(tmp_path):
     top = table.sort_by([("grand", "descending")])["key"].to_pylist()[:6]
     assert sorted(pq.read_table(kept)["key"].to_pylist()) == sorted(top)
 
-    invoke("prune", kept, shards, "-o", tmp_path / "pruned")
+    invoke("prune", kept, shards, "-o", tmp_path / "pruned", "--verify")
     originals = {s.key: (p, s) for p in shards.glob("*.tar") for s in index_shard(p).samples}
     pruned = {s.key: (p, s) for p in (tmp_path / "pruned").glob("*.tar") for s in index_shard(p).samples}
     invoke("export", kept, "-f", "wids", "--shards", tmp_path / "pruned", "-o", tmp_path / "pruned/index.json")
