@@ -115,12 +115,24 @@ def write_json(path: str | Path, value: Any) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file; raises InputError that names it if it is missing or malformed."""
+def read_json(path: str | Path, *, unique: bool = False) -> Any:
+    """Read a JSON file; raises InputError that names it if it is missing or malformed, or, where names have to be
+    ``unique``, if an object has one twice."""
+
+    def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if unique and len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise InputError(f"{path}: {twice!r} stands in it twice")
+        return found
+
     try:
-        return json.loads(as_path(path).read_text(encoding="utf-8"))
+        return json.loads(as_path(path).read_text(encoding="utf-8"), object_pairs_hook=mapping)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
+    except InputError:  # a ValueError too
+        raise
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from error
 

@@ -180,6 +180,28 @@ def test_bad_input_is_told_and_leaves_nothing(small_run, tmp_path, arguments, co
     assert not out.exists() and files(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["cluster", "{run}/embeddings", "-k", "4", "--sample", "100", "-o", "{out}"], "--sample"),
+        (["cluster", "{run}/embeddings", "--choose-k", "2,3,4", "--levels", "2", "-o", "{out}"], "--levels"),
+        (["cluster", "{run}/embeddings", "--choose-k", "2,3,4", "--n-init", "1", "-o", "{out}"], "--n-init"),
+        (["cluster", "{run}/embeddings", "--choose-k", "2,3,4", "--engine", "faiss", "-o", "{out}"], "--engine"),
+        (["report", "{out}", "--selection", "a={run}/x", "--selection", "a={run}/y"], "'a' is given twice"),
+        (
+            ["select", "{run}/scores", "--order", "random", "--keep", "0.1", "--within", "farthest", "-o", "{out}"],
+            "none",
+        ),
+        (["select", "{run}/scores", "--by", "loss", "--keep", "0.1", "--dedup-keep", "random", "-o", "{out}"], "dedup"),
+    ],
+)
+def test_options_without_effect_are_refused(small_run, tmp_path, arguments, complaint):
+    filled = [a.format(run=small_run.root, out=tmp_path / "out") for a in arguments]
+    result = runner.invoke(app, filled)
+    assert result.exit_code in (1, 2) and complaint in " ".join(result.stderr.split()), result.stderr
+    assert files(tmp_path) == []
+
+
 def test_damaged_and_duplicate_shards_name_file_and_key(small_run, tmp_path):
     shards = tmp_path / "shards"
     shutil.copytree(small_run.shards, shards)

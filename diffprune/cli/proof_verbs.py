@@ -123,5 +123,7 @@ def _named(pairs: list[str] | None) -> dict[str, Path]:
         name, equals, path = pair.partition("=")
         if not equals or not name or not path:
             raise typer.BadParameter(f"expected NAME=PATH, got {pair!r}")
+        if name in named:
+            raise typer.BadParameter(f"the name {name!r} is given twice: {named[name]} and {path}")
         named[name] = Path(path)
     return named
