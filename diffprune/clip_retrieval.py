@@ -89,7 +89,7 @@ class ClipRetrievalFolder(ArrayFolder):
         columns["status"] = pa.array(["ok"] * len(keys), pa.large_string())
         if "uid" in found.column_names:
             uids = self._strings(found["uid"], path, "uid")
-            columns["uid"] = pc.if_else(pc.match_substring_regex(uids, "^[0-9a-f]{32}$"), uids, None)
+            columns["uid"] = pc.if_else(pc.match_substring_regex(uids, "^[0-9a-fA-F]{32}$"), uids, None)
         return pa.Table.from_arrays([columns[name] for name in BASE_COLUMNS], schema=BASE_SCHEMA_IN_MEMORY)
 
     def keys(self, stem: str) -> pa.Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -104,7 +105,9 @@ def sample(
         missing = claim_folder(out, "sample.json", plan, paths, extra=beside, dry_run=dry_run)
     grid_count = min(count, GRID_IMAGES) if grid is not None else 0
     shards = [(path, indices) for path, indices in zip(paths, ranges, strict=True) if path in missing]
-    todo = sum(len(indices) for _, indices in shards) + grid_count
+    drawn = {index for _, indices in shards for index in indices}
+    rest = [index for index in range(grid_count) if index not in drawn]  # of shards that were there before, or of none
+    todo = len(drawn) + len(rest)
     report = {
         **settings,
         "out": None if out is None else str(out),
@@ -121,19 +124,24 @@ def sample(
     if dry_run:
         return {**report, "dry_run": True}
 
+    shown: dict[int, np.ndarray] = {}
     with progress("sample", total=todo, unit="images") as bar:
 
-        def images(indices: range) -> Iterator[tuple[int, np.ndarray]]:
+        def images(indices: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
             for start in range(0, len(indices), batch_size):
                 batch = indices[start : start + batch_size]
-                yield from zip(batch, sampler.generate(batch), strict=True)
+                for index, image in zip(batch, sampler.generate(batch), strict=True):
+                    if index < grid_count:
+                        shown[index] = image.copy()  # not the whole batch
+                    yield index, image
                 bar.advance(len(batch))
 
         for path, indices in shards:
             write_shard(path, (_packed(sampler, index, image) for index, image in images(indices)))
         if grid is not None:
             columns = grid_columns(grid_count, sampler.dit.num_classes if labels == "uniform" else 0)
-            write_grid(grid, np.stack([image for _, image in images(range(grid_count))]), columns)
+            deque(images(rest), maxlen=0)
+            write_grid(grid, np.stack([shown[index] for index in range(grid_count)]), columns)
     return {**report, **sampler.evaluations}
 
 

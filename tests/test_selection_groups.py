@@ -409,6 +409,9 @@ def test_select_takes_quotas_as_text_and_files_and_says_how_it_chose(tmp_path):
     for quota in ("0=5, 1=2,*=1", {"0": 5, "1": 2, "*": 1}, tmp_path / "quota.json", str(tmp_path / "quota.json")):
         result = select(tmp_path / "s", kept, by="grand & label", quota=quota)
         assert (result["count"], result["per"], result["column_keeps"]) == (8, "label", "highest")
+    (tmp_path / "twice.json").write_text('{"0": 5, "1": 2, "0": 1}')
+    with pytest.raises(InputError, match=r"twice.json: '0' stands in it twice"):
+        select(tmp_path / "s", kept, by="grand & label", quota=tmp_path / "twice.json")
     about = table_metadata(kept)
     assert (about["quota"], about["by"], about["count"]) == ({"0": 5, "1": 2, "*": 1}, "grand & label", 8)
     table = pq.read_table(kept)
