@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -368,3 +369,34 @@ def test_the_command_takes_ray_without_an_address(monkeypatch, capsys, tmp_path)
     with pytest.raises(SystemExit):
         main()
     assert "nowhere: no stage.json" in capsys.readouterr().err and not out.exists()
+
+
+def run_command(*arguments: object, before: str = "", **environment: str) -> subprocess.CompletedProcess:
+    """The command line in a process of its own, after a shell's redirections."""
+    command = [sys.executable, "-m", "diffprune", *map(str, arguments)]
+    shell = ["sh", "-c", f'exec "$@" {before}', "sh", *command]
+    return subprocess.run(shell, capture_output=True, env={**os.environ, **environment}, check=False)
+
+
+def test_an_encoding_without_the_characters_is_no_error(small_run, tmp_path):
+    from test_pruning import write_tar
+
+    write_tar(tmp_path / "é.tar", {"é": {"txt": b""}})
+    for arguments in (["prune", "--help"], ["verify", tmp_path], ["verify", tmp_path / "é.tar", "--json"]):
+        done = run_command(*arguments, PYTHONIOENCODING="ascii")
+        assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+        assert done.stdout.isascii()
+    (tmp_path / "lost é.tar").symlink_to("é nowhere")
+    told = json.loads(run_command("verify", tmp_path, "--json", PYTHONIOENCODING="ascii").stdout)
+    assert told["damage"][0]["shard"] == str(tmp_path / "lost é.tar")
+    done = run_command("reconstruct", small_run.shards, "--vqvae", small_run.vqvae, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "1>&-", "1>&- 2>&-"])
+def test_a_closed_stream_is_no_error(small_run, tmp_path, closed):
+    out = tmp_path / "clusters"
+    done = run_command("cluster", small_run.embeddings, "-k", 3, "-o", out, before=closed)
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    assert read_folder(out).num_rows == 120
+    assert (b"smallest cluster" in done.stdout) == ("1>" not in closed)

@@ -46,7 +46,8 @@ def run(
         return result
     with redirect_stdout(sys.stderr) if writes is not None and is_stdout(writes) else nullcontext():
         if as_json:
-            print(json.dumps(result, indent=2, ensure_ascii=False, default=str))
+            is_unicode = "utf" in (sys.stdout.encoding or "").lower()
+            print(json.dumps(result, indent=2, ensure_ascii=not is_unicode, default=str))
         else:
             (display or show)(result)
     return result
