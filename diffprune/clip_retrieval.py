@@ -211,7 +211,7 @@ def bind_embeddings(
     total = sum(len(index.samples) for index in indexes.values())
     inputs = {index.path.name: index.size for index in indexes.values()}  # as ``ImageMap``
     config = {**folder.metadata, "embeddings": folder.fingerprint, "inputs": inputs}
-    options = {"metadata": {"model_path": str(source)}, "engine": Engine(max_failures=max_failures)}
+    options = {"beside": [".npy"], "metadata": {"model_path": str(source)}, "engine": Engine(max_failures=max_failures)}
     return run_stage("embed", out, config, list(indexes), work, total=total, **options, dry_run=dry_run)
 
 

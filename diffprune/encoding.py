@@ -244,6 +244,7 @@ def _map_images(recipe: _Images, shards: ShardSpec, dry_run: bool, **how: Any) -
                 lambda stem, bar: worker.done(stem, batches.parts(stem), bar),
                 total=engine.ranks.count(sum(rows.values())),
                 rows=rows,
+                beside=[".npy", *([TWIN_SUFFIX] if worker.twins else [])],
                 begin=asked_for.update,
                 metadata={"model_path": images.network.path, "sampled": _how_sampled(images.paths)},
                 dry_run=dry_run,

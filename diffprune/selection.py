@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def select(
             or a JSON file with an object.
         by, order, seed, within, per, shares, dedup, dedup_keep, device: see ``choose``.
         embeddings: the embeddings folder that k-center, herding and ``dedup`` work on.
-        dry_run: choose nothing, write nothing; say how many would be kept.
+        dry_run: write nothing; say how many would be kept, where that does not take embeddings to know.
 
     Samples that failed are never kept; ``failed`` in the result says how many there are. ``out`` is sorted by shard
     and place in it, has a column ``uid`` where the tables have uids, and its metadata holds the arguments, count,
@@ -99,13 +100,26 @@ def select(
         "dry_run": dry_run,
     }
     if dry_run:
-        return report
+        return report | {"count": _planned(table, request, count, device)}
     points = None if points_folder is None else _aligned(table, points_folder)
     rows = choose_rows(table, request, count, points, device)
     about["count"] = report["count"] = len(rows)
     about["fingerprint"] = report["fingerprint"] = fingerprint({**about, "inputs": inputs})
     write_table(out, _kept(table, rows), about)
     return report
+
+
+def _planned(table: pa.Table, request: Request, count: int | None, device: str) -> int | None:
+    """How many would be kept; None where near-duplicates decide. InputError for more than there are, as in earnest.
+
+    What embeddings decide inside a cluster, random numbers do here.
+    """
+    if request.dedup is not None:
+        return count
+    if request.needs_embeddings is not None:
+        inside = "within" in NEEDS[request.order]
+        request = replace(request, within="random") if inside else replace(request, order="random")
+    return len(choose_rows(table, request, count, None, device))
 
 
 def _settings(request: Request) -> dict[str, Any]:
