@@ -121,14 +121,14 @@ def read_json(path: str | Path, *, unique: bool = False) -> Any:
 
     def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
-        if unique and len(found) < len(pairs):
+        if len(found) < len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
             raise InputError(f"{path}: {twice!r} stands in it twice")
         return found
 
     try:
-        return json.loads(as_path(path).read_text(encoding="utf-8"), object_pairs_hook=mapping)
+        return json.loads(as_path(path).read_text(encoding="utf-8"), object_pairs_hook=mapping if unique else None)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except InputError:  # a ValueError too

@@ -88,9 +88,10 @@ def is_stdout(path: str | os.PathLike) -> bool:
 def copy_to_stream(source: Path, path: Path) -> None:
     """Write a file's bytes to what ``is_stream`` says is one, or to standard output."""
     with open(source, "rb") as file:
-        if is_stdout(path):  # what was printed before comes first
+        if is_stdout(path) and hasattr(sys.stdout, "buffer"):
+            sys.stdout.flush()  # what was printed before comes first
             shutil.copyfileobj(file, sys.stdout.buffer)
-            sys.stdout.flush()
+            sys.stdout.buffer.flush()
             return
         number = _descriptor(path)
         # Not by its name, which would begin at the front of a file that others go on writing to.

@@ -13,7 +13,7 @@ from typing import Any
 import typer
 
 from diffprune.errors import DiffpruneError
-from diffprune.outputs import is_stdout
+from diffprune.outputs import is_stdout, is_stream
 from diffprune.progress import set_enabled
 
 INTERRUPTED = 130
@@ -38,9 +38,9 @@ def run(
         _fail("interrupted: what is finished is kept; run the same command again to finish the rest", INTERRUPTED)
     except DiffpruneError as error:
         _fail(str(error), 1)
-    except BrokenPipeError:  # of who reads no further, as `head`: typer ends without a word
-        raise
     except OSError as error:  # a full disk, a read-only folder, a file that vanished: the message names the file
+        if isinstance(error, BrokenPipeError) and writes is not None and is_stream(writes):
+            raise  # who reads has had enough, as `head`: typer ends without a word
         _fail(str(error), 1)
     if os.environ.get("RANK", "0") != "0":  # torchrun's other processes: the first one speaks
         return result
