@@ -400,3 +400,6 @@ def test_a_closed_stream_is_no_error(small_run, tmp_path, closed):
     assert done.returncode == 0, (done.stdout, done.stderr)
     assert read_folder(out).num_rows == 120
     assert (b"smallest cluster" in done.stdout) == ("1>" not in closed)
+    assert run_command("verify", small_run.shards, "--json", before=closed).returncode == 0
+    refused = run_command("verify", tmp_path / "nowhere", before=closed)
+    assert refused.returncode == 1 and refused.stdout == b"", "an error is not printed where results are"

@@ -13,7 +13,7 @@ from PIL import Image
 
 import diffprune
 from diffprune.arrays import ArrayFolder
-from diffprune.errors import InputError, StoppedError
+from diffprune.errors import InputError, ResumeError, StoppedError
 from diffprune.shards import index_shards
 from diffprune.tables import read_folder
 
@@ -169,6 +169,9 @@ def test_missing_embeddings_do_not_stop_the_run_and_bad_ones_do(small_set, tmp_p
         diffprune.embed(shards, tmp_path / "stopped", **bind, max_failures=10)
     assert diffprune.embed(shards, tmp_path / "bound", **bind, max_failures=11)["failed"] == 50
     assert diffprune.embed(shards, tmp_path / "any", **bind, max_failures=0)["failed"] == 50
+    next((tmp_path / "any").glob("*.npy")).unlink()
+    with pytest.raises(ResumeError, match="npy: lost, but the table"):
+        diffprune.embed(shards, tmp_path / "any", **bind, max_failures=0)
     with pytest.raises(InputError, match="max_failures: expected 0 or more"):
         diffprune.embed(shards, tmp_path / "no", **bind, max_failures=-1)
     for given in ({"precision": "bf16"}, {"max_pixels": 10}, {"strict_decode": False}):

@@ -106,6 +106,13 @@ def test_standard_output_holds_the_keys_alone_and_what_was_there_before(tmp_path
     assert names(tmp_path) == ["kept.parquet", "told.txt"]
 
 
+def test_what_was_printed_comes_before_what_is_written(kept):
+    code = f"import diffprune; print('first'); diffprune.export({str(kept)!r}, '-', format='keys'); print('last')"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=buffered)
+    assert done.stdout.split() == ["first", *KEYS, "last"], done.stderr
+
+
 def test_a_reader_that_goes_away_is_no_error_to_read_about(tmp_path):
     many = pa.table({"key": [f"{i:0100d}" for i in range(5000)]})
     write_table(tmp_path / "kept.parquet", many, {"stage": "select"})

@@ -451,7 +451,7 @@ def test_verify_finds_any_byte_that_was_changed_and_names_its_key(tmp_path, kept
     path = tmp_path / "out/train-0001.tar"
     whole = path.read_bytes()
     samples = index_shard(path).samples
-    places = {s.offset + 3: s.key for s in samples} | {s.offset + s.size - 1: s.key for s in samples}
+    places = {s.offset: s.key for s in samples} | {s.offset + s.size - 1: s.key for s in samples}
     for at, key in {**places, len(whole) - 1: None}.items():
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         before = folder_bytes(tmp_path / "out")
