@@ -121,6 +121,7 @@ def run_stage(
     total: int,
     unit: str = "images",
     rows: Mapping[str, int] | None = None,
+    beside: Sequence[str] = (),
     metadata: dict[str, Any] | None = None,
     begin: Callable[[list[str]], object] | None = None,
     dry_run: bool = False,
@@ -135,7 +136,8 @@ def run_stage(
     ``metadata`` is told to readers but not compared. ``begin`` runs once, if any shard is to be done, when ``out`` is
     there and this stage's, and is told which this process is to do; it may keep files of its own in ``out``.
     ``work`` advances the progress itself; ``total`` counts ``unit``s to do here. ``rows``: how many samples shards
-    have, if that is known; a table with another number is refused with a ResumeError. With the engine's ``workers``
+    have, if that is known; a table with another number is refused with a ResumeError. ``beside``: ends of the names of
+    files that lie beside each table; a table without them is refused likewise. With the engine's ``workers``
     they do ``task(stem, writer)`` instead, which has to end in ``writer.run``. ``told`` hears how each shard fared.
     Returns counts: shards, shards_done_before, samples, failed, first_error, out; of a part, where there is one.
 
@@ -157,12 +159,14 @@ def run_stage(
     whole = engine.whole(shards)
     if dry_run:
         check_resume(out, stage)
-        done = len(existing(out / f"{stem}.parquet" for stem in whole))
+        there = existing(out / f"{stem}.parquet" for stem in whole)
+        _check_beside(out, there, beside)
+        done = len(there)
         plan = {"stage": name, "shards": len(whole), "shards_done_before": done, "out": str(out)}
         return {**plan, "dry_run": True, f"{unit}_in_all": total}
     check_resume(out, stage)  # before a folder is made
     with _explained(out, whole), engine.lock(out) as lock, _swept(out, engine, whole):
-        todo = _claimed(out, stage, whole, engine)
+        todo = _claimed(out, stage, whole, engine, beside)
         plan = {"stage": name, "shards": len(whole), "shards_done_before": len(whole) - len(todo), "out": str(out)}
         if engine.workers and lock is not None:
             engine.workers.hold(lock)
@@ -295,13 +299,27 @@ def sweep(out: AnyPath, stem: str | None = None) -> None:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
-def _claimed(out: AnyPath, stage: dict[str, Any], whole: list[str], engine: Engine) -> list[str]:
+def _claimed(out: AnyPath, stage: dict[str, Any], whole: list[str], engine: Engine, beside: Sequence[str]) -> list[str]:
     """The shards to do, the same list for all ranks."""
     if not engine.ranks.rank:
         check_resume(out, stage)  # again: before the lock was there, another run may have been
     there = existing(out / f"{stem}.parquet" for stem in whole)
+    if not engine.ranks.rank:
+        _check_beside(out, there, beside)
     finished = engine.ranks.first([out / f"{stem}.parquet" in there for stem in whole])
     return [stem for stem, is_done in zip(whole, finished, strict=True) if not is_done]
+
+
+def _check_beside(out: AnyPath, tables: set[AnyPath], beside: Sequence[str]) -> None:
+    """ResumeError if a table is there whose files are not, which were written before it."""
+    wanted = {out / f"{table.stem}{end}": table for table in tables for end in beside}
+    lost = sorted(wanted.keys() - existing(wanted))
+    if lost:
+        more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+        raise ResumeError(
+            f"{lost[0]}: lost, but the table that says it is done is there{more}; delete {wanted[lost[0]].name} and "
+            "run the same command again"
+        )
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -37,3 +38,11 @@ Ray = Annotated[
 ]
 MaxFailures = Annotated[int, typer.Option(min=0, help="Stop after so many failures in a row; 0: never.")]
 Resume = Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")]
+
+
+def refuse_given(context: typer.Context, names: Iterable[str], why: str) -> None:
+    """End with an error if an option was given, its default too, that would have no effect."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(why, param_hint=f"--{name.replace('_', '-')}")
