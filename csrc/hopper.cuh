@@ -33,15 +33,24 @@ __device__ __forceinline__ void barrier_arrive_expect(uint64_t* barrier, int byt
                : "memory");
 }
 
-// Arrives at the same barrier of block `rank` of the cluster.
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Arrives at the same barrier of block `rank` of the cluster: that this thread is done reading. As CUTLASS's ClusterBarrier
+// at the default scope, for which reads that are complete need no more: .release.cluster is a fence of all memory first.
 __device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, int rank) {
   asm volatile(
       "{\n\t.reg .b32 remote;\n\t"
       "mapa.shared::cluster.u32 remote, %0, %1;\n\t"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n\t}" ::"r"(shared_address(barrier)),
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n\t}" ::"r"(shared_address(barrier)),
       "r"(rank)
       : "memory");
 }
+
+// After this thread's own loads from shared memory, before it says that the copy engine may write there; wgmma's reads
+// need none.
+__device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Until the phase of this parity is complete. The phase before the first counts as complete, with parity 1.
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {

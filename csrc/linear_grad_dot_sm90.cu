@@ -81,6 +81,7 @@ linear_grad_dot_sm90(const __grid_constant__ CUtensorMap x_map,  // [rows, depth
           }
           sums[row_half] += first * to_float(pair.first) + second * to_float(pair.second);
         }
+        async_proxy_fence();
         ring.release(ring.stage);
         ring.advance();
       }

@@ -57,11 +57,15 @@ struct Ring {
     return data + stage * StageBytes;
   }
 
-  // A consumer warp is done with a stage.
+  // A consumer warp is done with a stage; async_proxy_fence comes first if it loaded from there.
   __device__ void release(int which) {
     __syncwarp();
     const int lane = threadIdx.x % 32;
-    if (lane < Cluster) barrier_arrive_at(&empty[which], lane);
+    if constexpr (Cluster > 1) {
+      if (lane < Cluster) barrier_arrive_at(&empty[which], lane);
+    } else {
+      if (lane == 0) barrier_arrive(&empty[which]);
+    }
   }
 
   __device__ void advance() {

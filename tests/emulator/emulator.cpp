@@ -281,6 +281,8 @@ void barrier_arrive_expect(uint64_t* barrier, int bytes) {
   arrive(counter);
 }
 
+void barrier_arrive(uint64_t* barrier) { arrive(find_barrier(reinterpret_cast<unsigned char*>(barrier))); }
+
 void barrier_arrive_at(uint64_t* barrier, int rank) {
   if (rank >= int(self->block->cluster->size())) fail("mapa: no such block in the cluster");
   arrive(find_barrier((*self->block->cluster)[rank]->shared + shared_address(barrier)));

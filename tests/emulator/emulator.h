@@ -202,7 +202,9 @@ inline void cluster_sync() { emulator::gather("the cluster", *emulator::self->bl
 void barrier_init(uint64_t* barrier, int arrivals);
 inline void barrier_init_fence() {}
 void barrier_arrive_expect(uint64_t* barrier, int bytes);
+void barrier_arrive(uint64_t* barrier);
 void barrier_arrive_at(uint64_t* barrier, int rank);
+inline void async_proxy_fence() {}
 void barrier_wait(uint64_t* barrier, uint32_t parity);
 void tensor_load(void* target, const CUtensorMap* map, uint64_t* barrier, int column, int row, int sample);
 void tensor_load_multicast(void* target, const CUtensorMap* map, uint64_t* barrier, int column, int row, int sample,
