@@ -78,7 +78,7 @@ kmeans_search_sm80(SearchInputs inputs, SearchOutputs outputs, SearchShape shape
     for (int i = 0; i < 2; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        Group group;
+        Group group(shape.value_bits);
 #pragma unroll
         for (int j = 0; j < 8; ++j)
 #pragma unroll

@@ -47,7 +47,7 @@ kmeans_search_sm90(const __grid_constant__ CUtensorMap x_map,  // [n, depth], bo
       for (int column = 0; column < shape.k; column += kSearchColumns) {
         float products[kSearchColumns / 2];
         multiply<__half, kSearchColumns, false>(products, ring, steps, half * kPanelBytes, kXBytes);
-        Group group[2];
+        Group group[2] = {Group(shape.value_bits), Group(shape.value_bits)};
 #pragma unroll
         for (int i = 0; i < kSearchColumns / 2; i += 4) {
           const float2 offset = *reinterpret_cast<const float2*>(inputs.offset + column + accumulator_column(lane, i));
