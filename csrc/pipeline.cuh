@@ -78,9 +78,10 @@ struct Ring {
 
 // Consumer warpgroup: `steps` (at least 1) stages of the ring, each with both operands: accumulators = Σ a·b.
 // a: this warpgroup's 64 rows, b: N rows, at byte offsets of the stage. Transposed: panels with K as rows, else one panel
-// each with K as columns.
-template <class T, int N, bool Transposed, class SomeRing>
-__device__ __forceinline__ void multiply(float (&accumulators)[N / 2], SomeRing& ring, int steps, int a_offset, int b_offset) {
+// each with K as columns. `meanwhile` is called while the last products are under way.
+template <class T, int N, bool Transposed, class SomeRing, class Meanwhile>
+__device__ __forceinline__ void multiply(float (&accumulators)[N / 2], SomeRing& ring, int steps, int a_offset, int b_offset,
+                                         Meanwhile&& meanwhile) {
   constexpr int kAdvance = (Transposed ? 16 * kRowBytes : 16 * int(sizeof(T))) >> 4;  // 16 deep, in the descriptor's units
   int previous = -1;
   for (int step = 0; step < steps; ++step) {
@@ -96,7 +97,13 @@ __device__ __forceinline__ void multiply(float (&accumulators)[N / 2], SomeRing&
     previous = ring.stage;
     ring.advance();
   }
+  meanwhile();
   wgmma_wait<0>();
   wgmma_results(accumulators);
   ring.release(previous);
+}
+
+template <class T, int N, bool Transposed, class SomeRing>
+__device__ __forceinline__ void multiply(float (&accumulators)[N / 2], SomeRing& ring, int steps, int a_offset, int b_offset) {
+  multiply<T, N, Transposed>(accumulators, ring, steps, a_offset, b_offset, [] {});
 }
