@@ -1,4 +1,5 @@
 // flow_matching_loss and flow_matching_loss_grad: one pass over velocity and data, the noise made in registers.
+#include "fours.cuh"
 #include "host.cuh"
 #include "philox.cuh"
 
@@ -9,42 +10,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kPerThread = 16;  // elements, in groups of 4: one Philox block each
 constexpr int kTile = kThreads * kPerThread;
-
-template <class T>
-struct alignas(4 * sizeof(T)) Four {
-  T values[4];
-};
-
-__device__ __forceinline__ void store(float* target, float value) { *target = value; }
-__device__ __forceinline__ void store(__half* target, float value) { *target = __float2half_rn(value); }
-__device__ __forceinline__ void store(__nv_bfloat16* target, float value) { *target = __float2bfloat16_rn(value); }
-
-// `count` (at most 4) numbers; all four at once if `aligned`.
-template <class T>
-__device__ __forceinline__ void load_four(float (&values)[4], const T* source, int64_t count, bool aligned) {
-  if (aligned) {
-    const auto four = *reinterpret_cast<const Four<T>*>(source);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) values[i] = to_float(four.values[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) values[i] = i < count ? to_float(source[i]) : 0.0f;
-  }
-}
-
-template <class T>
-__device__ __forceinline__ void store_four(T* target, const float (&values)[4], int64_t count, bool aligned) {
-  if (aligned) {
-    Four<T> four;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) store(&four.values[i], values[i]);
-    *reinterpret_cast<Four<T>*>(target) = four;
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (i < count) store(target + i, values[i]);
-  }
-}
 
 // One block per sample and tile: partials[sample, tile] = 1/elements·Σ (v - (x1 - x0))² over the tile.
 template <class V, class X>

@@ -37,8 +37,8 @@ void linear_grad_sqnorm_token(const Where& where, int dtype, uint64_t a, uint64_
                               int64_t wide, int64_t high, bool bias);
 
 // Rows for the half-precision search: x̂ = (x - centre)·2^e rounded to float16, e per row; dimensions padded with zeros.
-// rounded [n, padded] float16, scale [n] float32 = 2^-e, norms [n, 2] float32: ‖x̂·2^-e‖ and the distance of that to
-// x - centre, both rounded up.
+// rounded [n, padded] float16, 16-byte aligned, padded a multiple of 8; scale [n] float32 = 2^-e, norms [n, 2] float32:
+// ‖x̂·2^-e‖ and the distance of that to x - centre, both rounded up.
 void kmeans_round(const Where& where, int dtype, uint64_t points, uint64_t centre, uint64_t rounded, uint64_t scale,
                   uint64_t norms, int64_t n, int64_t dimensions, int64_t padded);
 

@@ -22,20 +22,26 @@ ucontext_t scheduler;
 const std::function<void()>* current_kernel = nullptr;
 std::string failure;
 
-// A kernel that touches memory that is not there fails with an exception (compiled with -fnon-call-exceptions), not the
-// process with it: tests put arguments right before pages that nobody may touch.
+// A kernel that touches memory that is not there, or several numbers at once from where they do not begin, fails with an
+// exception (compiled with -fnon-call-exceptions), not the process with it: tests put arguments right before pages that
+// nobody may touch, and -fsanitize=alignment traps with an illegal instruction.
 class Faults {
  public:
   Faults() {
     struct sigaction action = {};
-    action.sa_handler = [](int) { fail("touches memory beyond an argument"); };
     action.sa_flags = SA_NODEFER;  // the handler is left by the exception
-    sigaction(SIGSEGV, &action, &before);
+    action.sa_handler = [](int) { fail("touches memory beyond an argument"); };
+    sigaction(SIGSEGV, &action, &segv);
+    action.sa_handler = [](int) { fail("misaligned access"); };
+    sigaction(SIGILL, &action, &ill);
   }
-  ~Faults() { sigaction(SIGSEGV, &before, nullptr); }
+  ~Faults() {
+    sigaction(SIGSEGV, &segv, nullptr);
+    sigaction(SIGILL, &ill, nullptr);
+  }
 
  private:
-  struct sigaction before;
+  struct sigaction segv, ill;
 };
 
 void body() {

@@ -16,9 +16,11 @@ from pathlib import Path
 from mutate_masks import ROOT, Mutant, command_line
 
 CSRC = Path("csrc")
+FLOW = "test_cuda_flow_matching_loss"
 DOT, SQNORM, ASSIGN = "test_cuda_linear_grad_dot", "test_cuda_linear_grad_sqnorm", "test_cuda_kmeans_assign"
 TESTS = {
-    "flow_matching_loss.cu": ("test_cuda_flow_matching_loss",),
+    "flow_matching_loss.cu": (FLOW,),
+    "fours.cuh": (FLOW, ASSIGN),
     "gemm_sm80.cuh": (DOT, SQNORM),
     "kmeans_assign.cu": (ASSIGN,),
     "kmeans_assign_again.cu": (ASSIGN,),
