@@ -26,7 +26,8 @@ int64_t linear_grad_dot_partials(const Where& where, int64_t samples, int64_t to
 // sqnorm[b] = ‖Gᵀ·A‖² (+ ‖Σ_t G‖² with bias). a [samples, tokens, wide], g [samples, tokens, high]: as above, wide and
 // high multiples of 8. gram: sum over pairs of tokens, and where its terms cancel (Σ|terms| > cancellation·Σ terms) once
 // more by the direct form; else the direct form. partials: float32 [linear_grad_sqnorm_partials].
-// again: int32 [samples], written. sqnorm [samples] float32.
+// again: int32 [1 + samples] for gram, else 0: how many samples were done once more, 0 on entry, and which. sqnorm
+// [samples] float32.
 void linear_grad_sqnorm(const Where& where, int dtype, uint64_t a, uint64_t g, uint64_t partials, uint64_t again,
                         uint64_t sqnorm, int64_t samples, int64_t tokens, int64_t wide, int64_t high, bool bias, bool gram,
                         float cancellation);
