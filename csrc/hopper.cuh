@@ -131,15 +131,15 @@ __device__ __forceinline__ void wgmma_results(float (&d)[Count]) {
 #define WGMMA_D32(i) WGMMA_D8(i), WGMMA_D8(i + 8), WGMMA_D8(i + 16), WGMMA_D8(i + 24)
 #define WGMMA_D64(i) WGMMA_D32(i), WGMMA_D32(i + 32)
 
-// d = a·b (+ d), 64x16 by 16xN, from two tiles in shared memory (`descriptor`); both K-major, or both Transposed.
-template <class T, int N, bool Transposed>
+// d = a·b (+ d), 64x16 by 16xN, from two tiles in shared memory (`descriptor`); each K-major, or transposed.
+template <class T, int N, bool TransposedA, bool TransposedB>
 __device__ __forceinline__ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {
 #define DIFFPRUNE_WGMMA(SHAPE, TYPE, REGISTERS, A, B, P, TA, TB, OUTPUTS)                                     \
   asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %" P ", 0;\n\t"                                          \
                "wgmma.mma_async.sync.aligned.m64n" SHAPE "k16.f32." TYPE "." TYPE " {" REGISTERS "}, %" A     \
                ", %" B ", p, 1, 1, %" TA ", %" TB ";\n\t}"                                                    \
                : OUTPUTS                                                                                      \
-               : "l"(a), "l"(b), "r"(accumulate), "n"(int(Transposed)), "n"(int(Transposed)))
+               : "l"(a), "l"(b), "r"(accumulate), "n"(int(TransposedA)), "n"(int(TransposedB)))
   static_assert(N == 128 || N == 192 || N == 256, "the sizes that are written out here");
   if constexpr (N == 128 && is_half<T>)
     DIFFPRUNE_WGMMA("128", "f16", WGMMA_R0, "64", "65", "66", "67", "68", WGMMA_D64(0));

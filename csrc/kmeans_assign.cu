@@ -94,7 +94,7 @@ kmeans_search_sm80(SearchInputs inputs, SearchOutputs outputs, SearchShape shape
     }
   for (int column = 0; column < shape.k; column += kBlockTile) {
     BlockResults products;
-    multiply_block<__half, false>(products, shared, x, first_row, c, column);
+    multiply_block<__half, false, false>(products, shared, x, first_row, c, column);
 #pragma unroll
     for (int i = 0; i < 2; ++i)
 #pragma unroll

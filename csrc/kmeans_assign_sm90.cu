@@ -47,7 +47,7 @@ kmeans_search_sm90(const __grid_constant__ CUtensorMap x_map,  // [n, depth], bo
       for (int column = 0; column < shape.k; column += kSearchColumns) {
         float products[kSearchColumns / 2];
         float2 offsets[kSearchColumns / 8];
-        multiply<__half, kSearchColumns, false>(products, ring, steps, half * kPanelBytes, kXBytes, [&] {
+        multiply<__half, kSearchColumns, false, false>(products, ring, steps, half * kPanelBytes, kXBytes, [&] {
 #pragma unroll
           for (int i = 0; i < kSearchColumns / 8; ++i)
             offsets[i] = *reinterpret_cast<const float2*>(inputs.offset + column + accumulator_column(lane, 4 * i));

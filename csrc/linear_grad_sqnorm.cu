@@ -21,8 +21,8 @@ gram_sqnorm_sm80(const T* a,       // [samples, tokens, wide]
   const Matrix<T> inputs{a + first * shape.wide, shape.tokens, shape.wide};
   const Matrix<T> gradients{g + first * shape.high, shape.tokens, shape.high};
   BlockResults left, right;
-  multiply_block<T, false>(left, shared_memory(), inputs, row, inputs, column);
-  multiply_block<T, false>(right, shared_memory(), gradients, row, gradients, column);
+  multiply_block<T, false, false>(left, shared_memory(), inputs, row, inputs, column);
+  multiply_block<T, false, false>(right, shared_memory(), gradients, row, gradients, column);
   float sum = 0, magnitude = 0;
 #pragma unroll
   for (int i = 0; i < 2; ++i)
@@ -51,9 +51,9 @@ direct_sqnorm_sm80(const T* a,    // [samples, tokens, wide]
   if (entry >= samples.count()) return;
   const int64_t sample = samples[entry], first = sample * shape.tokens;
   BlockResults gradient;
-  multiply_block<T, true>(gradient, shared_memory(), Matrix<T>{g + first * shape.high, shape.tokens, shape.high},
-                          tile / across * kBlockTile, Matrix<T>{a + first * shape.wide, shape.tokens, shape.wide},
-                          tile % across * kBlockTile);
+  multiply_block<T, true, true>(gradient, shared_memory(), Matrix<T>{g + first * shape.high, shape.tokens, shape.high},
+                                tile / across * kBlockTile, Matrix<T>{a + first * shape.wide, shape.tokens, shape.wide},
+                                tile % across * kBlockTile);
   float sum = 0;
 #pragma unroll
   for (int i = 0; i < 2; ++i)

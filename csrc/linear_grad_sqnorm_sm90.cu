@@ -56,8 +56,8 @@ gram_sqnorm_sm90(const __grid_constant__ CUtensorMap a_map,  // [samples, tokens
       const Pair tile = triangle(at.tile);
       const int right = tile.row == tile.column ? 0 : kGramBytes;
       float a[kGramTile / 2], g[kGramTile / 2];
-      multiply<T, kGramTile, false>(a, ring, a_steps, (warpgroup - 1) * kPanelBytes, right);
-      multiply<T, kGramTile, false>(g, ring, g_steps, (warpgroup - 1) * kPanelBytes, right);
+      multiply<T, kGramTile, false, false>(a, ring, a_steps, (warpgroup - 1) * kPanelBytes, right);
+      multiply<T, kGramTile, false, false>(g, ring, g_steps, (warpgroup - 1) * kPanelBytes, right);
       float sum = 0, magnitude = 0;
 #pragma unroll
       for (int i = 0; i < kGramTile / 2; ++i) {
@@ -109,7 +109,7 @@ direct_sqnorm_sm90(const __grid_constant__ CUtensorMap a_map,  // [samples, toke
     const int lane = threadIdx.x % 32, consumer = threadIdx.x / 32 - 4;
     for (int item = blockIdx.x; item < items; item += gridDim.x) {
       float gradient[kDirectColumns / 2];
-      multiply<T, kDirectColumns, true>(gradient, ring, steps, (warpgroup - 1) * kPanelBytes, kDirectBytes);
+      multiply<T, kDirectColumns, true, true>(gradient, ring, steps, (warpgroup - 1) * kPanelBytes, kDirectBytes);
       float sum = 0;
 #pragma unroll
       for (int i = 0; i < kDirectColumns / 2; ++i) sum += gradient[i] * gradient[i];

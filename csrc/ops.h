@@ -16,11 +16,11 @@ struct Where {
 };
 
 // dot[b] = Σ over the sample's tokens t and columns n of (Σ_k x[b,t,k]·w[n,k] + bias[n])·y[b,t,n].
-// x [samples, tokens, depth], w [columns, depth], y [samples, tokens, columns]: `dtype` (half precision), contiguous,
-// 16-byte aligned, depth and columns multiples of 8. bias [columns] float32 or 0. partials: float32
+// x [samples, tokens, depth], w [columns, depth] (transposed: [depth, columns]), y [samples, tokens, columns]: `dtype` (half
+// precision), contiguous, 16-byte aligned, depth and columns multiples of 8. bias [columns] float32 or 0. partials: float32
 // [linear_grad_dot_partials]. dot [samples] float32.
 void linear_grad_dot(const Where& where, int dtype, uint64_t x, uint64_t w, uint64_t y, uint64_t bias, uint64_t partials,
-                     uint64_t dot, int64_t samples, int64_t tokens, int64_t depth, int64_t columns);
+                     uint64_t dot, int64_t samples, int64_t tokens, int64_t depth, int64_t columns, bool transposed);
 int64_t linear_grad_dot_partials(const Where& where, int64_t samples, int64_t tokens, int64_t columns);
 
 // sqnorm[b] = ‖Gᵀ·A‖² (+ ‖Σ_t G‖² with bias). a [samples, tokens, wide], g [samples, tokens, high]: as above, wide and

@@ -78,11 +78,11 @@ struct Ring {
 
 // Consumer warpgroup: `steps` (at least 1) stages of the ring, each with both operands: accumulators = Σ a·b.
 // a: this warpgroup's 64 rows, b: N rows, at byte offsets of the stage. Transposed: panels with K as rows, else one panel
-// each with K as columns. `meanwhile` is called while the last products are under way.
-template <class T, int N, bool Transposed, class SomeRing, class Meanwhile>
+// with K as columns. `meanwhile` is called while the last products are under way.
+template <class T, int N, bool TransposedA, bool TransposedB, class SomeRing, class Meanwhile>
 __device__ __forceinline__ void multiply(float (&accumulators)[N / 2], SomeRing& ring, int steps, int a_offset, int b_offset,
                                          Meanwhile&& meanwhile) {
-  constexpr int kAdvance = (Transposed ? 16 * kRowBytes : 16 * int(sizeof(T))) >> 4;  // 16 deep, in the descriptor's units
+  constexpr int kAcross = 16 * kRowBytes >> 4, kAlong = 16 * int(sizeof(T)) >> 4;  // 16 deep, in the descriptor's units
   int previous = -1;
   for (int step = 0; step < steps; ++step) {
     const uint32_t stage = shared_address(ring.wait());
@@ -90,7 +90,8 @@ __device__ __forceinline__ void multiply(float (&accumulators)[N / 2], SomeRing&
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kDepth / 16; ++k)
-      wgmma<T, N, Transposed>(accumulators, a + k * kAdvance, b + k * kAdvance, step > 0 || k > 0);
+      wgmma<T, N, TransposedA, TransposedB>(accumulators, a + k * (TransposedA ? kAcross : kAlong),
+                                            b + k * (TransposedB ? kAcross : kAlong), step > 0 || k > 0);
     wgmma_commit();
     wgmma_wait<1>();  // so the step before is over, and its stage read
     if (previous >= 0) ring.release(previous);
@@ -103,7 +104,7 @@ __device__ __forceinline__ void multiply(float (&accumulators)[N / 2], SomeRing&
   ring.release(previous);
 }
 
-template <class T, int N, bool Transposed, class SomeRing>
+template <class T, int N, bool TransposedA, bool TransposedB, class SomeRing>
 __device__ __forceinline__ void multiply(float (&accumulators)[N / 2], SomeRing& ring, int steps, int a_offset, int b_offset) {
-  multiply<T, N, Transposed>(accumulators, ring, steps, a_offset, b_offset, [] {});
+  multiply<T, N, TransposedA, TransposedB>(accumulators, ring, steps, a_offset, b_offset, [] {});
 }

@@ -22,12 +22,12 @@ import cuda_build
 
 ARCHITECTURES = {"sm_80", "sm_90a", "sm_100"}
 HOPPER_KERNELS = {
-    "linear_grad_dot_sm90": 4,  # two dtypes, two widths of tiles
+    "linear_grad_dot_sm90": 8,  # two dtypes, two widths of tiles, two layouts
     "gram_sqnorm_sm90": 2,
     "direct_sqnorm_sm90": 2,
     "kmeans_search_sm90": 1,
 }
-BLOCK_KERNELS = {"linear_grad_dot_sm80": 2, "gram_sqnorm_sm80": 2, "direct_sqnorm_sm80": 2, "kmeans_search_sm80": 1}
+BLOCK_KERNELS = {"linear_grad_dot_sm80": 4, "gram_sqnorm_sm80": 2, "direct_sqnorm_sm80": 2, "kmeans_search_sm80": 1}
 
 
 @pytest.fixture(scope="module")

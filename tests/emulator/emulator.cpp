@@ -248,17 +248,18 @@ void drain(std::deque<std::vector<std::function<void()>>>& groups, size_t left) 
 }
 
 // This thread's share of the 64×n results: each of its warp's 16 rows is in four lanes.
-void wgmma(float* d, uint64_t a, uint64_t b, bool accumulate, int n, bool transposed, float (*number)(uint16_t)) {
+void wgmma(float* d, uint64_t a, uint64_t b, bool accumulate, int n, bool a_transposed, bool b_transposed,
+           float (*number)(uint16_t)) {
   const int lane = self->thread.x % 32, warp = self->thread.x / 32 % 4;
   float left[2][16];
   for (int half = 0; half < 2; ++half)
     for (int k = 0; k < 16; ++k)
-      left[half][k] = number(read_bits(operand_address(a, transposed, warp * 16 + lane / 4 + 8 * half, k)));
+      left[half][k] = number(read_bits(operand_address(a, a_transposed, warp * 16 + lane / 4 + 8 * half, k)));
   for (int column = 2 * (lane % 4), i = 0; column < n; column += 8, i += 4)
     for (int e = 0; e < 2; ++e) {
       float sums[2] = {0, 0};
       for (int k = 0; k < 16; ++k) {
-        const float right = number(read_bits(operand_address(b, transposed, column + e, k)));
+        const float right = number(read_bits(operand_address(b, b_transposed, column + e, k)));
         for (int half = 0; half < 2; ++half) sums[half] += left[half][k] * right;
       }
       for (int half = 0; half < 2; ++half) d[i + 2 * half + e] = (accumulate ? d[i + 2 * half + e] : 0.0f) + sums[half];

@@ -111,7 +111,8 @@ float number(uint16_t bits) {
   return std::is_same_v<T, __half> ? half_value(bits) : bfloat16_value(bits);
 }
 
-void wgmma(float* d, uint64_t a, uint64_t b, bool accumulate, int n, bool transposed, float (*number)(uint16_t));
+void wgmma(float* d, uint64_t a, uint64_t b, bool accumulate, int n, bool a_transposed, bool b_transposed,
+           float (*number)(uint16_t));
 void drain(std::deque<std::vector<std::function<void()>>>& groups, size_t left);
 void count_bytes(Block* block, uint32_t barrier, int bytes);  // arrived, at an mbarrier
 void bulk_load(Block* target, uint32_t offset, const CUtensorMap* map, uint32_t barrier, int column, int row, int sample);
@@ -224,9 +225,9 @@ void wgmma_wait() {
 }
 template <int Count>
 void wgmma_results(float (&)[Count]) {}
-template <class T, int N, bool Transposed>
+template <class T, int N, bool TransposedA, bool TransposedB>
 void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {
   float* results = d;
   emulator::self->open_products.push_back(
-      [=] { emulator::wgmma(results, a, b, accumulate != 0, N, Transposed, emulator::number<T>); });
+      [=] { emulator::wgmma(results, a, b, accumulate != 0, N, TransposedA, TransposedB, emulator::number<T>); });
 }

@@ -42,6 +42,8 @@ def check(input: Tensor, grad_output: Tensor, direction: Tensor, bias: Tensor | 
         (2, 70, 200, 136, torch.float16, False),  # more steps than stages
         (2, 40, 264, 200, torch.bfloat16, True),  # two tiles of columns of 192 or 256, the second nearly empty
         (1, 50, 136, 520, torch.float16, False),  # wider output than input: the other side is the short one
+        (2, 70, 260, 301, torch.bfloat16, False),  # likewise, two tiles of 192 columns
+        (1, 40, 9, 203, torch.float16, False),  # the last step is nearly empty
         (1, 50, 72, 520, torch.float16, True),
     ],
 )
