@@ -62,7 +62,7 @@ kmeans_round_rows(const T* points,       // [n, dimensions]
       norm += back * back;
       error += (values[i] - back) * (values[i] - back);
     }
-    *reinterpret_cast<Four<__half>*>(rounded + int64_t(row) * padded + d) = halves;
+    halves.write(rounded + int64_t(row) * padded + d);
   }
   norm = sqrtf(warp_sum(norm));
   error = sqrtf(warp_sum(error));

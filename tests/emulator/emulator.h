@@ -136,6 +136,8 @@ inline int __float_as_int(float value) { return int(__float_as_uint(value)); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
 inline double __dmul_rn(double a, double b) { return a * b; }
 inline double __dadd_rn(double a, double b) { return a + b; }
+template <class Value>
+void __stwb(Value* target, Value value) { *target = value; }
 inline int min(int a, int b) { return a < b ? a : b; }
 
 // ---- ptx.cuh ----
@@ -193,6 +195,12 @@ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     }
     d[i] += sum;
   }
+}
+
+// Errs as much as it may, up or down.
+inline float approximate_sqrt(float value) {
+  if (value < 1.17549435e-38f) return value < 0 ? NAN : 0.0f;
+  return float(std::sqrt(double(value)) * (emulator::self->thread.x % 2 ? 1 + 0x1p-24 : 1 - 0x1p-24));
 }
 
 // ---- hopper.cuh ----
