@@ -8,8 +8,8 @@ namespace diffprune {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBlocks = 4;      // per multiprocessor, of up to 64 registers a thread, which hold all that is loaded
-constexpr int kGroups = 4;      // of 4 elements per thread: one Philox block each
+constexpr int kBlocks = 4;  // per multiprocessor, of up to 64 registers a thread, which hold all that is loaded
+constexpr int kGroups = 4;  // of 4 elements per thread: one Philox block each
 constexpr int kTile = kThreads * kGroups * 4;
 
 // One block per sample and tile: partials[sample, tile] = 1/elements·Σ (v - (x1 - x0))² over the tile.
@@ -42,7 +42,8 @@ flow_matching_loss_kernel(const V* velocity,      // [samples, elements]
 #pragma unroll
   for (int i = 0; i < kGroups; ++i) {
     const int start = 4 * (i * kThreads + int(threadIdx.x)), count = left - start;
-    const float4 noise = normal_noise(uint32_t((tile_start + start) / 4), hash, draw, keys);
+    if (count <= 0) continue;
+    const float4 noise = normal_noise(uint32_t(tile_start / 4) + start / 4, hash, draw, keys);
     const float x0[4] = {noise.x, noise.y, noise.z, noise.w};
 #pragma unroll
     for (int e = 0; e < 4; ++e) {

@@ -185,7 +185,8 @@ void linear_grad_sqnorm(const Where& where, int dtype, uint64_t a, uint64_t g, u
     if (queue.path == 80) gram_sm80(queue, dtype, a, g, bias, parts, shape);
     direct.list = pointer<int>(again);
     launch("gram_sqnorm_sum", gram_sqnorm_sum, dim3(shape.samples), kSumThreads, kSumBytes, 1, queue.stream, parts,
-           pointer<float>(sqnorm), pointer<int>(again), narrow(gram_tiles(shape) * kPartsPerTile, "tiles") / kPartsPerTile, cancellation);
+           pointer<float>(sqnorm), pointer<int>(again), narrow(gram_tiles(shape) * kPartsPerTile, "tiles") / kPartsPerTile,
+           cancellation);
   }
   const auto parts = pointer<float>(partials);
 #ifdef DIFFPRUNE_SM90

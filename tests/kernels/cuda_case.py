@@ -74,7 +74,7 @@ def launch(op: Any, *args: Any, misaligned: bool = False, **options: Any) -> Any
 
 
 def _misaligned(shape: torch.Size, dtype: torch.dtype, value: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """See ``triton_case.Place``: inputs begin one element after a multiple of 16 bytes, what torch allocates does not."""
+    """``triton_case.Place``: inputs begin one element after a multiple of 16 bytes; what torch allocates does not."""
     length = 2 * BAND + 1 + triton_case.extent(shape, triton_case.strides_of(shape, value))
     whole = torch.full((length,), triton_case.poison(dtype), dtype=dtype, device=triton_case.DEVICE)
     return triton_case.lay(whole, BAND + (value is not None), shape, value), whole
