@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import reduce
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -184,13 +184,22 @@ def _stand_ins(model: nn.Module, uses: list[ParameterUse], recorder: Recorder) -
         for key, parameter in module._parameters.items()
         if parameter in weights
     ]
+
+    def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        recorder.tracker.enter(module, (args, kwargs))
+
+    def leave(module: nn.Module, args: tuple, output: Any) -> None:
+        recorder.tracker.leave(module)
+
     with ExitStack() as stack:
         try:
             for use in uses:
                 hook = use.parameter.register_hook(_refuse_use_past_stand_in(use))
                 stack.callback(hook.remove)
             for module in model.modules():
-                hook = module.register_forward_pre_hook(_rows_from(recorder, module is model), with_kwargs=True)
+                hook = module.register_forward_pre_hook(enter, with_kwargs=True)
+                stack.callback(hook.remove)
+                hook = module.register_forward_hook(leave, always_call=True)
                 stack.callback(hook.remove)
             for tensor in (*model.buffers(), *(p for p in model.parameters() if not p.requires_grad)):
                 recorder.tracker.add_constant(tensor)
@@ -204,14 +213,6 @@ def _stand_ins(model: nn.Module, uses: list[ParameterUse], recorder: Recorder) -
             recorder.closed = True
             for module, key, parameter in places:
                 module._parameters[key] = parameter
-
-
-def _rows_from(recorder: Recorder, outermost: bool) -> Callable:
-    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if (outermost or recorder.tracker.rows is None) and torch.is_grad_enabled():
-            recorder.tracker.set_rows((args, kwargs))
-
-    return hook
 
 
 def _refuse_use_past_stand_in(use: ParameterUse) -> Callable[[Tensor], None]:

@@ -15,16 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffprune.batch_layout import (
-    BATCH_FIRST,
-    BatchTracker,
-    Layout,
-    batch_first,
-    body,
-    is_composite,
-    looked_into,
-    tensors_in,
-)
+from diffprune.batch_layout import BATCH_FIRST, Layout, batch_first, tensors_in
+from diffprune.batch_tracker import BatchTracker
+from diffprune.composites import body, is_composite, looked_into
 from diffprune.errors import InputError
 from diffprune.gradient_parts import Aligned, Dense, Part, PartSums, Through, part_sums
 from diffprune.weight_routes import Route, expands, route
@@ -106,7 +99,7 @@ class Recorder:
     ) -> None:
         self.rules, self.wanted, self.rows_per_sample = rules, wanted, rows_per_sample
         self.weight_gradients, self.fallback = weight_gradients, fallback
-        self.tracker = BatchTracker(neutral=Weight)
+        self.tracker = BatchTracker(neutral=Weight, final=rules.__contains__)
         self.fired = self.closed = False
         self._anchor = torch.empty(0, requires_grad=True)
 
@@ -142,6 +135,12 @@ class Recorder:
         if rows % self.rows_per_sample:
             raise InputError(f"{_names(weights)}: expected a multiple of {self.rows_per_sample} rows, got {rows}")
         return layout
+
+    def refuse_mixed(self, tensors: list[Tensor], *weights: Any) -> None:
+        """Tensors that are broadcast together with weights have the batch at one dimension of the result."""
+        if self.tracker.mixed(tensors):
+            shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
+            raise InputError(f"{_names(weights)}: the samples are at different dimensions of what it meets, {shapes}")
 
     @property
     def samples(self) -> int:
@@ -191,7 +190,8 @@ class Recorder:
         if not batch and not self.closed:
             spread = self._spread_first(func, args)
             if spread is not None:
-                return self.call(func, spread, kwargs)
+                with self.tracker:
+                    return func(*spread, **kwargs)
         if batch and torch.is_grad_enabled():
             return self._meet(func, args, kwargs)
         if batch and not self.tracker.backward_began:
@@ -213,7 +213,8 @@ class Recorder:
         spread = self._map(self._spread, args), self._map(self._spread, kwargs)
         weights = [x for x in tensors_in(spread) if isinstance(x, Weight)]
         if not weights:
-            return func(*spread[0], **spread[1])
+            with self.tracker:
+                return func(*spread[0], **spread[1])
         if self.fallback == "vmap":
             return self._map_over_samples(func, *spread, weights)
         name = getattr(func, "__name__", str(func))
@@ -232,7 +233,6 @@ class Recorder:
             if known is not None:
                 return known
             if not value.requires_grad:
-                self.tracker.add_constant(value)
                 return value
             weight = Weight.make(value, self, sources)
             if args and isinstance(args[0], Weight) and len(weights) == 1:
@@ -298,7 +298,9 @@ class Recorder:
             return x
         if x.expanded.dim() == x.dim() and len(x.expanded) != 1:
             return x
-        return self.spread(x, x.shape, BATCH_FIRST)
+        output = self.spread(x, x.shape, BATCH_FIRST)
+        self.tracker.assume(output)
+        return output
 
     # The backward
 

@@ -126,14 +126,20 @@ def attention(
     if not isinstance(attn_mask, Weight) or any(isinstance(x, Weight) for x in (query, key, value)):
         raise unknown(func, query, key, value, attn_mask)
     layout = recorder.layout(query, attn_mask)
+    recorder.refuse_mixed([x for x in (query, key, value) if recorder.tracker.depends_on_batch(x)], attn_mask)
     wide = recorder.spread(attn_mask, (*query.shape[:-1], key.shape[-2]), layout)
     return func(query, key, value, wide, *args, **kw)
 
 
 def _elementwise_layout(recorder: Recorder, output: Tensor, *inputs: Any) -> Layout:
     weights = [x for x in inputs if isinstance(x, Weight)]
-    for x in inputs:
-        if isinstance(x, Tensor) and not isinstance(x, Weight) and recorder.tracker.depends_on_batch(x):
-            layout = recorder.layout(x, *weights)
-            return layout._replace(dim=layout.dim + output.dim() - x.dim())
-    raise unknown(torch.add, *weights)
+    samples = [
+        x
+        for x in inputs
+        if isinstance(x, Tensor) and not isinstance(x, Weight) and recorder.tracker.depends_on_batch(x)
+    ]
+    if not samples:
+        raise unknown(torch.add, *weights)
+    layouts = [recorder.layout(x, *weights) for x in samples]
+    recorder.refuse_mixed(samples, *weights)
+    return layouts[0]._replace(dim=layouts[0].dim + output.dim() - samples[0].dim())
