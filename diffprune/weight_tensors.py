@@ -149,7 +149,7 @@ class Recorder:
     def tokens(self, tensor: Tensor, layout: Layout) -> Tensor:
         """[..., F] -> [B, 1, T, F], or [B, T] from an index."""
         rows_first = batch_first(tensor, layout, self.tracker.rows)
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() or tensor.is_complex():
             return rows_first.reshape(self.samples, 1, -1, tensor.shape[-1])
         return rows_first.reshape(self.samples, -1)
 
@@ -157,6 +157,8 @@ class Recorder:
         self, weight: Weight, gradient: Tensor, layout: Layout, shape: Sequence[int] | None = None
     ) -> Contribution:
         """The part of a weight (seen as of `shape`) that was broadcast: `gradient`, summed over what it has not."""
+        if gradient.is_complex() and not weight.is_complex():
+            gradient = gradient.real
         while weight.expanded is not None and shape is None:
             weight = weight.expanded
         shape = tuple(weight.shape if shape is None else shape)

@@ -27,7 +27,7 @@ def add(recorder: Recorder, func: Callable, input: Any, other: Any, *, alpha: fl
     def contribute(gradient: Tensor) -> Iterator[Contribution]:
         for weight, scale in zip((input, other), scales, strict=True):
             if isinstance(weight, Weight):
-                yield recorder.dense(weight, gradient if scale == 1 else gradient * scale, layout)
+                yield recorder.dense(weight, gradient if scale == 1 else gradient * scale.conjugate(), layout)
 
     return recorder.record(output, (), contribute, input, other)
 
@@ -39,7 +39,7 @@ def mul(recorder: Recorder, func: Callable, input: Any, other: Any) -> Tensor:
     layout = _elementwise_layout(recorder, output, input, other)
 
     def contribute(seen: Tensor, gradient: Tensor) -> Iterator[Contribution]:
-        yield recorder.dense(weight, gradient * seen, layout)
+        yield recorder.dense(weight, gradient * seen.conj(), layout)
 
     return recorder.record(output, (seen,), contribute, weight)
 
@@ -56,7 +56,8 @@ def div(recorder: Recorder, func: Callable, input: Any, other: Any, *, rounding_
         weight, seen = other, input
 
     def contribute(seen: Tensor, gradient: Tensor) -> Iterator[Contribution]:
-        terms = gradient / seen if weight is input else -gradient * seen / weight.plain.detach().square()
+        down = weight.plain.detach().conj()
+        terms = gradient / seen.conj() if weight is input else -gradient * seen.conj() / down.square()
         yield recorder.dense(weight, terms, layout)
 
     return recorder.record(output, (seen,), contribute, weight)
