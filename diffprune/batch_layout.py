@@ -137,6 +137,16 @@ def split(source: Tensor, layout: Layout, outputs: list[Tensor], rows: int) -> b
     )
 
 
+def strided(source: Tensor, layout: Layout, output: Tensor) -> bool:
+    """Whether a view by strides has the batch where `source` has it: all else steps within a row or over all rows."""
+    dim, size, step = layout.dim, source.shape[layout.dim], source.stride(layout.dim)
+    if dim >= output.dim() or output.shape[dim] != size or output.stride(dim) != step or not step:
+        return False
+    others = [(n, stride) for i, (n, stride) in enumerate(zip(output.shape, output.stride(), strict=True)) if i != dim]
+    within = sum((n - 1) * stride for n, stride in others if stride % (size * step))
+    return (output.storage_offset() - source.storage_offset()) % (size * step) + within < step
+
+
 def displaced_dims(func: Callable, args: tuple, kwargs: dict) -> set[int]:
     """The dimensions of ``args[0]`` along which elements get other places; all where none is named or usual."""
     dims, place = args[0].dim(), DISPLACING[func]
@@ -186,6 +196,8 @@ DISPLACING = (
     | _places(masked_select=None, take=None, rot90=None, fliplr=None, flipud=None)
     | {torch.fft.fftshift: None, torch.fft.ifftshift: None}
 )
+FOLLOWING = _functions("gather take_along_dim")  # the output is as long as the index, whatever the input is
+STRIDING = _functions("as_strided")
 _ALONG_THE_LAST = _functions("sort argsort topk")  # unless another is named
 ARITHMETIC = _functions("add sub mul div true_divide")
 POINTWISE = ARITHMETIC | _functions(

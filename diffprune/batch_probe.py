@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffprune.batch_layout import Layout, tensors_in
+from diffprune.batch_layout import FOLLOWING, Layout, tensors_in
 
 
 class Mixed(Exception):
@@ -46,7 +46,7 @@ class Probe:
         tensors = list(tensors_in((args, kwargs)))
         inner = {layout.inner for layout in layouts if layout is not None}
         dims = [None if layout is None else layout.dim for layout in layouts]
-        grown = self._run(func, args, kwargs, dims)
+        grown = None if func in FOLLOWING else self._run(func, args, kwargs, dims)
         if grown is None:  # constants may have a row for each sample
             source = next(x for x, dim in zip(tensors, dims, strict=True) if dim is not None)
             place = next(dim for dim in dims if dim is not None)
@@ -54,7 +54,7 @@ class Probe:
                 _row_dim(x, source.shape[place], source.dim() - place) if dim is None else dim
                 for x, dim in zip(tensors, dims, strict=True)
             ]
-            grown = None if aligned == dims else self._run(func, args, kwargs, aligned)
+            grown = self._run(func, args, kwargs, aligned)
         if grown is None:
             if sum(dim is not None for dim in dims) > 1 and len(set(layouts) - {None}) > 1:
                 raise Mixed

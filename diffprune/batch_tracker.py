@@ -222,6 +222,8 @@ class BatchTracker(TorchFunctionMode):
             return [layout if len(set(layouts)) == 1 and len(every) == len(sources) else None]
         if func in moves.SPLITTING and moves.along(func, args, kwargs, source, layout):
             return [layout if moves.split(source, layout, outputs, self.rows) else None] * len(outputs)
+        if func in moves.STRIDING:
+            return [layout if moves.strided(source, layout, outputs[0]) else None]
         if self._is_plain(sources, layouts, outputs):
             return [layout] * len(outputs)
         try:

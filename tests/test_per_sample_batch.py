@@ -96,6 +96,13 @@ CASES = {
     "two batches, sliced": lambda m, x: m.out((y := m.layer(torch.cat([x, x.cos()])).tanh())[: len(x)] - y[len(x) :]),
     "written into zeros": lambda m, x: m.out(written(m, x)),
     "each row written by itself": lambda m, x: m.out(one_by_one(m, x)),
+    "tokens picked": lambda m, x: m.out(m.layer(x).gather(1, m.places.flip(0)[:, None].expand(len(x), T, D))),
+    "windows": lambda m, x: m.out(m.layer(x).as_strided((len(x), 3, 2, D), (T * D, D, D, 1)).flatten(2)[..., :D]),
+    "windows of tokens first": lambda m, x: m.out(
+        m.layer(x.transpose(0, 1))
+        .transpose(0, 1)
+        .as_strided((len(x), 3, 2, D), (D, len(x) * D, len(x) * D, 1))[:, :, 1]
+    ),
     "queries": lambda m, x: F.scaled_dot_product_attention(m.out(m.table.weight.expand(len(x), -1, -1)), x, m.layer(x)),
 }
 
@@ -111,6 +118,7 @@ REFUSED = {
     "rot90": lambda m, x: m.out(torch.rot90(m.layer(x)[:, 0], dims=(1, 0))),
     "samples multiplied": lambda m, x: m.layer(x)[:, 0] @ m.out(x[:, 1]).T,
     "samples against samples": lambda m, x: m.layer(x)[:, :1] * m.out(x[:, 1]),
+    "windows across samples": lambda m, x: m.out(m.layer(x).as_strided((T, T, D), (T * D, 2 * D, 1))),
     "written across": lambda m, x: m.out(across(m, x)),
 }
 
