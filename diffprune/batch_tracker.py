@@ -29,6 +29,7 @@ from diffprune.composites import body, is_composite, looked_into
 from diffprune.errors import InputError
 
 _CONSTANT = object()
+_DUAL = (torch._VF._make_dual, torch._make_dual)
 
 
 class Row(NamedTuple):
@@ -48,10 +49,12 @@ class BatchTracker(TorchFunctionMode):
         super().__init__()
         self.rows: int | None = None
         self.backward_began = False
+        self.differentiating = False  # torch.autograd.grad runs
         self._neutral, self._final = neutral, final
         self._layouts = WeakTensorKeyDictionary()  # `Row`: it has one; None: it is not known where the batch went
         self._assumed = WeakTensorKeyDictionary()  # the first dimension was taken for the batch for its length alone
         self._constants = WeakTensorKeyDictionary()  # known before there is a batch; afterwards all others are
+        self._parameters = WeakTensorKeyDictionary()
         self._inside: list[nn.Module] = []
         self._probe = Probe(self._known_layout)
 
@@ -59,6 +62,9 @@ class BatchTracker(TorchFunctionMode):
 
     def add_constant(self, tensor: Tensor) -> None:
         self._constants[tensor] = "the model's"
+
+    def add_parameter(self, name: str, tensor: Tensor) -> None:
+        self._parameters[tensor] = name
 
     def enter(self, module: nn.Module, inputs: Any) -> None:
         """`module` is called. What a call from outside all modules gets has a row for each sample."""
@@ -126,6 +132,10 @@ class BatchTracker(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.autograd.grad and not self.differentiating:
+            return self._differentiated(func, types, args, kwargs)
+        if func in _DUAL:
+            raise InputError("per_sample_gradients: tangents of forward-mode differentiation are not followed")
         composite = is_composite(func)
         if composite and self._neutral not in types:  # `Tensor.backward` too
             if func is F.batch_norm:
@@ -137,6 +147,19 @@ class BatchTracker(TorchFunctionMode):
         if not composite or self._final(func):
             self._note(func, args, kwargs, result)
         return result
+
+    def _differentiated(self, func: Callable, types: Any, args: tuple, kwargs: dict) -> Any:
+        for x in tensors_in((args[1:], kwargs.get("inputs"))):
+            if isinstance(x, self._neutral) or x in self._parameters:
+                names = x.sources if isinstance(x, self._neutral) else (self._parameters[x],)
+                raise InputError(
+                    f"parameter {', '.join(names)}: torch.autograd.grad is not followed; use a plain backward"
+                )
+        self.differentiating = True
+        try:
+            return self.__torch_function__(func, types, args, kwargs)
+        finally:
+            self.differentiating = False
 
     def _note(self, func: Callable, args: tuple, kwargs: dict, result: Any) -> None:
         if func is Tensor.__setitem__:

@@ -141,9 +141,16 @@ def _sum_in_order(values: Iterable[Tensor]) -> Tensor:
 
 def _parameter_uses(model: nn.Module) -> list[ParameterUse]:
     uses = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise InputError(
+                f"{name or type(model).__name__}: is scripted, expected a module whose code runs in Python"
+            )
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
+        if hasattr(parameter, "placements"):
+            raise InputError(f"parameter {name}: is a DTensor, expected a tensor that is whole on one device")
         if parameter.dtype not in _DTYPES:
             raise InputError(
                 f"parameter {name}: expected {', '.join(str(x).removeprefix('torch.') for x in _DTYPES)}, got "
@@ -196,6 +203,7 @@ def _stand_ins(model: nn.Module, uses: list[ParameterUse], recorder: Recorder) -
             for use in uses:
                 hook = use.parameter.register_hook(_refuse_use_past_stand_in(use))
                 stack.callback(hook.remove)
+                recorder.tracker.add_parameter(use.name, use.parameter)
             for module in model.modules():
                 hook = module.register_forward_pre_hook(enter, with_kwargs=True)
                 stack.callback(hook.remove)

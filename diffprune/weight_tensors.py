@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from diffprune.batch_layout import BATCH_FIRST, Layout, batch_first, tensors_in
@@ -23,6 +24,9 @@ from diffprune.gradient_parts import Aligned, Dense, Part, PartSums, Through, pa
 from diffprune.weight_routes import Route, expands, route
 
 Contribution = tuple["Weight", Part]
+
+
+_GRADIENT = (Tensor.grad.__get__, Tensor.grad.__set__, Tensor.grad.__delete__)
 
 
 class Weight(Tensor):
@@ -107,7 +111,10 @@ class Recorder:
 
     def run(self, func: Callable, *args: Any, **kwargs: Any) -> Tensor:
         """`func` with tensors in place of weights. The result requires grad."""
-        args, kwargs = self._map(self._usable, args), self._map(self._usable, kwargs)
+        usable = self._usable
+        if getattr(func, "__name__", "").endswith("_") and not isinstance(args[0], Weight):
+            usable = self._requiring  # in place, of a tensor that has to require grad from here on
+        args, kwargs = self._map(usable, args), self._map(usable, kwargs)
         if not any(x.requires_grad for x in tensors_in((args, kwargs))):  # start the graph here
             return _Start.apply(self._anchor, lambda: func(*args, **kwargs))
         return func(*args, **kwargs)
@@ -121,7 +128,15 @@ class Recorder:
             source.expected += not self.tracker.backward_began
         saved = _Keep.apply(self._anchor, *(tensor.detach() for tensor in kept)) if kept else None
         call = _Call(saved, contribute, sources)
-        output.register_hook(lambda gradient: self._backward_ran(call, gradient))
+        node, part = _node_of(output)
+
+        def hook(gradients: tuple[Tensor | None, ...]) -> None:
+            gradient = gradients[output_nr]
+            if gradient is not None:
+                self._backward_ran(call, part(gradient))
+
+        output_nr = output.output_nr if node is output.grad_fn else 0
+        node.register_prehook(hook)  # runs after the hooks of the tensor, whenever they were registered
         return output
 
     def layout(self, tensor: Tensor, *weights: Any) -> Layout:
@@ -182,6 +197,11 @@ class Recorder:
     # What happens to a torch function
 
     def call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        if func in _GRADIENT and args[0].plain is next(iter(args[0].sources.values())).leaf:
+            [source] = args[0].sources.values()
+            return func(source.parameter, *args[1:])
+        if not self.closed:
+            self._refuse_other_autograd(func, args, kwargs)
         if is_composite(func) and not self.closed:
             if func in self.rules:
                 return self.rules[func](self, func, *args, **kwargs)
@@ -201,11 +221,28 @@ class Recorder:
                 source.expected += 1
         return self._among_weights(func, args, kwargs, [x for x in inputs if isinstance(x, Weight)])
 
+    def _refuse_other_autograd(self, func: Callable, args: tuple, kwargs: dict) -> None:
+        reason = None
+        if func in (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook):
+            reason = "hooks on parameters do not run in this block"
+        elif torch._C._functorch.peek_interpreter_stack() is not None:
+            if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors_in((args, kwargs))):
+                reason = "transforms of torch.func hide the samples"
+        elif forward_ad._current_level >= 0:
+            plain = [x for x in tensors_in((args, kwargs)) if not isinstance(x, Weight)]
+            if any(forward_ad.unpack_dual(x).tangent is not None for x in plain):
+                reason = "tangents of forward-mode differentiation are not followed"
+        if reason:
+            raise InputError(f"{_names(tensors_in((args, kwargs)))}: {reason}")
+
     def _in_batch(self, tensor: Tensor) -> bool:
         return self.tracker.depends_on_batch(tensor)
 
     def _meet(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         """A function of weights and of samples."""
+        if kwargs.get("out") is not None:
+            raise InputError(f"{_names(tensors_in((args, kwargs)))}: expected no out= in {_name(func)}")
+        kwargs = {key: value for key, value in kwargs.items() if key != "out"}
         if func in self.rules:
             try:
                 return self.rules[func](self, func, *args, **kwargs)
@@ -219,10 +256,8 @@ class Recorder:
                 return func(*spread[0], **spread[1])
         if self.fallback == "vmap":
             return self._map_over_samples(func, *spread, weights)
-        name = getattr(func, "__name__", str(func))
-        raise InputError(
-            f"{_names(weights)}: no per-sample gradient rule for {name}; fallback='vmap' maps it over the samples"
-        )
+        reason = f"no per-sample gradient rule for {_name(func)}; fallback='vmap' maps it over the samples"
+        raise InputError(f"{_names(weights)}: {reason}")
 
     def _among_weights(self, func: Callable, args: tuple, kwargs: dict, weights: list[Weight]) -> Any:
         result = func(*self._map(_plain, args), **self._map(_plain, kwargs))
@@ -307,6 +342,9 @@ class Recorder:
     # The backward
 
     def _backward_ran(self, call: _Call, gradient: Tensor) -> None:
+        if self.tracker.differentiating:
+            names = _quoted(source.name for source in call.sources)
+            raise InputError(f"{names}: a gradient is taken through it by torch.autograd.grad, expected one backward")
         late = [source.name for source in call.sources if source.sums is not None]
         if self.closed or late:
             raise InputError(
@@ -371,6 +409,12 @@ class Recorder:
             tensor.requires_grad_().register_post_accumulate_grad_hook(hand_over)
         return tensor
 
+    def _requiring(self, x: Tensor) -> Tensor:
+        tensor = self._usable(x)
+        if isinstance(x, Weight) and not tensor.requires_grad:
+            tensor.requires_grad_().register_post_accumulate_grad_hook(_forget_gradient)
+        return tensor
+
     def _hand_over(self, weight: Weight, gradient: Tensor) -> None:
         """Add a weight's gradient to those of its parameters, as a backward without this recorder would."""
         for source in weight.sources.values():
@@ -416,6 +460,21 @@ class _Start(torch.autograd.Function):
         return None, None
 
 
+def _node_of(output: Tensor) -> tuple[torch.autograd.graph.Node, Callable[[Tensor], Tensor]]:
+    """Where the gradient of `output` comes through, and which part of it is `output`'s."""
+    base = output._base
+    if base is None or base.grad_fn is None or "CopySlices" not in base.grad_fn.name():
+        return output.grad_fn, lambda gradient: gradient
+    if not base.is_contiguous():
+        raise InputError(f"a view {tuple(output.shape)} of a tensor that is not contiguous is changed in place")
+    place = output.shape, output.stride(), output.storage_offset() - base.storage_offset()
+    return base.grad_fn, lambda gradient: gradient.contiguous().as_strided(*place)  # it may be read through the base
+
+
+def _forget_gradient(tensor: Tensor) -> None:
+    tensor.grad = None
+
+
 def _plain(x: Tensor) -> Tensor:
     return x.plain if isinstance(x, Weight) else x
 
@@ -423,6 +482,10 @@ def _plain(x: Tensor) -> Tensor:
 def _sum(tensor: Tensor, dims: Sequence[int]) -> Tensor:
     dtype = torch.promote_types(tensor.dtype, torch.float32)
     return tensor.sum(dim=list(dims), keepdim=True, dtype=dtype) if dims else tensor.to(dtype)
+
+
+def _name(func: Callable) -> str:
+    return getattr(func, "__name__", str(func))
 
 
 def _names(weights: Iterable[Any]) -> str:

@@ -118,7 +118,9 @@ REFUSED = {
     "rot90": lambda m, x: m.out(torch.rot90(m.layer(x)[:, 0], dims=(1, 0))),
     "samples multiplied": lambda m, x: m.layer(x)[:, 0] @ m.out(x[:, 1]).T,
     "samples against samples": lambda m, x: m.layer(x)[:, :1] * m.out(x[:, 1]),
-    "windows across samples": lambda m, x: m.out(m.layer(x).as_strided((T, T, D), (T * D, 2 * D, 1))),
+    "windows across samples": lambda m, x: m.out(
+        m.layer(x.transpose(0, 1)).transpose(0, 1).as_strided((T, 2, D), (D, D, 1))
+    ),
     "written across": lambda m, x: m.out(across(m, x)),
 }
 

@@ -35,6 +35,7 @@ def add(recorder: Recorder, func: Callable, input: Any, other: Any, *, alpha: fl
 @elementwise(torch.mul, Tensor.mul, Tensor.mul_)
 def mul(recorder: Recorder, func: Callable, input: Any, other: Any) -> Tensor:
     weight, seen = (input, other) if isinstance(input, Weight) else (other, input)
+    seen = _before(func, seen)
     output = recorder.run(func, input, other)
     layout = _elementwise_layout(recorder, output, input, other)
 
@@ -48,12 +49,10 @@ def mul(recorder: Recorder, func: Callable, input: Any, other: Any) -> Tensor:
 def div(recorder: Recorder, func: Callable, input: Any, other: Any, *, rounding_mode: str | None = None) -> Tensor:
     if rounding_mode is not None:
         raise unknown(func, input, other)
+    weight, seen = (input, other) if isinstance(input, Weight) else (other, input)
+    seen = _before(func, seen)
     output = recorder.run(func, input, other)
     layout = _elementwise_layout(recorder, output, input, other)
-    if isinstance(input, Weight):
-        weight, seen = input, other
-    else:
-        weight, seen = other, input
 
     def contribute(seen: Tensor, gradient: Tensor) -> Iterator[Contribution]:
         down = weight.plain.detach().conj()
@@ -130,6 +129,11 @@ def attention(
     recorder.refuse_mixed([x for x in (query, key, value) if recorder.tracker.depends_on_batch(x)], attn_mask)
     wide = recorder.spread(attn_mask, (*query.shape[:-1], key.shape[-2]), layout)
     return func(query, key, value, wide, *args, **kw)
+
+
+def _before(func: Callable, seen: Tensor) -> Tensor:
+    """What a function sees, also if it then changes it in place."""
+    return seen.detach().clone() if func.__name__.endswith("_") else seen
 
 
 def _elementwise_layout(recorder: Recorder, output: Tensor, *inputs: Any) -> Layout:
