@@ -37,6 +37,19 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """`value` with `function` of each tensor in its place."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if type(value) in (tuple, list):
+        return type(value)(map_tensors(function, item) for item in value)
+    if isinstance(value, tuple):  # a named tuple that a torch function returns
+        return type(value)(map_tensors(function, item) for item in tuple(value))
+    if type(value) is dict:
+        return {key: map_tensors(function, item) for key, item in value.items()}
+    return value
+
+
 def moved(
     func: Callable, args: tuple, kwargs: dict, source: Tensor, layout: Layout, output: Tensor, rows: int
 ) -> Layout | None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffprune.batch_layout import FOLLOWING, Layout, tensors_in
+from diffprune.batch_layout import FOLLOWING, Layout, map_tensors, tensors_in
 
 
 class Mixed(Exception):
@@ -78,7 +78,7 @@ class Probe:
 
         with torch._C.DisableTorchFunction(), torch.no_grad():
             try:
-                return [x.shape for x in tensors_in(func(*_map(empty, args), **_map(empty, kwargs)))]
+                return [x.shape for x in tensors_in(func(*map_tensors(empty, args), **map_tensors(empty, kwargs)))]
             except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError):  # not for these shapes
                 return None
 
@@ -87,16 +87,6 @@ def _row_dim(constant: Tensor, size: int, from_right: int) -> int | None:
     """Where a constant is as long as the batch: best where the batch is, counted from the last dimension."""
     places = [dim for dim in (constant.dim() - from_right, *range(constant.dim())) if 0 <= dim < constant.dim()]
     return next((dim for dim in places if constant.shape[dim] == size), None)
-
-
-def _map(function: Callable[[Tensor], Any], value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, (tuple, list)):
-        return type(value)(_map(function, item) for item in value)
-    if isinstance(value, dict):
-        return {key: _map(function, item) for key, item in value.items()}
-    return value
 
 
 def _described(value: Any) -> Hashable:

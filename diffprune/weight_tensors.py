@@ -16,11 +16,12 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
-from diffprune.batch_layout import BATCH_FIRST, Layout, batch_first, tensors_in
+from diffprune.batch_layout import BATCH_FIRST, Layout, batch_first, map_tensors, tensors_in
 from diffprune.batch_tracker import BatchTracker
 from diffprune.composites import body, is_composite, looked_into
 from diffprune.errors import InputError
 from diffprune.gradient_parts import Aligned, Dense, Part, PartSums, Through, part_sums
+from diffprune.sample_maps import map_over_samples
 from diffprune.weight_routes import Route, expands, route
 
 Contribution = tuple["Weight", Part]
@@ -114,7 +115,7 @@ class Recorder:
         usable = self._usable
         if getattr(func, "__name__", "").endswith("_") and not isinstance(args[0], Weight):
             usable = self._requiring  # in place, of a tensor that has to require grad from here on
-        args, kwargs = self._map(usable, args), self._map(usable, kwargs)
+        args, kwargs = map_tensors(usable, args), map_tensors(usable, kwargs)
         if not any(x.requires_grad for x in tensors_in((args, kwargs))):  # start the graph here
             return _Start.apply(self._anchor, lambda: func(*args, **kwargs))
         return func(*args, **kwargs)
@@ -156,6 +157,15 @@ class Recorder:
         if self.tracker.mixed(tensors):
             shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
             raise InputError(f"{_names(weights)}: the samples are at different dimensions of what it meets, {shapes}")
+
+    @staticmethod
+    def is_weight(x: Any) -> bool:
+        return isinstance(x, Weight)
+
+    @staticmethod
+    def names(weights: Iterable[Any]) -> str:
+        """The parameters that the weights among `weights` come from, for an error."""
+        return _names(weights)
 
     @property
     def samples(self) -> int:
@@ -208,7 +218,9 @@ class Recorder:
             with self.tracker, looked_into(func):
                 return body(func)(*args, **kwargs)
         inputs = list(tensors_in((args, kwargs)))
-        batch = [] if self.closed else [x for x in inputs if not isinstance(x, Weight) and self._in_batch(x)]
+        batch = (
+            [] if self.closed else [x for x in inputs if not isinstance(x, Weight) and self.tracker.depends_on_batch(x)]
+        )
         if not batch and not self.closed:
             spread = self._spread_first(func, args)
             if spread is not None:
@@ -235,9 +247,6 @@ class Recorder:
         if reason:
             raise InputError(f"{_names(tensors_in((args, kwargs)))}: {reason}")
 
-    def _in_batch(self, tensor: Tensor) -> bool:
-        return self.tracker.depends_on_batch(tensor)
-
     def _meet(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         """A function of weights and of samples."""
         if kwargs.get("out") is not None:
@@ -249,18 +258,22 @@ class Recorder:
             except NoRule:
                 if self.fallback is None:
                     raise
-        spread = self._map(self._spread, args), self._map(self._spread, kwargs)
+        spread = map_tensors(self._spread, args), map_tensors(self._spread, kwargs)
         weights = [x for x in tensors_in(spread) if isinstance(x, Weight)]
         if not weights:
-            with self.tracker:
-                return func(*spread[0], **spread[1])
+            try:
+                with self.tracker:
+                    return func(*spread[0], **spread[1])
+            except InputError:  # not one row per sample after all
+                if self.fallback is None:
+                    raise
         if self.fallback == "vmap":
-            return self._map_over_samples(func, *spread, weights)
+            return map_over_samples(self, func, [(args, kwargs), spread])
         reason = f"no per-sample gradient rule for {_name(func)}; fallback='vmap' maps it over the samples"
         raise InputError(f"{_names(weights)}: {reason}")
 
     def _among_weights(self, func: Callable, args: tuple, kwargs: dict, weights: list[Weight]) -> Any:
-        result = func(*self._map(_plain, args), **self._map(_plain, kwargs))
+        result = func(*map_tensors(_plain, args), **map_tensors(_plain, kwargs))
         if self.closed or next(tensors_in(result), None) is None:
             return result
         sources = {name: source for weight in weights for name, source in weight.sources.items()}
@@ -278,43 +291,15 @@ class Recorder:
                     weight.expanded = args[0]
             return weight
 
-        return self._map(wrap, result)
+        return map_tensors(wrap, result)
 
-    def _map_over_samples(self, func: Callable, args: tuple, kwargs: dict, weights: list[Weight]) -> Any:
-        """`func` on one row at a time, as a batch of one, with a copy of each weight for every row: [rows, *shape]."""
-        rows = self.tracker.rows
-        own: list[Tensor] = []
-
-        def spread(x: Tensor) -> Tensor:
-            if isinstance(x, Weight):
-                own.append(x.plain.detach().expand(rows, *x.shape).requires_grad_())
-                return own[-1]
-            if self._in_batch(x):
-                if self.layout(x, *weights) != BATCH_FIRST:
-                    raise InputError(f"{_names(weights)}: expected the batch first to map over, {tuple(x.shape)}")
-                return x.unsqueeze(1)
-            return x
-
-        flat, places = [], []
-
-        def take(x: Tensor) -> Tensor:
-            flat.append(spread(x))
-            places.append(0 if isinstance(x, Weight) or self._in_batch(x) else None)
-            return x
-
-        self._map(take, args), self._map(take, kwargs)
-
-        def one(*tensors: Tensor) -> Any:
-            following = iter(tensors)
-            return func(*self._map(lambda _: next(following), args), **self._map(lambda _: next(following), kwargs))
-
-        outputs = torch.func.vmap(one, in_dims=tuple(places), randomness="different")(*flat)
-        for tensor, weight in zip(own, [x for x in tensors_in((args, kwargs)) if isinstance(x, Weight)], strict=True):
-            for source in weight.sources.values():
-                source.expected += not self.tracker.backward_began
-            call = _Call(None, lambda g, weight=weight: [self._written_out(weight, g)], set(weight.sources.values()))
-            tensor.register_hook(lambda gradient, call=call: self._backward_ran(call, gradient))
-        return self._map(lambda x: x.squeeze(1), outputs)
+    def record_copies(self, weight: Weight, copies: Tensor) -> None:
+        """`copies` [rows, *shape], one of the weight for each row, will have their gradients written out."""
+        sources = set(weight.sources.values())
+        for source in sources:
+            source.expected += not self.tracker.backward_began
+        call = _Call(None, lambda gradient: [self._written_out(weight, gradient)], sources)
+        copies.register_hook(lambda gradient: self._backward_ran(call, gradient))
 
     def _written_out(self, weight: Weight, gradient: Tensor) -> Contribution:
         if self.weight_gradients:
@@ -425,17 +410,6 @@ class Recorder:
             parameter = source.parameter
             if own is not None:
                 parameter.grad = own if parameter.grad is None else parameter.grad + own
-
-    def _map(self, function: Callable[[Tensor], Any], value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return function(value)
-        if type(value) in (tuple, list):
-            return type(value)(self._map(function, item) for item in value)
-        if isinstance(value, tuple):  # a named tuple that a torch function returns
-            return type(value)(self._map(function, item) for item in tuple(value))
-        if type(value) is dict:
-            return {key: self._map(function, item) for key, item in value.items()}
-        return value
 
 
 class _Keep(torch.autograd.Function):
