@@ -29,7 +29,6 @@ from diffprune.composites import body, is_composite, looked_into
 from diffprune.errors import InputError
 
 _CONSTANT = object()
-_DUAL = (torch._VF._make_dual, torch._make_dual)
 
 
 class Row(NamedTuple):
@@ -134,8 +133,6 @@ class BatchTracker(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.autograd.grad and not self.differentiating:
             return self._differentiated(func, types, args, kwargs)
-        if func in _DUAL:
-            raise InputError("per_sample_gradients: tangents of forward-mode differentiation are not followed")
         composite = is_composite(func)
         if composite and self._neutral not in types:  # `Tensor.backward` too
             if func is F.batch_norm:

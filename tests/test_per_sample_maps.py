@@ -43,6 +43,7 @@ CASES = {
     "a table over tokens": lambda m, x: torch.maximum(x, m.table.expand(T, D)),
     "a row over tokens": lambda m, x: torch.maximum(x, m.scale.expand(T, D)),
     "a row over samples": lambda m, x: torch.maximum(x[:, 0], m.scale.expand(len(x), D)),
+    "a row for each token": lambda m, x: torch.einsum("btd,td->bt", x, m.scale.expand(T, D)),
     "samples last": lambda m, x: torch.einsum("td,de->et", x[:, 0], m.matrix).T,
     "tokens first": lambda m, x: torch.maximum(x.transpose(0, 1), m.scale).transpose(0, 1),
     "a cell": lambda m, x: m.cell(x[:, 0]),
