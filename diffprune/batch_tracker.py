@@ -198,16 +198,16 @@ class BatchTracker(TorchFunctionMode):
             kept = [i for i, x in enumerate(sources) if isinstance(layouts[i], Layout) or x.requires_grad]
             sources, layouts = [sources[i] for i in kept], [layouts[i] for i in kept]  # e.g. one row's angles
         found = self._found(func, args, kwargs, sources, layouts, outputs, result)
-        assumed = len(self._assumed) > 0 and all(x in self._assumed for x in sources)
+        assumed = [x in self._assumed for x in sources] if len(self._assumed) else [False]
         for output, layout in zip(outputs, found, strict=True):
-            if assumed and layout is None and self.rows > 1:
+            if any(assumed) and layout is None and self.rows > 1:
                 raise InputError(
                     f"{_name(func)}: a parameter that was expanded to {self.rows} rows, as many as there are samples, "
                     f"is used as if they were none: {tuple(sources[0].shape)} to {tuple(output.shape)}; try another "
                     "batch size"
                 )
             self._layouts[output] = layout
-            if assumed:
+            if all(assumed):
                 self._assumed[output] = True
             elif output in self._assumed:
                 del self._assumed[output]

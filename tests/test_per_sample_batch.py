@@ -156,13 +156,20 @@ def test_a_constant_argument_as_long_as_the_batch_is_refused_where_it_shows():
             assert grads.sqnorm.shape == (batch,)
 
 
-@pytest.mark.parametrize("after", ["sum", "other"])
-def test_a_parameter_expanded_to_as_many_rows_as_samples_is_not_taken_for_them(after):
-    def function(model, x):
-        y = model.layer(model.scale.expand(T, D)).tanh()
-        return x + y.mean(0) if after == "sum" else x * y
+EXPANDED = {
+    "averaged": lambda x, y: x + y.mean(0),
+    "against tokens": lambda x, y: x * y,
+    "summed over": lambda x, y: torch.einsum("btd,td->bd", x, y),
+    "attended to": lambda x, y: x @ y.T @ y,
+}
 
-    for batch in (3, T):
+
+@pytest.mark.parametrize("use", EXPANDED)
+def test_a_parameter_expanded_to_as_many_rows_as_samples_is_not_taken_for_them(use):
+    def function(model, x):
+        return EXPANDED[use](x, model.layer(model.scale.expand(T, D)).tanh())
+
+    for batch in (T,) if use == "summed over" else (3, T):  # einsum has no rule
         model, x = drawn_anew(Model(function)), inputs(batch)
         if batch == T:
             with pytest.raises(InputError, match=r"samples"), per_sample_gradients(model):
