@@ -220,10 +220,11 @@ POINTWISE = ARITHMETIC | _functions(
     "clone detach requires_grad neg abs sign square sqrt rsqrt reciprocal exp expm1 log log1p log2 sin cos tan tanh "
     "sinh cosh asin acos atan sigmoid erf floor ceil round trunc nan_to_num isnan isinf isfinite logit conj angle "
     "relu relu6 gelu silu mish elu selu celu leaky_relu hardtanh hardswish hardsigmoid softplus softshrink threshold "
-    "logsigmoid log_sigmoid dropout feature_dropout alpha_dropout prelu real imag polar complex positive sgn "
+    "logsigmoid log_sigmoid dropout feature_dropout alpha_dropout prelu polar complex positive sgn "
     "mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy_with_logits"
 )
 POINTWISE -= _functions("max min")  # with one tensor and a dimension, they are not
+POINTWISE |= {getattr(Tensor, name).__get__ for name in ("real", "imag", "data", "grad")}
 # Where two tensors meet whose samples do not lie along one dimension, these mix samples.
 PRODUCTS = _functions(
     "matmul mm bmm baddbmm addmm dot mv einsum tensordot cdist linear scaled_dot_product_attention"

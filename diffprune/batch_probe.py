@@ -59,6 +59,8 @@ class Probe:
             if sum(dim is not None for dim in dims) > 1 and len(set(layouts) - {None}) > 1:
                 raise Mixed
             return [None] * len(outputs)
+        if [len(shape) for shape in grown] != [output.dim() for output in outputs]:
+            return [None] * len(outputs)
         found = []
         for output, shape in zip(outputs, grown, strict=True):
             steps = [new - old for new, old in zip(shape, output.shape, strict=True)]

@@ -82,7 +82,8 @@ class BatchTracker(TorchFunctionMode):
                 continue
             if self.rows is None:
                 self._set_rows(tensor)
-            if len(tensor) == self.rows and tensor not in self._layouts and (tensor.requires_grad or not again):
+            plain = tensor.requires_grad and tensor.shape.count(self.rows) == 1
+            if len(tensor) == self.rows and tensor not in self._layouts and (plain or not again):
                 self._layouts[tensor] = BATCH_FIRST
 
     def _set_rows(self, tensor: Tensor) -> None:
@@ -133,11 +134,12 @@ class BatchTracker(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.autograd.grad and not self.differentiating:
             return self._differentiated(func, types, args, kwargs)
-        composite = is_composite(func)
-        if composite and self._neutral not in types:  # `Tensor.backward` too
+        backward = func in (Tensor.backward, torch.autograd.backward)  # in a backward, where a checkpoint is made again
+        composite = backward or is_composite(func)
+        if composite and self._neutral not in types:
             if func is F.batch_norm:
                 refuse_batch_statistics(*args, **kwargs)
-            self.backward_began |= func in (Tensor.backward, torch.autograd.backward)
+            self.backward_began |= backward
             with self, looked_into(func):
                 return body(func)(*args, **kwargs)
         result = func(*args, **kwargs)

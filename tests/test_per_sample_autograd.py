@@ -123,6 +123,23 @@ def test_a_weight_that_enters_in_place_counts(operate, grown):
     assert all(torch.allclose(p.grad, g) for p, g in zip(model.parameters(), expected, strict=True))
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_where_tokens_are_as_many_as_samples(reentrant):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.table = nn.Linear(D, D), nn.Linear(D, D), nn.Embedding(B, D)
+
+        def forward(self, x, options):
+            x = checkpoint(self.first, x.clone().requires_grad_(), **options).transpose(0, 1)
+            x = checkpoint(lambda y: checkpoint(self.second, y.tanh(), **options).cos() * y, x, **options)
+            return checkpoint(lambda y, i: y * self.table(i), x.transpose(0, 1), torch.arange(B), **options)
+
+    model, x = drawn_anew(Model()), inputs(B, B, D)
+    rows = sample_gradients(lambda m, x: m(x, {"use_reentrant": False}).sin().flatten(1).sum(1), model, x.split(1))
+    check(lambda m, x: m(x, {"use_reentrant": reentrant}).sin().flatten(1).sum(1), model, x, rows)
+
+
 def penalty(model, x, **options):
     z = x.clone().requires_grad_()
     [gradient] = torch.autograd.grad(model(z).sum(), z, **options)
