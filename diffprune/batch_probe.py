@@ -16,7 +16,10 @@ from diffprune.batch_layout import FOLLOWING, Layout, map_tensors, tensors_in
 
 
 class Mixed(Exception):
-    """The batch is at several dimensions of the output."""
+    """The batch is at several dimensions of the output. Not `certain`: or the function does not run on shapes."""
+
+    def __init__(self, certain: bool = True) -> None:
+        self.certain = certain
 
 
 class Probe:
@@ -24,7 +27,7 @@ class Probe:
 
     def __init__(self, layout_of: Callable[[Tensor], Layout | None]) -> None:
         self._layout_of = layout_of
-        self._known: dict[Hashable, list[Layout | None] | None] = {}  # None: mixed
+        self._known: dict[Hashable, list[Layout | None] | bool] = {}  # mixed: whether that is certain
 
     def __call__(self, func: Callable, args: tuple, kwargs: dict, result: Any) -> list[Layout | None]:
         """A layout for each tensor of `result`; None where it is not found."""
@@ -33,17 +36,18 @@ class Probe:
         if key not in self._known:
             try:
                 self._known[key] = self._probed(func, args, kwargs, layouts, list(tensors_in(result)))
-            except Mixed:
-                self._known[key] = None
+            except Mixed as mixed:
+                self._known[key] = mixed.certain
         found = self._known[key]
-        if found is None:
-            raise Mixed
+        if isinstance(found, bool):
+            raise Mixed(found)
         return found
 
     def _probed(
         self, func: Callable, args: tuple, kwargs: dict, layouts: list[Layout | None], outputs: list[Tensor]
     ) -> list[Layout | None]:
         tensors = list(tensors_in((args, kwargs)))
+        sizes = {x.shape[layout.dim] for x, layout in zip(tensors, layouts, strict=True) if layout is not None}
         inner = {layout.inner for layout in layouts if layout is not None}
         dims = [None if layout is None else layout.dim for layout in layouts]
         grown = None if func in FOLLOWING else self._run(func, args, kwargs, dims)
@@ -57,7 +61,7 @@ class Probe:
             grown = self._run(func, args, kwargs, aligned)
         if grown is None:
             if sum(dim is not None for dim in dims) > 1 and len(set(layouts) - {None}) > 1:
-                raise Mixed
+                raise Mixed(certain=False)
             return [None] * len(outputs)
         if [len(shape) for shape in grown] != [output.dim() for output in outputs]:
             return [None] * len(outputs)
@@ -67,7 +71,8 @@ class Probe:
             at = [dim for dim, step in enumerate(steps) if step]
             if len(at) > 1:
                 raise Mixed
-            found.append(Layout(at[0], *inner) if len(at) == 1 and steps[at[0]] == 1 and len(inner) == 1 else None)
+            whole = len(at) == 1 and steps[at[0]] == 1 and output.shape[at[0]] in sizes
+            found.append(Layout(at[0], *inner) if whole and len(inner) == len(sizes) == 1 else None)
         return found
 
     def _run(self, func: Callable, args: tuple, kwargs: dict, dims: list[int | None]) -> list[torch.Size] | None:

@@ -254,8 +254,8 @@ class BatchTracker(TorchFunctionMode):
             if not any(output.dim() for output in outputs):
                 return nowhere
             return self._probe(func, args, kwargs, result)
-        except Mixed:
-            known = func in moves.POINTWISE or func in moves.PRODUCTS
+        except Mixed as mixed:
+            known = mixed.certain or func in moves.POINTWISE or func in moves.PRODUCTS
             if known and self.rows > 1 and any(x.requires_grad for x in sources):
                 raise self._mixed(func, sources) from None
             return nowhere
