@@ -13,7 +13,6 @@ meets the samples, each sample gets its own row's gradient (`gradient_parts.Alig
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import is_dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -78,7 +77,8 @@ class BatchTracker(TorchFunctionMode):
     def _take_inputs(self, inputs: Any) -> None:
         again = self.backward_began and self.rows is not None  # a checkpointed block, with inputs that were detached
         for tensor in _tensors_within(inputs):
-            if not tensor.dim() or isinstance(tensor, self._neutral) or self._constants.get(tensor) == "the model's":
+            constant = tensor in self._constants if self._inside else self._constants.get(tensor) == "the model's"
+            if constant or not tensor.dim() or isinstance(tensor, self._neutral):
                 continue
             if self.rows is None:
                 self._set_rows(tensor)
@@ -334,8 +334,8 @@ def _tensors_within(value: Any) -> Iterator[Tensor]:
             yield from _tensors_within(item)
     elif isinstance(value, Mapping):
         yield from tensors_in(dict(value))
-    elif is_dataclass(value) and not isinstance(value, type):
-        yield from tensors_in(vars(value) if hasattr(value, "__dict__") else ())
+    elif hasattr(value, "__dict__") and not callable(value):
+        yield from tensors_in(vars(value))
 
 
 def refuse_batch_statistics(

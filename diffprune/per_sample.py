@@ -53,8 +53,8 @@ def per_sample_gradients(
         direction: compute `dot` with this: a tensor for each trainable parameter, by its name in
             `model.named_parameters()`. "total": with the batch's own Σ_i g_i, in the same pass.
         rows_per_sample: J. Rows i·J ... i·J+J-1 are one sample, whose gradient is the sum over its rows.
-        weight_gradients: also leave the batch's gradients in the parameters' `.grad`, as without this block. By
-            default they are not computed, which saves a third of the backward.
+        weight_gradients: also leave the batch's gradients in the parameters' `.grad`, as without this block but for
+            hooks on parameters. By default they are not computed, which saves a third of the backward.
         total: compute `total`.
         fallback: "vmap" maps a torch function that takes a parameter and has no rule over the samples, at the price of
             a copy of that parameter's gradient per sample. None refuses it.
@@ -62,8 +62,9 @@ def per_sample_gradients(
     Yields: `PerSampleGradients`, to be read once the backward has run, in the block or after it.
 
     Raises: InputError that names the parameter: at entry for a dtype without gradients or a direction that does not
-        fit; inside for a use that no rule covers, a batch that cannot be found or that mixes samples (BatchNorm in
-        training mode), an input changed in place, a second backward; on exit if no backward ran.
+        fit; inside for a use that no rule covers, a batch that is empty, cannot be found or mixes samples (BatchNorm in
+        training mode), an input changed in place, a second backward, `torch.autograd.grad`, forward-mode and
+        `torch.func` differentiation; on exit if no backward ran.
     """
     if not norm and direction is None and not total:
         raise InputError("per_sample_gradients: nothing to compute, expected norm, direction or total")

@@ -265,3 +265,10 @@ def test_scripted_modules_are_refused_by_name():
     with pytest.raises(InputError, match="1: is scripted"), per_sample_gradients(model):
         pytest.fail("entered")
     assert F.linear(inputs(B, D).float(), model[0].weight).shape == (B, D)
+
+
+def test_sharded_parameters_are_refused_by_name():
+    model = nn.Linear(D, D)
+    model.bias.placements = ()  # as of a DTensor, which needs processes
+    with pytest.raises(InputError, match="parameter bias: is a DTensor"), per_sample_gradients(model):
+        pytest.fail("entered")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import UserDict
 from dataclasses import dataclass
 
 import pytest
@@ -181,24 +182,38 @@ def test_a_parameter_expanded_to_as_many_rows_as_samples_is_not_taken_for_them(u
             check(losses_of, model, x, sample_gradients(losses_of, model, x.split(1)))
 
 
-def test_a_batch_in_an_object():
-    @dataclass
-    class Batch:
-        image: torch.Tensor
-        label: torch.Tensor
+@dataclass
+class Images:
+    image: torch.Tensor
+    label: torch.Tensor
 
+
+@dataclass(slots=True)
+class Hidden:
+    """Nothing sees into it."""
+
+    image: torch.Tensor
+    label: torch.Tensor
+
+
+@pytest.mark.parametrize("kind", [Images, Hidden, lambda image, label: UserDict(image=image, label=label)])
+def test_a_batch_in_an_object(kind):
     class Both(Model):
         def forward(self, batch):
-            return F.scaled_dot_product_attention(self.layer(batch.image), *[self.table(batch.label)] * 2)
+            image, label = batch.values() if isinstance(batch, UserDict) else (batch.image, batch.label)
+            places = self.table(torch.arange(T))  # comes first, and is none
+            image = self.layer(image) + places
+            key = self.table(label)
+            return image * key.mean(1, keepdim=True) if kind is Hidden else image + F.softmax(image @ key.mT, -1) @ key
 
-    model, x = drawn_anew(Both(None)), inputs(T)
-    batch = Batch(x, torch.randint(0, T, (T, 2), generator=torch.Generator().manual_seed(2)))
+    model, x = drawn_anew(Both(None)), inputs(3)
+    label = torch.randint(0, T, (3, 2), generator=torch.Generator().manual_seed(2))
 
     def losses(model, batch):
         return model(batch).square().flatten(1).sum(1)
 
-    rows = [Batch(batch.image[i : i + 1], batch.label[i : i + 1]) for i in range(T)]
-    check(losses, model, batch, sample_gradients(losses, model, rows))
+    rows = [kind(x[i : i + 1], label[i : i + 1]) for i in range(3)]
+    check(losses, model, kind(x, label), sample_gradients(losses, model, rows))
 
 
 def test_an_empty_batch_is_refused():
