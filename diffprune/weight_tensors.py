@@ -16,6 +16,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
+from diffprune.autograd_nodes import Keep, Start, forget_gradient, node_of
 from diffprune.batch_layout import BATCH_FIRST, Layout, batch_first, map_tensors, tensors_in
 from diffprune.batch_tracker import BatchTracker
 from diffprune.composites import body, is_composite, looked_into
@@ -117,7 +118,7 @@ class Recorder:
             usable = self._requiring  # in place, of a tensor that has to require grad from here on
         args, kwargs = map_tensors(usable, args), map_tensors(usable, kwargs)
         if not any(x.requires_grad for x in tensors_in((args, kwargs))):  # start the graph here
-            return _Start.apply(self._anchor, lambda: func(*args, **kwargs))
+            return Start.apply(self._anchor, lambda: func(*args, **kwargs))
         return func(*args, **kwargs)
 
     def record(
@@ -127,9 +128,9 @@ class Recorder:
         sources = {source for weight in weights if isinstance(weight, Weight) for source in weight.sources.values()}
         for source in sources:
             source.expected += not self.tracker.backward_began
-        saved = _Keep.apply(self._anchor, *(tensor.detach() for tensor in kept)) if kept else None
+        saved = Keep.apply(self._anchor, *(tensor.detach() for tensor in kept)) if kept else None
         call = _Call(saved, contribute, sources)
-        node, part = _node_of(output)
+        node, part = node_of(output)
 
         def hook(gradients: tuple[Tensor | None, ...]) -> None:
             gradient = gradients[output_nr]
@@ -397,7 +398,7 @@ class Recorder:
     def _requiring(self, x: Tensor) -> Tensor:
         tensor = self._usable(x)
         if isinstance(x, Weight) and not tensor.requires_grad:
-            tensor.requires_grad_().register_post_accumulate_grad_hook(_forget_gradient)
+            tensor.requires_grad_().register_post_accumulate_grad_hook(forget_gradient)
         return tensor
 
     def _hand_over(self, weight: Weight, gradient: Tensor) -> None:
@@ -410,43 +411,6 @@ class Recorder:
             parameter = source.parameter
             if own is not None:
                 parameter.grad = own if parameter.grad is None else parameter.grad + own
-
-
-class _Keep(torch.autograd.Function):
-    """Saves tensors as autograd does, so that a checkpointed block makes them again instead of holding them."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        return anchor.new_empty(0)
-
-
-class _Start(torch.autograd.Function):
-    """A graph that starts at `compute()`."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, compute: Callable[[], Tensor]) -> Tensor:
-        output = compute()
-        return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output  # for in-place users
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
-        return None, None
-
-
-def _node_of(output: Tensor) -> tuple[torch.autograd.graph.Node, Callable[[Tensor], Tensor]]:
-    """Where the gradient of `output` comes through, and which part of it is `output`'s."""
-    base = output._base
-    if base is None or base.grad_fn is None or "CopySlices" not in base.grad_fn.name():
-        return output.grad_fn, lambda gradient: gradient
-    if not base.is_contiguous():
-        raise InputError(f"a view {tuple(output.shape)} of a tensor that is not contiguous is changed in place")
-    place = output.shape, output.stride(), output.storage_offset() - base.storage_offset()
-    return base.grad_fn, lambda gradient: gradient.contiguous().as_strided(*place)  # it may be read through the base
-
-
-def _forget_gradient(tensor: Tensor) -> None:
-    tensor.grad = None
 
 
 def _plain(x: Tensor) -> Tensor:
