@@ -122,6 +122,7 @@ REFUSED = {
     "windows across samples": lambda m, x: m.out(
         m.layer(x.transpose(0, 1)).transpose(0, 1).as_strided((T, 2, D), (D, D, 1))
     ),
+    "chosen across": lambda m, x: torch.where(x[:, 0] > 0, x, m.scale),
     "samples compared": lambda m, x: F.cosine_similarity(m.layer(x)[:, None, 0], m.out(x)[None, :, 0], dim=-1),
     "windows of samples": lambda m, x: m.out(F.pad(m.layer(x).unfold(0, 2, 1)[..., 0], (0, 0, 0, 0, 0, 1))),
     "differences of samples": lambda m, x: m.out(F.pad(m.layer(x).diff(dim=0), (0, 0, 0, 0, 0, 1))),

@@ -11,32 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 N = 4  # samples, tokens and features
-STEPS = [
-    "permute",
-    "einsum",
-    "stack",
-    "cat",
-    "mean",
-    "roll",
-    "softmax",
-    "cumsum",
-    "gather",
-    "write",
-    "slice",
-    "constant",
-    "plane",
-    "product",
-    "attend",
-    "linear",
-    "masked",
-    "flat",
-    "scale",
-    "shift",
-    "tokens",
-    "norm",
-    "convolve",
-    "positions",
-]
+MOVES = ["permute", "einsum", "stack", "cat", "mean", "roll", "softmax", "cumsum", "gather", "write", "slice"]
+MEETINGS = ["constant", "plane", "product", "attend", "linear", "masked", "flat", "scale", "shift", "tokens", "norm"]
+STEPS = [*MOVES, *MEETINGS, "convolve", "positions"]
 
 
 class Program(nn.Module):
