@@ -1,27 +1,13 @@
-"""Which tensors do not depend on the samples, and where in the others the samples are.
-
-`BatchTracker` watches every torch function that runs while it is active. By default a tensor's first dimension is the
-batch. What the tracker adds: constants (position indices, buffers, masks without a batch), so that a table of as many
-rows as there are samples is not taken for a batch; and the batch's place after it was transposed or flattened together
-with other dimensions, as in `nn.MultiheadAttention` ([T, B, D], then [T·B, D]).
-"""
+"""Where in a tensor the samples are, and where torch functions that move dimensions put them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
-from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakTensorKeyDictionary
-
-from diffprune.errors import InputError
 
 
 class Layout(NamedTuple):
@@ -39,143 +25,6 @@ def batch_first(tensor: Tensor, layout: Layout, rows: int) -> Tensor:
     return tensor.unflatten(layout.dim, (-1, rows, layout.inner)).movedim(layout.dim + 1, 0)
 
 
-class BatchTracker(TorchFunctionMode):
-    """See the module. `rows` is the size of the batch, None until a module has been called.
-
-    Tensors of the type `neutral` are somebody else's: neither constant nor not.
-    """
-
-    def __init__(self, neutral: type[Tensor]) -> None:
-        super().__init__()
-        self.rows: int | None = None
-        self.backward_began = False
-        self._neutral = neutral
-        self._constants = WeakTensorKeyDictionary()
-        self._layouts = WeakTensorKeyDictionary()  # None: the batch was somewhere, and where it went is not known
-
-    def add_constant(self, tensor: Tensor) -> None:
-        self._constants[tensor] = True
-
-    def set_rows(self, inputs: Any) -> None:
-        """The outermost module got `inputs`: the first tensor in them says how many rows a batch has."""
-        for tensor in tensors_in(inputs):
-            if tensor.dim() and self.rows is None:
-                self.rows = len(tensor)
-            if tensor.dim() and len(tensor) == self.rows:
-                self._constants.pop(tensor, None)
-
-    def depends_on_batch(self, tensor: Tensor) -> bool:
-        if tensor.requires_grad:
-            return True
-        if tensor.dim() == 0 or tensor in self._constants:
-            return False
-        return tensor in self._layouts or self.rows is None or len(tensor) == self.rows
-
-    def layout(self, tensor: Tensor) -> Layout | None:
-        """Where the batch is, None if that is not known."""
-        layout = self._layouts.get(tensor, BATCH_FIRST)
-        if layout is BATCH_FIRST and self.rows is None and tensor.dim():
-            self.rows = len(tensor)
-        if layout is BATCH_FIRST and not (tensor.dim() and len(tensor) == self.rows):
-            return None
-        return layout
-
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if is_composite(func) and self._neutral not in types:  # `Tensor.backward` too
-            if func is F.batch_norm:
-                refuse_batch_statistics(*args, **kwargs)
-            self.backward_began |= func in (Tensor.backward, torch.autograd.backward)
-            with self, looked_into(func):
-                result = body(func)(*args, **kwargs)
-        else:
-            result = func(*args, **kwargs)
-        self._note(func, args, kwargs, result)
-        return result
-
-    def _note(self, func: Callable, args: tuple, kwargs: dict, result: Any) -> None:
-        outputs = [x for x in tensors_in(result) if not isinstance(x, self._neutral)]
-        if func is Tensor.__setitem__ and self.rows is not None and self.depends_on_batch(args[0]):
-            self._constants.pop(args[0], None)
-            if any(True for _ in tensors_in((args[1],))):  # with numbers each sample is written by itself
-                self._layouts[args[0]] = None
-        if not outputs:
-            return
-        if not args and "input" in kwargs:
-            kwargs = dict(kwargs)
-            args = (kwargs.pop("input"),)
-        inputs = [x for x in tensors_in((args, kwargs)) if not isinstance(x, self._neutral)]
-        known = [x in self._constants and not x.requires_grad for x in inputs]
-        if all(known):
-            if inputs or func in _FACTORIES:
-                for output in outputs:
-                    self._constants[output] = True
-            return
-        for output in outputs:
-            self._constants.pop(output, None)  # changed in place, perhaps
-        moved = func in _MOVING and inputs[0] is args[0] and not known[0]
-        sources = [args[0]] if moved else [x for x in inputs if x in self._layouts]
-        if func in _ARITHMETIC and any(x.requires_grad and x.shape == outputs[0].shape for x in inputs):
-            sources = [x for x in sources if self._layouts[x] is not None or x.requires_grad]  # e.g. one row's angles
-        if self.rows is not None and func in (_WRITING if known[0] else _DISPLACING):
-            layout = self._layouts.get(args[0], BATCH_FIRST)
-            if layout is None or layout.dim in _displaced_dims(func, args, kwargs):
-                for output in outputs:
-                    self._layouts[output] = None
-                return
-        if self.rows is None or not sources or (sources[0] in self._constants):
-            return
-        source, layout = sources[0], self._layouts.get(sources[0], BATCH_FIRST)
-        if layout == BATCH_FIRST and (not source.dim() or len(source) != self.rows) and source not in self._layouts:
-            return
-        for output in outputs:
-            if output is source:
-                continue
-            found = None if layout is None else self._moved(func, args, kwargs, source, layout, output)
-            if found == BATCH_FIRST and len(output) == self.rows:
-                self._layouts.pop(output, None)
-            else:
-                self._layouts[output] = found
-
-    def _moved(
-        self, func: Callable, args: tuple, kwargs: dict, source: Tensor, layout: Layout, output: Tensor
-    ) -> Layout | None:
-        dim, shape, new = layout.dim, source.shape, output.shape
-        if func in _PERMUTING:
-            probe = torch.empty([2 if i == dim else 1 for i in range(len(shape))], device="meta")
-            image = next(tensors_in(func(probe, *args[1:], **kwargs)))
-            return Layout(image.shape.index(2), layout.inner) if 2 in image.shape else None  # unbound: each row apart
-        if func in _INDEXING:
-            return _indexed(args[1], layout, len(shape))
-        if func in _REPEATING:
-            return Layout(dim + len(new) - len(shape), layout.inner)  # the whole dimension again: more of `outer`
-        if func in _INTERLEAVING:
-            return _interleaved(shape, layout, *args[1:], **kwargs)
-        if func in _RESHAPING:
-            return _reshaped(shape, layout, new, self.rows) if output.numel() == source.numel() else None
-        if dim < len(new) and new[dim] == shape[dim] and (dim == 0 or len(new) == len(shape)):
-            return layout
-        return None
-
-
-def refuse_batch_statistics(
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    *args: Any,
-    **kwargs: Any,
-) -> None:
-    """The signature is `F.batch_norm`'s."""
-    if training:
-        raise InputError(
-            "BatchNorm with the statistics of the batch (training mode): each sample's loss depends on the others', so "
-            "that there is no gradient of one sample. Put these layers into .eval(), or use GroupNorm"
-        )
-
-
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """The tensors in nested tuples, lists and mappings."""
     if isinstance(value, Tensor):
@@ -188,31 +37,35 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
-_open: list[Callable] = []
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """`value` with `function` of each tensor in its place."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if type(value) in (tuple, list):
+        return type(value)(map_tensors(function, item) for item in value)
+    if isinstance(value, tuple):  # a named tuple that a torch function returns
+        return type(value)(map_tensors(function, item) for item in tuple(value))
+    if type(value) is dict:
+        return {key: map_tensors(function, item) for key, item in value.items()}
+    return value
 
 
-def is_composite(func: Callable) -> bool:
-    """Whether it is written in Python: what it calls is what counts. One that calls itself is its own last word."""
-    return isinstance(func, FunctionType) and func not in _open
-
-
-@contextmanager
-def looked_into(func: Callable) -> Iterator[None]:
-    _open.append(func)
-    try:
-        yield
-    finally:
-        _open.pop()
-
-
-@cache
-def body(func: FunctionType) -> FunctionType:
-    """A torch function written in Python, without its own dispatch: what it calls is dispatched instead."""
-    names = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
-    own = func.__globals__ | dict.fromkeys(names, lambda *_: False)
-    copy = FunctionType(func.__code__, own, func.__name__, func.__defaults__, func.__closure__)
-    copy.__kwdefaults__ = func.__kwdefaults__
-    return copy
+def moved(
+    func: Callable, args: tuple, kwargs: dict, source: Tensor, layout: Layout, output: Tensor, rows: int
+) -> Layout | None:
+    """Where one of MOVING puts the batch of `source`, its first argument. None: it is whole nowhere."""
+    dim, shape, new = layout.dim, source.shape, output.shape
+    if func in PERMUTING:
+        probe = torch.empty([2 if i == dim else 1 for i in range(len(shape))], device="meta")
+        image = next(tensors_in(func(probe, *args[1:], **kwargs)))
+        return Layout(image.shape.index(2), layout.inner) if 2 in image.shape else None  # unbound: each row apart
+    if func in INDEXING:
+        return indexed(args[1], layout, shape, rows)
+    if func in REPEATING:
+        return Layout(dim + len(new) - len(shape), layout.inner)  # the whole dimension again: more of `outer`
+    if func in INTERLEAVING:
+        return _interleaved(shape, layout, *args[1:], **kwargs)
+    return _reshaped(shape, layout, new, rows) if output.numel() == source.numel() else None
 
 
 def _reshaped(shape: tuple, layout: Layout, new: tuple, rows: int) -> Layout | None:
@@ -236,20 +89,33 @@ def _interleaved(
     return Layout(layout.dim, layout.inner * repeats) if type(repeats) is int else None
 
 
-def _displaced_dims(func: Callable, args: tuple, kwargs: dict) -> set[int]:
-    """The dimensions of ``args[0]`` along which elements get other places; all where none is named or usual."""
-    dims, place = args[0].dim(), _DISPLACING[func]
-    given = kwargs.get("dim", kwargs.get("dims", () if place is None else args[place:]))
-    given = [given] if isinstance(given, int) else [one for one in given or () if isinstance(one, (int, tuple, list))]
-    named = [dim for one in given for dim in ([one] if isinstance(one, int) else one)]
-    return {dim % max(1, dims) for dim in named or ([-1] if func in _ALONG_THE_LAST else range(dims))}
-
-
-def _indexed(index: Any, layout: Layout, dims: int) -> Layout | None:
+def indexed(index: Any, layout: Layout, shape: tuple, rows: int) -> Layout | None:
     """`tensor[index]` for integers, slices, None and an ellipsis that leave the batch whole."""
     index = index if isinstance(index, tuple) else (index,)
     if any(not (item is None or item is Ellipsis or type(item) in (int, slice)) for item in index):
-        return layout if layout.dim == 0 and index[0] == slice(None) else None
+        return layout if layout.dim == 0 and type(index[0]) is slice and index[0] == slice(None) else None
+    for target, source, item in _index_places(index, len(shape)):
+        if source == layout.dim:
+            whole = type(item) is slice and _is_whole(item, shape[source], rows * layout.inner)
+            return Layout(target, layout.inner) if whole else None
+    return None
+
+
+def written(index: Any, shape: tuple, value: Tensor, layout: Layout) -> Layout | None:
+    """Where `tensor[index] = value` puts the batch of `value` in a tensor of `shape`."""
+    index = index if isinstance(index, tuple) else (index,)
+    if any(not (item is None or item is Ellipsis or type(item) in (int, slice)) for item in index):
+        return None
+    places = [(target, source) for target, source, item in _index_places(index, len(shape)) if type(item) is slice]
+    dims = 1 + max((target for target, _ in places), default=-1)
+    for target, source in places:
+        if target == layout.dim + dims - value.dim() and shape[source] == value.shape[layout.dim]:
+            return Layout(source, layout.inner)
+    return None
+
+
+def _index_places(index: tuple, dims: int) -> Iterator[tuple[int, int, int | slice]]:
+    """For each dimension of the tensor: its place in ``tensor[index]``, its own, and what indexes it."""
     given = sum(item is not None and item is not Ellipsis for item in index)
     source = target = 0
     for item in (*index, *([] if Ellipsis in index else [Ellipsis])):
@@ -257,39 +123,113 @@ def _indexed(index: Any, layout: Layout, dims: int) -> Layout | None:
             target += 1
             continue
         for _ in range(dims - given if item is Ellipsis else 1):
-            if source == layout.dim:
-                return Layout(target, layout.inner) if item is Ellipsis or item == slice(None) else None
+            yield target, source, slice(None) if item is Ellipsis else item
             source += 1
             target += type(item) is not int
-    return None
 
 
-def _functions(*names: str) -> set[Callable]:
-    owners = (torch, Tensor)
-    return {getattr(owner, name) for name in names for owner in owners if hasattr(owner, name)}
+def _is_whole(item: slice, size: int, unit: int) -> bool:
+    """Whether a slice keeps whole batches only, of `unit` elements each."""
+    start, stop, step = item.indices(size)
+    return step == 1 and start < stop and start % unit == 0 and stop % unit == 0
+
+
+def along(func: Callable, args: tuple, kwargs: dict, source: Tensor, layout: Layout) -> bool:
+    """Whether one of JOINING or SPLITTING is along the dimension of the batch."""
+    place = JOINING.get(func) or SPLITTING[func]
+    return kwargs.get("dim", args[place] if len(args) > place else 0) % source.dim() == layout.dim
+
+
+def split(source: Tensor, layout: Layout, outputs: list[Tensor], rows: int) -> bool:
+    """Whether parts of `source`, views of it, are whole batches."""
+    unit = rows * layout.inner
+    step = unit * source.stride(layout.dim)
+    return all(
+        x.numel() and x.shape[layout.dim] % unit == 0 and (x.storage_offset() - source.storage_offset()) % step == 0
+        for x in outputs
+    )
+
+
+def strided(source: Tensor, layout: Layout, output: Tensor) -> bool:
+    """Whether a view by strides has the batch where `source` has it: all else steps within a row or over all rows."""
+    dim, size, step = layout.dim, source.shape[layout.dim], source.stride(layout.dim)
+    if dim >= output.dim() or output.shape[dim] != size or output.stride(dim) != step or not step:
+        return False
+    others = [(n, stride) for i, (n, stride) in enumerate(zip(output.shape, output.stride(), strict=True)) if i != dim]
+    within = sum((n - 1) * stride for n, stride in others if stride % (size * step))
+    return (output.storage_offset() - source.storage_offset()) % (size * step) + within < step
+
+
+def displaced_dims(func: Callable, args: tuple, kwargs: dict) -> set[int]:
+    """The dimensions of ``args[0]`` along which elements get other places; all where none is named or usual."""
+    dims, place = args[0].dim(), DISPLACING[func]
+    given = kwargs.get("dim", kwargs.get("dims", () if place is None else args[place:]))
+    given = [given] if isinstance(given, int) else [one for one in given or () if isinstance(one, (int, tuple, list))]
+    named = [dim for one in given for dim in ([one] if isinstance(one, int) else one)]
+    return {dim % max(1, dims) for dim in named or ([-1] if func in _ALONG_THE_LAST else range(dims))}
+
+
+def _functions(names: str) -> set[Callable]:
+    """By name, in place too."""
+    owners = (torch, Tensor, torch.nn.functional, torch._C._nn)
+    every = [one for name in names.replace(",", " ").split() for one in (name, f"{name}_")]
+    return {getattr(owner, name) for name in every for owner in owners if hasattr(owner, name)}
 
 
 def _places(**places: int | None) -> dict[Callable, int | None]:
-    """By function: those of these names, and in place."""
-    return {func: place for name, place in places.items() for func in _functions(name, f"{name}_")}
+    return {func: place for name, place in places.items() for func in _functions(name)}
 
 
-_FACTORIES = {torch.arange, torch.linspace, torch.zeros, torch.ones, torch.full, torch.eye}
-_PERMUTING = _functions("transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "unbind") | {
+PERMUTING = _functions("transpose permute swapaxes swapdims movedim moveaxis t unbind adjoint") | {
     Tensor.T.__get__,
     Tensor.mT.__get__,
+    Tensor.H.__get__,
+    Tensor.mH.__get__,
 }
-_RESHAPING = _functions("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as", "reshape_as")
-_REPEATING = _functions("repeat", "tile", "expand", "expand_as", "broadcast_to")
-_INTERLEAVING = _functions("repeat_interleave")
-_INDEXING = {Tensor.__getitem__}
+RESHAPING = _functions("view reshape flatten unflatten unsqueeze squeeze view_as reshape_as")
+REPEATING = _functions("repeat tile expand expand_as broadcast_to")
+INTERLEAVING = _functions("repeat_interleave")
+INDEXING = {Tensor.__getitem__}
+MOVING = PERMUTING | RESHAPING | REPEATING | INTERLEAVING | INDEXING
+# Where in their arguments the dimension stands.
+JOINING = _places(cat=1, concat=1, concatenate=1)
+SPLITTING = _places(chunk=2, narrow=1, split_with_sizes=2) | {torch._VF.split: 2, torch._VF.split_with_sizes: 2}
+# Of what they are given beside the first tensor, these take the type or the shape alone.
+LENDING = _functions("to type type_as")
+# New tensors: no value of another enters them. Those "like" another have its rows.
+LIKE = _functions("zeros_like ones_like full_like rand_like randn_like randint_like empty_like")
+NEW = _functions("new_zeros new_ones new_full new_empty new_tensor")
 # Functions that give elements another place, and where in their arguments the dimension stands (None: in all of them).
-_WRITING = _places(
+WRITING = _places(
     index_add=1, index_copy=1, scatter=1, scatter_add=1, scatter_reduce=1, index_put=None, masked_scatter=None
 )
-_DISPLACING = _WRITING | _places(
-    index_select=1, gather=1, flip=1, sort=1, topk=2, take_along_dim=2, roll=2, masked_select=None, take=None
+DISPLACING = (
+    WRITING
+    | _places(index_select=1, gather=1, flip=1, sort=1, argsort=1, msort=None, topk=2, take_along_dim=2, roll=2)
+    | _places(masked_select=None, take=None, rot90=None, fliplr=None, flipud=None)
+    | {torch.fft.fftshift: None, torch.fft.ifftshift: None}
 )
-_ALONG_THE_LAST = _functions("sort", "topk")  # unless another is named
-_ARITHMETIC = _functions("add", "sub", "mul", "div", "true_divide")
-_MOVING = _PERMUTING | _RESHAPING | _REPEATING | _INTERLEAVING | _INDEXING
+FOLLOWING = _functions("gather take_along_dim")  # the output is as long as the index, whatever the input is
+STRIDING = _functions("as_strided")
+_ALONG_THE_LAST = _functions("sort argsort topk")  # unless another is named
+ARITHMETIC = _functions("add sub mul div true_divide")
+POINTWISE = ARITHMETIC | _functions(
+    "rsub pow fmod remainder floor_divide maximum minimum max min where addcmul addcdiv lerp atan2 hypot "
+    "eq ne lt le gt ge logical_and logical_or logical_xor logical_not bitwise_and bitwise_or bitwise_not masked_fill "
+    "clamp clip clamp_min clamp_max to type type_as float double half bfloat16 int long bool cpu cuda contiguous "
+    "clone detach requires_grad neg abs sign square sqrt rsqrt reciprocal exp expm1 log log1p log2 sin cos tan tanh "
+    "sinh cosh asin acos atan sigmoid erf floor ceil round trunc nan_to_num isnan isinf isfinite logit conj angle "
+    "relu relu6 gelu silu mish elu selu celu leaky_relu hardtanh hardswish hardsigmoid softplus softshrink threshold "
+    "logsigmoid log_sigmoid dropout feature_dropout alpha_dropout prelu polar complex positive sgn "
+    "mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy_with_logits"
+)
+POINTWISE -= _functions("max min")  # with one tensor and a dimension, they are not
+POINTWISE |= {getattr(Tensor, name).__get__ for name in ("real", "imag", "data", "grad")}
+# Where two tensors meet whose samples do not lie along one dimension, these mix samples.
+PRODUCTS = _functions(
+    "matmul mm bmm baddbmm addmm dot mv einsum tensordot cdist linear scaled_dot_product_attention"
+) | {
+    torch._VF.einsum,
+    torch._VF.tensordot,
+    torch._VF.cdist,
+}

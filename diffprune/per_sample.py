@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import reduce
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -53,8 +53,8 @@ def per_sample_gradients(
         direction: compute `dot` with this: a tensor for each trainable parameter, by its name in
             `model.named_parameters()`. "total": with the batch's own Σ_i g_i, in the same pass.
         rows_per_sample: J. Rows i·J ... i·J+J-1 are one sample, whose gradient is the sum over its rows.
-        weight_gradients: also leave the batch's gradients in the parameters' `.grad`, as without this block. By
-            default they are not computed, which saves a third of the backward.
+        weight_gradients: also leave the batch's gradients in the parameters' `.grad`, as without this block but for
+            hooks on parameters. By default they are not computed, which saves a third of the backward.
         total: compute `total`.
         fallback: "vmap" maps a torch function that takes a parameter and has no rule over the samples, at the price of
             a copy of that parameter's gradient per sample. None refuses it.
@@ -62,8 +62,9 @@ def per_sample_gradients(
     Yields: `PerSampleGradients`, to be read once the backward has run, in the block or after it.
 
     Raises: InputError that names the parameter: at entry for a dtype without gradients or a direction that does not
-        fit; inside for a use that no rule covers, a batch that cannot be found or that mixes samples (BatchNorm in
-        training mode), an input changed in place, a second backward; on exit if no backward ran.
+        fit; inside for a use that no rule covers, a batch that is empty, cannot be found or mixes samples (BatchNorm in
+        training mode), an input changed in place, a second backward, `torch.autograd.grad`, forward-mode and
+        `torch.func` differentiation; on exit if no backward ran.
     """
     if not norm and direction is None and not total:
         raise InputError("per_sample_gradients: nothing to compute, expected norm, direction or total")
@@ -141,9 +142,16 @@ def _sum_in_order(values: Iterable[Tensor]) -> Tensor:
 
 def _parameter_uses(model: nn.Module) -> list[ParameterUse]:
     uses = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise InputError(
+                f"{name or type(model).__name__}: is scripted, expected a module whose code runs in Python"
+            )
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
+        if hasattr(parameter, "placements"):
+            raise InputError(f"parameter {name}: is a DTensor, expected a tensor that is whole on one device")
         if parameter.dtype not in _DTYPES:
             raise InputError(
                 f"parameter {name}: expected {', '.join(str(x).removeprefix('torch.') for x in _DTYPES)}, got "
@@ -184,13 +192,23 @@ def _stand_ins(model: nn.Module, uses: list[ParameterUse], recorder: Recorder) -
         for key, parameter in module._parameters.items()
         if parameter in weights
     ]
+
+    def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        recorder.tracker.enter(module, (args, kwargs))
+
+    def leave(module: nn.Module, args: tuple, output: Any) -> None:
+        recorder.tracker.leave(module)
+
     with ExitStack() as stack:
         try:
             for use in uses:
                 hook = use.parameter.register_hook(_refuse_use_past_stand_in(use))
                 stack.callback(hook.remove)
+                recorder.tracker.add_parameter(use.name, use.parameter)
             for module in model.modules():
-                hook = module.register_forward_pre_hook(_rows_from(recorder, module is model), with_kwargs=True)
+                hook = module.register_forward_pre_hook(enter, with_kwargs=True)
+                stack.callback(hook.remove)
+                hook = module.register_forward_hook(leave, always_call=True)
                 stack.callback(hook.remove)
             for tensor in (*model.buffers(), *(p for p in model.parameters() if not p.requires_grad)):
                 recorder.tracker.add_constant(tensor)
@@ -204,14 +222,6 @@ def _stand_ins(model: nn.Module, uses: list[ParameterUse], recorder: Recorder) -
             recorder.closed = True
             for module, key, parameter in places:
                 module._parameters[key] = parameter
-
-
-def _rows_from(recorder: Recorder, outermost: bool) -> Callable:
-    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if (outermost or recorder.tracker.rows is None) and torch.is_grad_enabled():
-            recorder.tracker.set_rows((args, kwargs))
-
-    return hook
 
 
 def _refuse_use_past_stand_in(use: ParameterUse) -> Callable[[Tensor], None]:

@@ -24,6 +24,8 @@ Route = Callable[[Part], "Part | None"]  # a part for a weight -> the same for i
 def route(func: Callable, args: tuple, value: Tensor) -> Route | None:
     """How a part for `value` becomes one for args[0], from which it was computed; None if only autograd can tell."""
     parent = args[0]
+    if value.is_complex() != parent.is_complex():
+        return None
     if func is torch.embedding and not any(args[3:]):
         index = args[1].flatten()
         padding = args[2] if len(args) > 2 else -1

@@ -13,23 +13,22 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
-from diffprune.batch_layout import (
-    BATCH_FIRST,
-    BatchTracker,
-    Layout,
-    batch_first,
-    body,
-    is_composite,
-    looked_into,
-    tensors_in,
-)
+from diffprune.autograd_nodes import Keep, Start, forget_gradient, node_of
+from diffprune.batch_layout import BATCH_FIRST, Layout, batch_first, map_tensors, tensors_in
+from diffprune.batch_tracker import BatchTracker
+from diffprune.composites import body, is_composite, looked_into
 from diffprune.errors import InputError
 from diffprune.gradient_parts import Aligned, Dense, Part, PartSums, Through, part_sums
+from diffprune.sample_maps import map_over_samples
 from diffprune.weight_routes import Route, expands, route
 
 Contribution = tuple["Weight", Part]
+
+
+_GRADIENT = (Tensor.grad.__get__, Tensor.grad.__set__, Tensor.grad.__delete__)
 
 
 class Weight(Tensor):
@@ -106,7 +105,7 @@ class Recorder:
     ) -> None:
         self.rules, self.wanted, self.rows_per_sample = rules, wanted, rows_per_sample
         self.weight_gradients, self.fallback = weight_gradients, fallback
-        self.tracker = BatchTracker(neutral=Weight)
+        self.tracker = BatchTracker(neutral=Weight, final=rules.__contains__)
         self.fired = self.closed = False
         self._anchor = torch.empty(0, requires_grad=True)
 
@@ -114,9 +113,12 @@ class Recorder:
 
     def run(self, func: Callable, *args: Any, **kwargs: Any) -> Tensor:
         """`func` with tensors in place of weights. The result requires grad."""
-        args, kwargs = self._map(self._usable, args), self._map(self._usable, kwargs)
+        usable = self._usable
+        if getattr(func, "__name__", "").endswith("_") and not isinstance(args[0], Weight):
+            usable = self._requiring  # in place, of a tensor that has to require grad from here on
+        args, kwargs = map_tensors(usable, args), map_tensors(usable, kwargs)
         if not any(x.requires_grad for x in tensors_in((args, kwargs))):  # start the graph here
-            return _Start.apply(self._anchor, lambda: func(*args, **kwargs))
+            return Start.apply(self._anchor, lambda: func(*args, **kwargs))
         return func(*args, **kwargs)
 
     def record(
@@ -126,9 +128,17 @@ class Recorder:
         sources = {source for weight in weights if isinstance(weight, Weight) for source in weight.sources.values()}
         for source in sources:
             source.expected += not self.tracker.backward_began
-        saved = _Keep.apply(self._anchor, *(tensor.detach() for tensor in kept)) if kept else None
+        saved = Keep.apply(self._anchor, *(tensor.detach() for tensor in kept)) if kept else None
         call = _Call(saved, contribute, sources)
-        output.register_hook(lambda gradient: self._backward_ran(call, gradient))
+        node, part = node_of(output)
+
+        def hook(gradients: tuple[Tensor | None, ...]) -> None:
+            gradient = gradients[output_nr]
+            if gradient is not None:
+                self._backward_ran(call, part(gradient))
+
+        output_nr = output.output_nr if node is output.grad_fn else 0
+        node.register_prehook(hook)  # runs after the hooks of the tensor, whenever they were registered
         return output
 
     def layout(self, tensor: Tensor, *weights: Any) -> Layout:
@@ -143,6 +153,21 @@ class Recorder:
             raise InputError(f"{_names(weights)}: expected a multiple of {self.rows_per_sample} rows, got {rows}")
         return layout
 
+    def refuse_mixed(self, tensors: list[Tensor], *weights: Any) -> None:
+        """Tensors that are broadcast together with weights have the batch at one dimension of the result."""
+        if self.tracker.mixed(tensors):
+            shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
+            raise InputError(f"{_names(weights)}: the samples are at different dimensions of what it meets, {shapes}")
+
+    @staticmethod
+    def is_weight(x: Any) -> bool:
+        return isinstance(x, Weight)
+
+    @staticmethod
+    def names(weights: Iterable[Any]) -> str:
+        """The parameters that the weights among `weights` come from, for an error."""
+        return _names(weights)
+
     @property
     def samples(self) -> int:
         return self.tracker.rows // self.rows_per_sample
@@ -150,7 +175,7 @@ class Recorder:
     def tokens(self, tensor: Tensor, layout: Layout) -> Tensor:
         """[..., F] -> [B, 1, T, F], or [B, T] from an index."""
         rows_first = batch_first(tensor, layout, self.tracker.rows)
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() or tensor.is_complex():
             return rows_first.reshape(self.samples, 1, -1, tensor.shape[-1])
         return rows_first.reshape(self.samples, -1)
 
@@ -158,6 +183,8 @@ class Recorder:
         self, weight: Weight, gradient: Tensor, layout: Layout, shape: Sequence[int] | None = None
     ) -> Contribution:
         """The part of a weight (seen as of `shape`) that was broadcast: `gradient`, summed over what it has not."""
+        if gradient.is_complex() and not weight.is_complex():
+            gradient = gradient.real
         while weight.expanded is not None and shape is None:
             weight = weight.expanded
         shape = tuple(weight.shape if shape is None else shape)
@@ -181,17 +208,25 @@ class Recorder:
     # What happens to a torch function
 
     def call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        if func in _GRADIENT and args[0].plain is next(iter(args[0].sources.values())).leaf:
+            [source] = args[0].sources.values()
+            return func(source.parameter, *args[1:])
+        if not self.closed:
+            self._refuse_other_autograd(func, args, kwargs)
         if is_composite(func) and not self.closed:
             if func in self.rules:
                 return self.rules[func](self, func, *args, **kwargs)
             with self.tracker, looked_into(func):
                 return body(func)(*args, **kwargs)
         inputs = list(tensors_in((args, kwargs)))
-        batch = [] if self.closed else [x for x in inputs if not isinstance(x, Weight) and self._in_batch(x)]
+        batch = (
+            [] if self.closed else [x for x in inputs if not isinstance(x, Weight) and self.tracker.depends_on_batch(x)]
+        )
         if not batch and not self.closed:
             spread = self._spread_first(func, args)
             if spread is not None:
-                return self.call(func, spread, kwargs)
+                with self.tracker:
+                    return func(*spread, **kwargs)
         if batch and torch.is_grad_enabled():
             return self._meet(func, args, kwargs)
         if batch and not self.tracker.backward_began:
@@ -199,30 +234,47 @@ class Recorder:
                 source.expected += 1
         return self._among_weights(func, args, kwargs, [x for x in inputs if isinstance(x, Weight)])
 
-    def _in_batch(self, tensor: Tensor) -> bool:
-        return self.tracker.depends_on_batch(tensor)
+    def _refuse_other_autograd(self, func: Callable, args: tuple, kwargs: dict) -> None:
+        reason = None
+        if func in (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook):
+            reason = "hooks on parameters do not run in this block"
+        elif torch._C._functorch.peek_interpreter_stack() is not None:
+            if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors_in((args, kwargs))):
+                reason = "transforms of torch.func hide the samples"
+        elif forward_ad._current_level >= 0:
+            plain = [x for x in tensors_in((args, kwargs)) if not isinstance(x, Weight)]
+            if any(forward_ad.unpack_dual(x).tangent is not None for x in plain):
+                reason = "tangents of forward-mode differentiation are not followed"
+        if reason:
+            raise InputError(f"{_names(tensors_in((args, kwargs)))}: {reason}")
 
     def _meet(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         """A function of weights and of samples."""
+        if kwargs.get("out") is not None:
+            raise InputError(f"{_names(tensors_in((args, kwargs)))}: expected no out= in {_name(func)}")
+        kwargs = {key: value for key, value in kwargs.items() if key != "out"}
         if func in self.rules:
             try:
                 return self.rules[func](self, func, *args, **kwargs)
             except NoRule:
                 if self.fallback is None:
                     raise
-        spread = self._map(self._spread, args), self._map(self._spread, kwargs)
+        spread = map_tensors(self._spread, args), map_tensors(self._spread, kwargs)
         weights = [x for x in tensors_in(spread) if isinstance(x, Weight)]
         if not weights:
-            return func(*spread[0], **spread[1])
+            try:
+                with self.tracker:
+                    return func(*spread[0], **spread[1])
+            except InputError:  # not one row per sample after all
+                if self.fallback is None:
+                    raise
         if self.fallback == "vmap":
-            return self._map_over_samples(func, *spread, weights)
-        name = getattr(func, "__name__", str(func))
-        raise InputError(
-            f"{_names(weights)}: no per-sample gradient rule for {name}; fallback='vmap' maps it over the samples"
-        )
+            return map_over_samples(self, func, [(args, kwargs), spread])
+        reason = f"no per-sample gradient rule for {_name(func)}; fallback='vmap' maps it over the samples"
+        raise InputError(f"{_names(weights)}: {reason}")
 
     def _among_weights(self, func: Callable, args: tuple, kwargs: dict, weights: list[Weight]) -> Any:
-        result = func(*self._map(_plain, args), **self._map(_plain, kwargs))
+        result = func(*map_tensors(_plain, args), **map_tensors(_plain, kwargs))
         if self.closed or next(tensors_in(result), None) is None:
             return result
         sources = {name: source for weight in weights for name, source in weight.sources.items()}
@@ -232,7 +284,6 @@ class Recorder:
             if known is not None:
                 return known
             if not value.requires_grad:
-                self.tracker.add_constant(value)
                 return value
             weight = Weight.make(value, self, sources)
             if args and isinstance(args[0], Weight) and len(weights) == 1:
@@ -241,43 +292,15 @@ class Recorder:
                     weight.expanded = args[0]
             return weight
 
-        return self._map(wrap, result)
+        return map_tensors(wrap, result)
 
-    def _map_over_samples(self, func: Callable, args: tuple, kwargs: dict, weights: list[Weight]) -> Any:
-        """`func` on one row at a time, as a batch of one, with a copy of each weight for every row: [rows, *shape]."""
-        rows = self.tracker.rows
-        own: list[Tensor] = []
-
-        def spread(x: Tensor) -> Tensor:
-            if isinstance(x, Weight):
-                own.append(x.plain.detach().expand(rows, *x.shape).requires_grad_())
-                return own[-1]
-            if self._in_batch(x):
-                if self.layout(x, *weights) != BATCH_FIRST:
-                    raise InputError(f"{_names(weights)}: expected the batch first to map over, {tuple(x.shape)}")
-                return x.unsqueeze(1)
-            return x
-
-        flat, places = [], []
-
-        def take(x: Tensor) -> Tensor:
-            flat.append(spread(x))
-            places.append(0 if isinstance(x, Weight) or self._in_batch(x) else None)
-            return x
-
-        self._map(take, args), self._map(take, kwargs)
-
-        def one(*tensors: Tensor) -> Any:
-            following = iter(tensors)
-            return func(*self._map(lambda _: next(following), args), **self._map(lambda _: next(following), kwargs))
-
-        outputs = torch.func.vmap(one, in_dims=tuple(places), randomness="different")(*flat)
-        for tensor, weight in zip(own, [x for x in tensors_in((args, kwargs)) if isinstance(x, Weight)], strict=True):
-            for source in weight.sources.values():
-                source.expected += not self.tracker.backward_began
-            call = _Call(None, lambda g, weight=weight: [self._written_out(weight, g)], set(weight.sources.values()))
-            tensor.register_hook(lambda gradient, call=call: self._backward_ran(call, gradient))
-        return self._map(lambda x: x.squeeze(1), outputs)
+    def record_copies(self, weight: Weight, copies: Tensor) -> None:
+        """`copies` [rows, *shape], one of the weight for each row, will have their gradients written out."""
+        sources = set(weight.sources.values())
+        for source in sources:
+            source.expected += not self.tracker.backward_began
+        call = _Call(None, lambda gradient: [self._written_out(weight, gradient)], sources)
+        copies.register_hook(lambda gradient: self._backward_ran(call, gradient))
 
     def _written_out(self, weight: Weight, gradient: Tensor) -> Contribution:
         if self.weight_gradients:
@@ -298,11 +321,16 @@ class Recorder:
             return x
         if x.expanded.dim() == x.dim() and len(x.expanded) != 1:
             return x
-        return self.spread(x, x.shape, BATCH_FIRST)
+        output = self.spread(x, x.shape, BATCH_FIRST)
+        self.tracker.assume(output)
+        return output
 
     # The backward
 
     def _backward_ran(self, call: _Call, gradient: Tensor) -> None:
+        if self.tracker.differentiating:
+            names = _quoted(source.name for source in call.sources)
+            raise InputError(f"{names}: a gradient is taken through it by torch.autograd.grad, expected one backward")
         late = [source.name for source in call.sources if source.sums is not None]
         if self.closed or late:
             raise InputError(
@@ -367,6 +395,12 @@ class Recorder:
             tensor.requires_grad_().register_post_accumulate_grad_hook(hand_over)
         return tensor
 
+    def _requiring(self, x: Tensor) -> Tensor:
+        tensor = self._usable(x)
+        if isinstance(x, Weight) and not tensor.requires_grad:
+            tensor.requires_grad_().register_post_accumulate_grad_hook(forget_gradient)
+        return tensor
+
     def _hand_over(self, weight: Weight, gradient: Tensor) -> None:
         """Add a weight's gradient to those of its parameters, as a backward without this recorder would."""
         for source in weight.sources.values():
@@ -378,39 +412,6 @@ class Recorder:
             if own is not None:
                 parameter.grad = own if parameter.grad is None else parameter.grad + own
 
-    def _map(self, function: Callable[[Tensor], Any], value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return function(value)
-        if type(value) in (tuple, list):
-            return type(value)(self._map(function, item) for item in value)
-        if isinstance(value, tuple):  # a named tuple that a torch function returns
-            return type(value)(self._map(function, item) for item in tuple(value))
-        if type(value) is dict:
-            return {key: self._map(function, item) for key, item in value.items()}
-        return value
-
-
-class _Keep(torch.autograd.Function):
-    """Saves tensors as autograd does, so that a checkpointed block makes them again instead of holding them."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        return anchor.new_empty(0)
-
-
-class _Start(torch.autograd.Function):
-    """A graph that starts at `compute()`."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, compute: Callable[[], Tensor]) -> Tensor:
-        output = compute()
-        return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output  # for in-place users
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
-        return None, None
-
 
 def _plain(x: Tensor) -> Tensor:
     return x.plain if isinstance(x, Weight) else x
@@ -419,6 +420,10 @@ def _plain(x: Tensor) -> Tensor:
 def _sum(tensor: Tensor, dims: Sequence[int]) -> Tensor:
     dtype = torch.promote_types(tensor.dtype, torch.float32)
     return tensor.sum(dim=list(dims), keepdim=True, dtype=dtype) if dims else tensor.to(dtype)
+
+
+def _name(func: Callable) -> str:
+    return getattr(func, "__name__", str(func))
 
 
 def _names(weights: Iterable[Any]) -> str:

@@ -27,7 +27,7 @@ def add(recorder: Recorder, func: Callable, input: Any, other: Any, *, alpha: fl
     def contribute(gradient: Tensor) -> Iterator[Contribution]:
         for weight, scale in zip((input, other), scales, strict=True):
             if isinstance(weight, Weight):
-                yield recorder.dense(weight, gradient if scale == 1 else gradient * scale, layout)
+                yield recorder.dense(weight, gradient if scale == 1 else gradient * scale.conjugate(), layout)
 
     return recorder.record(output, (), contribute, input, other)
 
@@ -35,11 +35,12 @@ def add(recorder: Recorder, func: Callable, input: Any, other: Any, *, alpha: fl
 @elementwise(torch.mul, Tensor.mul, Tensor.mul_)
 def mul(recorder: Recorder, func: Callable, input: Any, other: Any) -> Tensor:
     weight, seen = (input, other) if isinstance(input, Weight) else (other, input)
+    seen = _before(func, seen)
     output = recorder.run(func, input, other)
     layout = _elementwise_layout(recorder, output, input, other)
 
     def contribute(seen: Tensor, gradient: Tensor) -> Iterator[Contribution]:
-        yield recorder.dense(weight, gradient * seen, layout)
+        yield recorder.dense(weight, gradient * seen.conj(), layout)
 
     return recorder.record(output, (seen,), contribute, weight)
 
@@ -48,15 +49,14 @@ def mul(recorder: Recorder, func: Callable, input: Any, other: Any) -> Tensor:
 def div(recorder: Recorder, func: Callable, input: Any, other: Any, *, rounding_mode: str | None = None) -> Tensor:
     if rounding_mode is not None:
         raise unknown(func, input, other)
+    weight, seen = (input, other) if isinstance(input, Weight) else (other, input)
+    seen = _before(func, seen)
     output = recorder.run(func, input, other)
     layout = _elementwise_layout(recorder, output, input, other)
-    if isinstance(input, Weight):
-        weight, seen = input, other
-    else:
-        weight, seen = other, input
 
     def contribute(seen: Tensor, gradient: Tensor) -> Iterator[Contribution]:
-        terms = gradient / seen if weight is input else -gradient * seen / weight.plain.detach().square()
+        down = weight.plain.detach().conj()
+        terms = gradient / seen.conj() if weight is input else -gradient * seen.conj() / down.square()
         yield recorder.dense(weight, terms, layout)
 
     return recorder.record(output, (seen,), contribute, weight)
@@ -126,14 +126,25 @@ def attention(
     if not isinstance(attn_mask, Weight) or any(isinstance(x, Weight) for x in (query, key, value)):
         raise unknown(func, query, key, value, attn_mask)
     layout = recorder.layout(query, attn_mask)
+    recorder.refuse_mixed([x for x in (query, key, value) if recorder.tracker.depends_on_batch(x)], attn_mask)
     wide = recorder.spread(attn_mask, (*query.shape[:-1], key.shape[-2]), layout)
     return func(query, key, value, wide, *args, **kw)
 
 
+def _before(func: Callable, seen: Tensor) -> Tensor:
+    """What a function sees, also if it then changes it in place."""
+    return seen.detach().clone() if func.__name__.endswith("_") else seen
+
+
 def _elementwise_layout(recorder: Recorder, output: Tensor, *inputs: Any) -> Layout:
     weights = [x for x in inputs if isinstance(x, Weight)]
-    for x in inputs:
-        if isinstance(x, Tensor) and not isinstance(x, Weight) and recorder.tracker.depends_on_batch(x):
-            layout = recorder.layout(x, *weights)
-            return layout._replace(dim=layout.dim + output.dim() - x.dim())
-    raise unknown(torch.add, *weights)
+    samples = [
+        x
+        for x in inputs
+        if isinstance(x, Tensor) and not isinstance(x, Weight) and recorder.tracker.depends_on_batch(x)
+    ]
+    if not samples:
+        raise unknown(torch.add, *weights)
+    layouts = [recorder.layout(x, *weights) for x in samples]
+    recorder.refuse_mixed(samples, *weights)
+    return layouts[0]._replace(dim=layouts[0].dim + output.dim() - samples[0].dim())

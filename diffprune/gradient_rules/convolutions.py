@@ -41,7 +41,7 @@ def convolution(
         *kept, gradient = kept_and_gradient
         if kept:
             places = gradient.shape[2:]
-            right = Patches(kept[0], recorder.samples, kernel, stride, padding, dilation, groups, places)
+            right = Patches(kept[0].conj(), recorder.samples, kernel, stride, padding, dilation, groups, places)
             yield weight, Outer([(_places(recorder, gradient, groups), right)])
         if isinstance(bias, Weight):
             yield recorder.dense(bias, gradient, layout, channel_shape(bias, gradient))
@@ -74,7 +74,7 @@ def transposed_convolution(
         if kept:
             places = kept[0].shape[2:]
             right = Patches(gradient, recorder.samples, kernel, stride, padding, dilation, groups, places)
-            yield weight, Outer([(_places(recorder, kept[0], groups), right)])
+            yield weight, Outer([(_places(recorder, kept[0].conj(), groups), right)])
         if isinstance(bias, Weight):
             yield recorder.dense(bias, gradient, layout, channel_shape(bias, gradient))
 

@@ -25,7 +25,7 @@ def linear(recorder: Recorder, func: Callable, input: Tensor, weight: Tensor, bi
     def contribute(*kept_and_gradient: Tensor) -> Iterator[Contribution]:
         *kept, gradient = kept_and_gradient
         if kept:
-            left, right = recorder.tokens(gradient, layout), recorder.tokens(kept[0], layout)
+            left, right = recorder.tokens(gradient, layout), recorder.tokens(kept[0].conj(), layout)
             yield weight, Outer([(left, right)])
         if isinstance(bias, Weight):
             yield recorder.dense(bias, gradient, layout)
@@ -48,7 +48,7 @@ def addmm(
     def contribute(*kept_and_gradient: Tensor) -> Iterator[Contribution]:
         *kept, gradient = kept_and_gradient
         if kept:
-            left, right = recorder.tokens(kept[0], layout), recorder.tokens(gradient, layout)
+            left, right = recorder.tokens(kept[0].conj(), layout), recorder.tokens(gradient, layout)
             yield mat2, Outer([(left, right)])
         if isinstance(input, Weight):
             yield recorder.dense(input, gradient, layout)
@@ -70,9 +70,9 @@ def matmul(recorder: Recorder, func: Callable, input: Tensor, other: Tensor) -> 
 
     def contribute(seen: Tensor, gradient: Tensor) -> Iterator[Contribution]:
         if first:
-            left, right = recorder.tokens(gradient.mT, layout), recorder.tokens(seen.mT, layout)
+            left, right = recorder.tokens(gradient.mT, layout), recorder.tokens(seen.conj().mT, layout)
         else:
-            left, right = recorder.tokens(seen, layout), recorder.tokens(gradient, layout)
+            left, right = recorder.tokens(seen.conj(), layout), recorder.tokens(gradient, layout)
         yield weight, Outer([(left, right)])
 
     return recorder.record(output, (seen,), contribute, weight)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffprune.batch_layout import refuse_batch_statistics
+from diffprune.batch_tracker import refuse_batch_statistics
 from diffprune.gradient_rules.registry import channel_shape, rule
 from diffprune.weight_tensors import Contribution, Recorder, Weight
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffprune.batch_layout import body, looked_into
+from diffprune.composites import body, looked_into
 from diffprune.errors import InputError
 from diffprune.gradient_parts import Dense, Outer, Scatter
 from diffprune.gradient_rules.registry import rule, unknown
