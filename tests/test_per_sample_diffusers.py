@@ -285,7 +285,7 @@ def test_norms_dots_and_totals_of_every_parameter(name):
     gradients = reference(model, inputs)
     unused = [key for key in gradients[0] if all(row[key].abs().max() == 0 for row in gradients)]
     assert all(any(part in key for part in UNUSED.get(name, ())) for key in unused), unused  # the test means something
-    check(losses_of, model, inputs, gradients, 1e-6 if name in IN_FLOAT32 else 1e-10)
+    check(losses_of, model, inputs, gradients, 1e-6 if name in IN_FLOAT32 else 1e-9)
 
 
 @pytest.mark.parametrize("name", ["stable_diffusion", "dit", "pixart", "stable_diffusion_3", "flux", "sana"])
