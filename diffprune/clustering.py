@@ -104,7 +104,7 @@ def cluster(
     options["memory"] = parse_bytes(memory)
     fitted: dict[str, np.ndarray] = {}
 
-    partials = partials_folder(out, fingerprint(config))
+    partials = partials_folder(out, fingerprint([config, source.identities]))
     saved, latest = out / CENTROIDS_FILE, partials / "rounds.safetensors"
     about: dict[str, Any] = {}
 
@@ -163,6 +163,8 @@ def cluster(
         source.stems,
         work,
         total=source.rows * talk.size,
+        inputs=source.identities,
+        whole=True,
         begin=begin,
         dry_run=dry_run,
         engine=Engine(ranks=talk),
@@ -190,6 +192,7 @@ class EmbeddingRows:
             _same_model(opened[0], folder)
         self.folders = {stem: folder for folder in opened for stem in folder.stems}
         self.stems = [stem for folder in opened for stem in folder.stems]
+        self.identities = {stem: about for folder in opened for stem, about in folder.identities().items()}
         if len(self.folders) != len(self.stems):
             twice = next(stem for stem in self.stems if self.stems.count(stem) > 1)
             raise InputError(f"cluster: shard {twice!r} is in two of the folders; names of shards must be unique")
