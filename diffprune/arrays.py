@@ -14,7 +14,16 @@ import pyarrow.compute as pc
 from diffprune.errors import InputError
 from diffprune.files import atomic_path
 from diffprune.storage import AnyPath, RemotePath, as_path
-from diffprune.tables import input_of, kept_keys, read_folder, read_stage, read_table, reading_pool, table_metadata
+from diffprune.tables import (
+    check_finished,
+    input_of,
+    kept_keys,
+    read_folder,
+    read_stage,
+    read_table,
+    reading_pool,
+    table_metadata,
+)
 
 TWIN_SUFFIX = ".flip.npy"
 
@@ -79,7 +88,8 @@ class ArrayFolder:
         return input_of(table_metadata(self.folder / f"{stem}.parquet"))
 
     def identities(self) -> dict[str, dict[str, Any]]:
-        """The same of all shards, some read at a time."""
+        """The same of all shards, some read at a time; InputError where one is not done."""
+        check_finished(self.folder, self.stems)
         with reading_pool(self.folder) as pool:
             return dict(zip(self.stems, pool.map(self.identity, self.stems), strict=True))
 

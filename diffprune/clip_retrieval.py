@@ -76,6 +76,9 @@ class ClipRetrievalFolder(ArrayFolder):
     def identity(self, stem: str) -> dict[str, Any]:
         return {}  # the fingerprint is of all content
 
+    def identities(self) -> dict[str, dict[str, Any]]:
+        return {stem: {} for stem in self.stems}
+
     def table(self, stem: str) -> pa.Table:
         path = self._metadata_path(stem)
         names = column_names(path)

@@ -83,6 +83,10 @@ class LiveLatents:
         known = {"array": self._digests[stem]} if stem in self._digests else {}
         return {**self._images.inputs[stem], **known}
 
+    def identities(self) -> dict[str, dict[str, Any]]:
+        """As ``ArrayFolder.identities``."""
+        return {stem: self.identity(stem) for stem in self.stems}
+
     def load(
         self, kept: str | Path | None = None, *, twins: bool = False
     ) -> tuple[pa.Table, np.ndarray, np.ndarray | None]:

@@ -32,7 +32,7 @@ from diffprune.memory import BatchSize, find_batch_size, free_bytes, resident_by
 from diffprune.prefetch import Prefetch
 from diffprune.progress import progress
 from diffprune.scores.batches import Draws, Samples
-from diffprune.scores.mean_gradients import GradientSum, Mean, MeanGradient, load_tensors, save_tensors
+from diffprune.scores.mean_gradients import GradientSum, Mean, MeanGradient
 from diffprune.scores.monotonicity import monotonicity
 from diffprune.scores.moso import SUM_ROWS, gradient_sum, group_products, in_group, moso, whole_set
 from diffprune.scores.normalise import normalised, strata, strata_count, stratum_sums
@@ -41,6 +41,7 @@ from diffprune.scores.support import Support
 from diffprune.scores.visit import visit
 from diffprune.surrogates import Surrogate
 from diffprune.tables import BASE_COLUMNS, how_other
+from diffprune.tensor_files import load_tensors, save_tensors
 
 BY_DRAW = ("loss", "el2n", "grand")  # of the last checkpoint; the others are of all
 MOST_ROWS = 4096

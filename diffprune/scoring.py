@@ -127,6 +127,7 @@ def score(
     plan = Plan(names, Draws(seed, draws, antithetic), moso_mode, support, group, normalise_t)
 
     source = latents if hasattr(latents, "stems") else ArrayFolder(latents, kind="latents")
+    where = str(getattr(source, "folder", latents))  # for messages
     config: dict[str, Any] = {"methods": names, "seed": seed, "latents": source.fingerprint}
     surrogate, load_surrogate = None, None
     if names != ["random"]:
@@ -143,8 +144,8 @@ def score(
         surrogate = load_surrogate()
         shape = source.metadata.get("shape")
         if not isinstance(shape, (list, tuple)) or not all(isinstance(side, int) for side in shape):
-            raise InputError(f"{latents}: expected the shape of a latent in its stage.json, found {shape!r}")
-        surrogate.check(shape, source.metadata.get("model_sha256"), str(latents))
+            raise InputError(f"{where}: expected the shape of a latent in its stage.json, found {shape!r}")
+        surrogate.check(shape, source.metadata.get("model_sha256"), where)
         if "monotonicity" in names:
             monotonicity(torch.zeros(len(surrogate.paths), 0))  # refuses too few
         config |= {"draws": draws, "weights": weights, **surrogate.describe()}
@@ -156,8 +157,8 @@ def score(
         config |= {"one_pass_group_size": group} if group else {}
         config |= {"learning_rates": surrogate.rates} if learning_rates else {}
         config |= {"training": training} if (training := surrogate.training()) else {}
-    inputs = {stem: identity_of(source, stem) for stem in source.stems}
-    shard_rows, failed_before = _checked_tables(source, surrogate, plan, str(latents))
+    inputs = source.identities() if hasattr(source, "identities") else {}
+    shard_rows, failed_before = _checked_tables(source, surrogate, plan, where)
     rows = sum(shard_rows.values())
     paths = [] if surrogate is None else [str(path) for path in surrogate.paths]
     recipe = _Passes(

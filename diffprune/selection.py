@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from diffprune._version import __version__
-from diffprune.arrays import ArrayFolder
 from diffprune.choosing import choose_rows
+from diffprune.embedding_folders import EmbeddingFolders
 from diffprune.errors import InputError
 from diffprune.files import fingerprint
 from diffprune.requests import NEEDS, Request, read_quota
@@ -42,7 +42,7 @@ def select(
     quota: str | Path | Mapping[str, int] | None = None,
     dedup: float | None = None,
     dedup_keep: str = "farthest",
-    embeddings: str | Path | None = None,
+    embeddings: str | Path | Sequence[str | Path] | None = None,
     device: str = "auto",
     dry_run: bool = False,
 ) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def select(
         quota: how many of each group of ``per``, by name, "*" for all others: a mapping, the text "0=100,1=50,*=20",
             or a JSON file with an object.
         by, order, seed, within, per, shares, dedup, dedup_keep, device: see ``choose``.
-        embeddings: the embeddings folder that k-center, herding and ``dedup`` work on.
+        embeddings: the folder, or folders of one model, that k-center, herding and ``dedup`` work on.
         dry_run: choose nothing, write nothing; say how many would be kept.
 
     Samples that failed are never kept; ``failed`` in the result says how many there are. ``out`` is sorted by shard
@@ -165,18 +165,18 @@ def _resolve_count(
     return count
 
 
-def _open_embeddings(folder: str | Path | None, request: Request) -> ArrayFolder | None:
+def _open_embeddings(folders: str | Path | Sequence[str | Path] | None, request: Request) -> EmbeddingFolders | None:
     needed = request.needs_embeddings
-    if folder is not None:
+    if folders is not None:
         if needed is None:
-            raise InputError(f"order {request.order!r} works on no embeddings, got {folder}; leave `embeddings` out")
-        return ArrayFolder(folder, kind="embeddings")
+            raise InputError(f"order {request.order!r} works on no embeddings, got {folders}; leave `embeddings` out")
+        return EmbeddingFolders(folders)
     if needed is not None:
         raise InputError(f"{needed}: works on embeddings: give the folder that `diffprune embed` wrote")
     return None
 
 
-def _aligned(table: pa.Table, folder: ArrayFolder) -> np.ndarray:
+def _aligned(table: pa.Table, folder: EmbeddingFolders) -> np.ndarray:
     """Embeddings row-aligned with the table: [N, D] of the dtype on disk, NaN where a row failed and has none."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         theirs = pa.concat_tables(pool.map(folder.table, folder.stems))
@@ -202,7 +202,7 @@ def _aligned(table: pa.Table, folder: ArrayFolder) -> np.ndarray:
     return points
 
 
-def _rows_of(table: pa.Table, theirs: pa.Table, folder: ArrayFolder) -> np.ndarray:
+def _rows_of(table: pa.Table, theirs: pa.Table, folder: EmbeddingFolders) -> np.ndarray:
     """The row of each key of ``table`` in ``theirs``, -1 where a sample that failed is not there."""
     if theirs["key"].equals(table["key"]):
         rows = np.arange(table.num_rows)

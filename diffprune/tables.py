@@ -174,6 +174,17 @@ def read_each(folder: AnyPath, stems: Sequence[str], columns: list[str] | None =
         yield from pool.map(lambda stem: read_table(folder / f"{stem}.parquet", columns, threads=False), stems)
 
 
+def check_finished(folder: AnyPath, stems: Sequence[str]) -> None:
+    """Raise InputError where one of these shards has no table yet."""
+    there = existing(folder / f"{stem}.parquet" for stem in stems)
+    missing = [stem for stem in stems if folder / f"{stem}.parquet" not in there]
+    if missing:
+        raise InputError(
+            f"{folder}: {len(stems) - len(missing)} of {len(stems)} shards are done, {missing[0]} is not; "
+            f"run the command that made it again to finish the rest"
+        )
+
+
 def folder_identity(folder: str | Path) -> str | None:
     """What tells a folder of tables from others: its run's fingerprint, and what its shards were, if the tables say so.
 
@@ -220,13 +231,7 @@ def _read_shards(folder: AnyPath, columns: list[str] | None = None) -> pa.Table:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder of tables")
     stems = read_stage(folder)["shards"]
-    there = existing(folder / f"{stem}.parquet" for stem in stems)
-    missing = [stem for stem in stems if folder / f"{stem}.parquet" not in there]
-    if missing:
-        raise InputError(
-            f"{folder}: {len(stems) - len(missing)} of {len(stems)} shards are done, {missing[0]} is not; "
-            f"run the command that made it again to finish the rest"
-        )
+    check_finished(folder, stems)
     tables = list(read_each(folder, stems, columns))
     try:
         table = pa.concat_tables(tables)

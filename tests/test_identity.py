@@ -13,12 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from small_run import DIT_OVERRIDES
+from typer.testing import CliRunner
 
 import diffprune
 from diffprune.arrays import ArrayFolder
+from diffprune.cli.app import app
 from diffprune.errors import InputError, ResumeError
 from diffprune.passes import Passes
-from diffprune.tables import read_folder, read_stage
+from diffprune.tables import read_folder, read_stage, read_table
 
 COUNT = 7
 
@@ -246,3 +249,82 @@ def test_folders_of_before_are_refused_as_another_config(crawl, tmp_path, embed)
     )
     with pytest.raises(ResumeError, match=r"inputs was \{'a.tar': 5\}, is now None"):
         embed(crawl, "emb")
+
+
+# --- several folders, and options given twice ------------------------------------------------------------------
+
+
+def test_a_selection_works_on_several_folders_of_embeddings(crawl, tmp_path, small_run, embed):
+    more = write_crawl(tmp_path / "more", "d")
+    embed(crawl, "old")
+    embed(more, "new")
+    embed([crawl, more], "all")
+    folders = [tmp_path / "old", tmp_path / "new"]
+    diffprune.cluster(folders, tmp_path / "clusters", k=3)
+    options = {"order": "k-center", "count": 9}
+    one = diffprune.select(tmp_path / "clusters", tmp_path / "1.parquet", embeddings=tmp_path / "all", **options)
+    two = diffprune.select(tmp_path / "clusters", tmp_path / "2.parquet", embeddings=folders, **options)
+    assert read_table(tmp_path / "1.parquet").equals(read_table(tmp_path / "2.parquet"))
+    assert one["fingerprint"] != two["fingerprint"]
+    given = [argument for folder in folders for argument in ("--embeddings", str(folder))]
+    arguments = ["select", str(tmp_path / "clusters"), "--order", "k-center", "--count", "9"]
+    result = CliRunner().invoke(app, [*arguments, *given, "-o", str(tmp_path / "3.parquet")])
+    assert result.exit_code == 0, result.output
+    assert read_table(tmp_path / "3.parquet").equals(read_table(tmp_path / "2.parquet"))
+    with pytest.raises(InputError, match="'a' is in two of the folders"):
+        diffprune.select(tmp_path / "clusters", tmp_path / "4.parquet", embeddings=[*folders, folders[0]], **options)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["evaluate", "a", "--reference", "b", "--reference", "c", "-o", "d"],
+        ["evaluate", "a", "--reference", "b", "--kept", "b", "--kept", "c", "-o", "d"],
+        ["train", "dit", "a", "--vqvae", "b", "--vqvae", "c", "-o", "d"],
+        ["embed", "a", "--model", "b", "-o", "d", "--out", "d"],
+    ],
+    ids=lambda arguments: " ".join(arguments),
+)
+def test_an_option_of_one_value_is_given_once(arguments):
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2 and "given 2 times, it takes one value" in " ".join(result.output.split())
+    assert "is required" not in result.output
+
+
+def test_shards_in_several_places_are_scored_and_trained_on(crawl, tmp_path, small_run, encode):
+    more = write_crawl(tmp_path / "more", "d")
+    encode([crawl, more], "latents")
+    scored = ["--checkpoint", str(small_run.surrogate), "--method", "loss"]
+    trained = [f"--set={override}" for override in DIT_OVERRIDES]
+    live = [str(crawl), str(more), "--vqvae", str(small_run.vqvae)]
+    for verb, options in ((["score"], scored), (["train", "dit"], trained)):
+        for source, out in (([str(tmp_path / "latents")], "folder"), (live, "live")):
+            result = CliRunner().invoke(app, [*verb, *source, *options, "-o", str(tmp_path / out / verb[-1])])
+            assert result.exit_code == 0, result.output
+        result = CliRunner().invoke(app, [*verb, *live[:2], *options, "-o", str(tmp_path / "x")])
+        assert result.exit_code == 2 and "expected one folder of latents" in result.output
+    assert contents(tmp_path / "live" / "score") == contents(tmp_path / "folder" / "score")
+    weights = [next((tmp_path / name / "dit").glob("step_*6/model.safetensors")) for name in ("live", "folder")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+# --- messages --------------------------------------------------------------------------------------------------
+
+
+def test_an_unfinished_folder_is_told_so(crawl, tmp_path, small_run, embed, encode):
+    embed(crawl, "emb")
+    encode(crawl, "latents")
+    (tmp_path / "emb" / "b.parquet").unlink()
+    (tmp_path / "latents" / "b.parquet").unlink()
+    message = "2 of 3 shards are done, b is not; run the command that made it again"
+    with pytest.raises(InputError, match=message):
+        diffprune.cluster(tmp_path / "emb", tmp_path / "clusters", k=3)
+    with pytest.raises(InputError, match=message):
+        diffprune.score(tmp_path / "latents", small_run.surrogate, tmp_path / "scores", methods="loss")
+
+
+def test_images_of_another_vqvae_are_named(crawl, tmp_path, small_run):
+    first = sorted(small_run.vqvae.glob("step_*"))[0]
+    arguments = [str(crawl), "--vqvae", str(first), "--checkpoint", str(small_run.surrogate), "--method", "loss"]
+    result = CliRunner().invoke(app, ["score", *arguments, "-o", str(tmp_path / "scores")])
+    assert result.exit_code == 1 and f"error: {crawl}: made by the VQ-VAE" in result.output
