@@ -33,7 +33,7 @@ def assign_like(
     embeddings: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
-    memory: int | None = None,
+    memory: int | str | None = None,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """``cluster`` with ``like``: a map over shards, so that a folder takes more of them later."""
@@ -60,7 +60,7 @@ def assign_like(
             f"{earlier} have, found {source.dimensions}"
         )
     metric, k = config["metric"], len(centroids)
-    kmeans = KMeans.of_centroids(centroids, metric=metric, memory=memory)
+    kmeans = KMeans.of_centroids(centroids, metric=metric, memory=source.memory(memory))
 
     def begin(_: list[str]) -> None:
         saved = out / CENTROIDS_FILE

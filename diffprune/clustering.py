@@ -27,7 +27,6 @@ from diffprune.hierarchical_kmeans import HierarchicalKMeans
 from diffprune.kmeans import KMeans
 from diffprune.kmeans_faiss import faiss_centroids
 from diffprune.progress import Progress
-from diffprune.quantities import parse_bytes
 from diffprune.rank_talk import RankTalk
 from diffprune.storage import as_path
 from diffprune.storage.folders import partials_folder
@@ -86,7 +85,7 @@ def cluster(
     if like is not None:
         if levels or batch_size or n_init > 1 or engine != "diffprune":
             raise InputError("cluster: like only assigns: it takes no levels, batch_size, n_init or engine")
-        return assign_like(like, embeddings, out, memory=parse_bytes(memory), dry_run=dry_run)
+        return assign_like(like, embeddings, out, memory=memory, dry_run=dry_run)
     talk = RankTalk.of_torchrun()
     if talk.size > 1 and (engine == "faiss" or batch_size or init == "split"):
         raise InputError("cluster: under torchrun it takes no engine faiss, batch_size or init split")
@@ -105,7 +104,7 @@ def cluster(
     }
     unusual = {"levels": list(levels), "batch_size": batch_size, "engine": engine if engine != "diffprune" else None}
     config |= {name: value for name, value in unusual.items() if value}
-    options["memory"] = parse_bytes(memory)
+    options["memory"] = source.memory(memory)
     fitted: dict[str, np.ndarray] = {}
 
     partials = partials_folder(out, fingerprint([config, source.identities]))

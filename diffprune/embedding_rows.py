@@ -13,6 +13,7 @@ from diffprune.embedding_folders import EmbeddingFolders
 from diffprune.engines import Engine
 from diffprune.errors import InputError
 from diffprune.kmeans_points import Part
+from diffprune.quantities import parse_bytes
 from diffprune.rank_talk import ALONE, RankTalk
 from diffprune.unique_keys import told_twice
 
@@ -48,6 +49,16 @@ class EmbeddingRows:
             raise InputError(f"{self.folders.folder}: no sample has an embedding")
         if twice := told_twice(self.keys, talk):
             raise InputError(f"{self.folders.folder}: {twice}; keys must be unique")
+
+    def memory(self, given: int | str | None) -> int | None:
+        """Bytes of rows to hold at a time, as they were given; InputError for less than a row."""
+        memory, array = parse_bytes(given), self.parts[0].array
+        least = array.shape[1] * array.dtype.itemsize
+        if memory is not None and memory < least:
+            raise InputError(
+                f"memory: expected at least the {least:,} bytes of an embedding, got {memory:,}; write 500MB or 2GiB"
+            )
+        return memory
 
     def table(self, stem: str) -> pa.Table:
         """The base columns of one shard's samples, failed ones too."""

@@ -32,6 +32,7 @@ from diffprune.storage import AnyPath, as_path, existing
 from diffprune.tables import (
     STAGE_FILE,
     how_other,
+    input_changes,
     input_of,
     read_each,
     read_stage,
@@ -289,16 +290,10 @@ def check_resume(out: AnyPath, stage: dict[str, Any]) -> None:
 def _check_inputs(out: AnyPath, found: dict[str, Any], inputs: Mapping[str, Mapping[str, Any]]) -> None:
     there = found.get("inputs")
     there = there if isinstance(there, dict) else {stem: {} for stem in found["shards"]}
-    lines = [f"{stem} is new" for stem in inputs if stem not in there]
-    lines += [f"{stem} is gone" for stem in there if stem not in inputs]
-    for stem in there.keys() & inputs.keys():
-        if other := how_other(there[stem], inputs[stem]):
-            lines.append(f"{stem} is now {other}")
-    if lines:
-        more = f"; and {len(lines) - 5} more" if len(lines) > 5 else ""
+    if changes := input_changes(there, inputs):
         raise ResumeError(
             f"{out}: holds a run of `{found.get('stage')}` over other shards, and its result depends on all of them. "
-            f"Different: {'; '.join(sorted(lines)[:5])}{more}. Give another --out, or delete that folder"
+            f"Different: {changes}. Give another --out, or delete that folder"
         )
 
 

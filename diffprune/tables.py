@@ -174,6 +174,17 @@ def read_each(folder: AnyPath, stems: Sequence[str], columns: list[str] | None =
         yield from pool.map(lambda stem: read_table(folder / f"{stem}.parquet", columns, threads=False), stems)
 
 
+def input_changes(found: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]) -> str:
+    """What became of shards, name -> identity, in words; empty if they are the same."""
+    lines = [f"{name} is new" for name in now if name not in found]
+    lines += [f"{name} is gone" for name in found if name not in now]
+    for name in found.keys() & now.keys():
+        if other := how_other(found[name], now[name]):
+            lines.append(f"{name} is now {other}")
+    more = [f"and {len(lines) - 5} more"] if len(lines) > 5 else []
+    return "; ".join(sorted(lines)[:5] + more)
+
+
 def check_finished(folder: AnyPath, stems: Sequence[str]) -> None:
     """Raise InputError where one of these shards has no table yet."""
     there = existing(folder / f"{stem}.parquet" for stem in stems)

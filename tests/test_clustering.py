@@ -17,10 +17,11 @@ from diffprune import cluster_count
 from diffprune.arrays import ArrayFolder, write_array
 from diffprune.cli.app import app
 from diffprune.cluster_count import adjusted_rand, advise, knee, parse_ks, silhouette
-from diffprune.clustering import CENTROIDS_FILE, parse_bytes
+from diffprune.cluster_files import CENTROIDS_FILE
 from diffprune.engines import Engine, run_stage
 from diffprune.errors import InputError
 from diffprune.hierarchical_kmeans import HierarchicalKMeans
+from diffprune.quantities import parse_bytes
 from diffprune.shards import Member, Sample
 from diffprune.tables import base_table, read_folder
 
@@ -263,4 +264,4 @@ def test_choose_k_finds_the_clusters_and_says_so(tmp_path):
     with pytest.raises(InputError, match="at least 3 numbers"):
         diffprune.choose_k(folder, tmp_path / "c", ks=[8, 16])
     neither = CliRunner().invoke(app, ["cluster", str(folder), "-o", str(tmp_path / "c")])
-    assert neither.exit_code == 2 and "either -k or --choose-k" in neither.stderr
+    assert neither.exit_code == 2 and "expected one of -k, --choose-k and --like" in neither.stderr
