@@ -30,9 +30,11 @@ TWIN_SUFFIX = ".flip.npy"
 
 def write_array(path: str | Path, array: np.ndarray) -> str:
     """Write a float16 ``.npy`` atomically; returns its ``array_digest``."""
-    array = array.astype(np.float16)
+    array = np.ascontiguousarray(array, np.float16)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, array, allow_pickle=False)
+        # As np.save does, whose errors say neither that a disk is full nor which file it was.
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data.cast("B") if array.size else b"")
     return array_digest(array)
 
 

@@ -8,7 +8,6 @@ torchrun started (``rank_talk``), or in several runs of a part each; the files a
 
 from __future__ import annotations
 
-import errno
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ import pyarrow.compute as pc
 from diffprune._version import __version__
 from diffprune.errors import DiskFullError, InputError, ResumeError
 from diffprune.failures import MAX_FAILURES, Streaks, Tally
-from diffprune.files import TEMPORARY_PREFIX, fingerprint, is_begun, write_json
+from diffprune.files import TEMPORARY_PREFIX, fingerprint, is_begun, is_disk_full, write_json
 from diffprune.local_workers import LocalWorkers, Task
 from diffprune.locks import folder_lock, is_lock, shard_claim
 from diffprune.progress import Progress, progress
@@ -395,7 +394,7 @@ def _explained(out: AnyPath, shards: list[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_disk_full(error):
             raise
         done = len(existing(out / f"{stem}.parquet" for stem in shards))
         raise DiskFullError(

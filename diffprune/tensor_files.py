@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -15,15 +17,20 @@ from diffprune.storage.spool import local_file
 
 
 def save_tensors(path: AnyPath, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write safetensors atomically; an OSError where the disk is full, which safetensors has another class for."""
+    """Write safetensors atomically; an OSError where the disk is full."""
     with atomic_path(path) as temporary:
-        try:
-            save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, metadata=metadata)
-        except SafetensorError as error:
-            for number in (errno.ENOSPC, errno.EDQUOT):
-                if f"os error {number}" in str(error):
-                    raise OSError(number, "no space left on the disk", str(path)) from error
-            raise
+        write_tensors(temporary, tensors, metadata)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """The same of a temporary path: safetensors has an error of its own for a disk that is full."""
+    try:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata=metadata)
+    except SafetensorError as error:
+        for number in (errno.ENOSPC, errno.EDQUOT):
+            if f"os error {number}" in str(error):
+                raise OSError(number, os.strerror(number)) from error
+        raise
 
 
 def load_tensors(

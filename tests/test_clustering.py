@@ -163,6 +163,7 @@ def test_what_cannot_be_clustered_is_told(small_run, tmp_path, values):
         ({"engine": "faiss", "n_init": 2}, "takes no levels"),
         ({"levels": [2], "n_init": 2}, "levels take no"),
         ({"memory": "lots"}, "bytes such as 500MB or 2GiB, got 'lots'"),
+        ({"memory": "1"}, "memory: expected at least the 12 bytes of an embedding, got 1; write 500MB or 2GiB"),
     ):
         with pytest.raises(InputError, match=message):
             diffprune.cluster(same, tmp_path / "c", k=3, **options)
