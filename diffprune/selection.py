@@ -20,7 +20,7 @@ from diffprune.errors import InputError
 from diffprune.files import fingerprint
 from diffprune.requests import NEEDS, Request, read_quota
 from diffprune.storage import AnyPath, as_path
-from diffprune.tables import folder_identity, read_tables, table_metadata, write_table
+from diffprune.tables import read_tables, stage_fingerprint, table_metadata, write_table
 from diffprune.unique_keys import repeated_key
 
 __all__ = ["select"]
@@ -81,7 +81,7 @@ def select(
     request.check(table)
     total = int(pc.sum(pc.equal(table["status"], "ok")).as_py() or 0)
     count = _resolve_count(total, keep, prune, count, request)
-    inputs = [folder_identity(folder) for folder in folders]
+    inputs = [stage_fingerprint(folder) for folder in folders]
     points_folder = _open_embeddings(embeddings, request)
     if points_folder is not None:
         inputs.append(points_folder.fingerprint)

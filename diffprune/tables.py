@@ -196,7 +196,7 @@ def check_finished(folder: AnyPath, stems: Sequence[str]) -> None:
         )
 
 
-def folder_identity(folder: str | Path) -> str | None:
+def stage_fingerprint(folder: str | Path) -> str | None:
     """What tells a folder of tables from others: its run's fingerprint, and what its shards were, if the tables say so.
 
     None where it says nothing of itself.

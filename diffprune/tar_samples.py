@@ -1,4 +1,4 @@
-"""The samples of one shard, in a few arrays: some 80 bytes each, so that one process can index 100 million images."""
+"""The samples of one shard, in a few arrays: some 90 bytes each, so that one process can index 100 million images."""
 
 from __future__ import annotations
 
