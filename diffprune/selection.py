@@ -17,6 +17,7 @@ from diffprune._version import __version__
 from diffprune.choosing import choose_rows
 from diffprune.embedding_folders import EmbeddingFolders
 from diffprune.errors import InputError
+from diffprune.extra_columns import add_columns, has_extra_columns
 from diffprune.files import fingerprint
 from diffprune.requests import NEEDS, Request, read_quota
 from diffprune.storage import AnyPath, as_path
@@ -49,7 +50,8 @@ def select(
     """Choose the samples to keep and write them to ``out``, a parquet of key, shard, offset and size.
 
     Args:
-        scores: a folder of score tables, or several, which are joined by key.
+        scores: a folder of score tables, or several, which are joined by key; and parquet files with a column ``key``,
+            or folders of them such as img2dataset's, whose other columns ``by``, ``within`` and ``per`` may name.
         out: the file to write (kept.parquet); an earlier selection there is replaced.
         keep, prune, count: how much to keep; exactly one of them, unless ``quota`` says it, or ``dedup`` alone is to
             decide. ``keep`` is a fraction of the samples that did not fail, ``prune`` the fraction to leave out; keep·N
@@ -74,14 +76,18 @@ def select(
             none, or an ``out`` that is no selection.
     """
     out = as_path(out)
-    folders = [scores] if isinstance(scores, (str, Path)) else list(scores)
+    given = [scores] if isinstance(scores, (str, Path)) else list(scores)
+    extra = [path for path in given if has_extra_columns(path)]
+    folders = [path for path in given if path not in extra]
     table = read_tables(folders)
     quota = None if quota is None else read_quota(quota)
     request = Request(order, by, seed, within, per, shares, quota, dedup, dedup_keep)
+    table, extra_inputs = add_columns(table, extra, request.columns() if order in NEEDS else frozenset())
     request.check(table)
     total = int(pc.sum(pc.equal(table["status"], "ok")).as_py() or 0)
     count = _resolve_count(total, keep, prune, count, request)
     inputs = [stage_fingerprint(folder) for folder in folders]
+    inputs += extra_inputs
     points_folder = _open_embeddings(embeddings, request)
     if points_folder is not None:
         inputs.append(points_folder.fingerprint)

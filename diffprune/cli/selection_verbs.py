@@ -182,7 +182,10 @@ def cluster(
 
 
 def select(
-    scores: Annotated[list[Path], typer.Argument(help="Folders of score tables; several are joined by key.")],
+    scores: Annotated[
+        list[Path],
+        typer.Argument(help="Folders of score tables, and parquet files with a column key; joined by that."),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The selection to write, kept.parquet.")],
     order: Annotated[
         str,
