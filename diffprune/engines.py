@@ -196,13 +196,14 @@ def run_stage(
         plan = {"stage": name, "shards": len(ours), "shards_done_before": len(ours) - len(todo), "out": str(out)}
         if engine.workers and lock is not None:
             engine.workers.hold(lock)
+        mine = set(engine.mine(shards))
+        done = sorted(mine.difference(todo))
+        # Where nothing is to be done and nothing to compare, ``count_rows`` reads the tables soon enough.
+        done_rows = engine.ranks.together(lambda: _done_rows(out, done, inputs) if todo or inputs else 0)
         if not engine.ranks.rank:
             with shard_claim(out, STAGE_FILE) if engine.part else nullcontext():
                 _write_stage(out, stage, engine)
         engine.ranks.wait()
-        mine = set(engine.mine(shards))
-        # Where nothing is to be done and nothing to compare, ``count_rows`` reads the tables soon enough.
-        done_rows = _done_rows(out, sorted(mine.difference(todo)), inputs) if todo or inputs else 0
         if todo:
             wanted = [stem for stem in todo if stem in mine]
             if begin:
@@ -279,6 +280,11 @@ def check_resume(out: AnyPath, stage: dict[str, Any]) -> None:
         if "inputs" in stage:
             _check_inputs(out, found, stage["inputs"])
         return
+    if "inputs" in found.get("config", {}) and "inputs" not in stage["config"]:
+        raise ResumeError(
+            f"{out}: made by a version of diffprune whose tables did not say which shards they were of: nothing can be "
+            "added to it. Give another --out, or delete that folder"
+        )
     differences = _differences(found.get("config") or {}, stage["config"])
     raise ResumeError(
         f"{out}: holds a run of `{found.get('stage')}` with another config, refusing to mix them. "

@@ -141,13 +141,14 @@ class Passes:
 
     def begin(self, wanted: list[str]) -> None:
         """All that has to be done before the first of the scores of the shards that are ``wanted``."""
-        self._begin()
+        self._begin(self.engine.mine(self.source.stems) if self.plan.of_all_samples else wanted)
         self._wanted = set(wanted)
 
-    def _begin(self) -> None:
+    def _begin(self, needed: list[str]) -> None:
+        """``needed``: the shards of this process whose findings the scores take."""
         if self.surrogate is None:
             return
-        self._forget_others()
+        self._forget_others(needed)
         last, ranks = len(self.surrogate.paths) - 1, self.engine.ranks
         if self._batch_size == "auto":
             if ranks.rank:
@@ -157,8 +158,7 @@ class Passes:
                 ranks.wait()
         for number in range(last + 1):
             keep = number < last or self.plan.normalise_t
-            stems = self.engine.mine(self.source.stems) if keep else []
-            todo = [stem for stem in stems if not self._findings_path(number, stem).is_file()]
+            todo = [stem for stem in (needed if keep else []) if not self._findings_path(number, stem).is_file()]
             if self.plan.two_passes and (ranks.max(len(todo)) or not keep):
                 self._first_pass(number)
             if todo:
@@ -387,10 +387,10 @@ class Passes:
     def _read_mean(self, number: int, trial: int) -> Mean:
         return self._mean_gradient(number, trial).read(self.surrogate.device)
 
-    def _forget_others(self) -> None:
+    def _forget_others(self, needed: list[str]) -> None:
         """Remove what a run that was stopped found in shards of these names that were others."""
         for number in range(len(self.surrogate.paths)):
-            for stem in self.engine.mine(self.source.stems):
+            for stem in needed:
                 path = self._findings_path(number, stem)
                 if path.is_file():
                     known = load_tensors(path, only_metadata=True)[1].get("input", "{}")

@@ -87,7 +87,11 @@ def test_a_replaced_shard_of_the_same_size_is_refused_by_name(crawl, tmp_path, e
             embed(crawl, "emb", **options)
     assert embed(crawl, "emb", part="3/3")["shards_done_before"] == 1
     assert contents(tmp_path / "emb") == before
-    for path in (tmp_path / "emb").glob("b.*"):
+    write_crawl(crawl, "d")
+    with pytest.raises(ResumeError, match=r"of other shards"):
+        embed(crawl, "emb")
+    assert contents(tmp_path / "emb") == before, "nor does it say that d is to come"
+    for path in [crawl / "d.tar", *(tmp_path / "emb").glob("b.*")]:
         path.unlink()
     assert embed(crawl, "emb")["shards_done_before"] == 2
     embed(crawl, "afresh")
@@ -210,7 +214,7 @@ def test_a_shard_that_was_never_done_and_is_gone_is_not_missed(crawl, tmp_path, 
     assert contents(tmp_path / "emb") == contents(tmp_path / "at once")
 
 
-def test_what_depends_on_all_samples_does_not_grow(crawl, tmp_path, small_run, embed, encode):
+def test_what_depends_on_all_samples_does_not_grow(crawl, tmp_path, small_run, embed, encode, monkeypatch):
     def cluster(**options):
         return diffprune.cluster(tmp_path / "emb", tmp_path / "clusters", k=3, **options)
 
@@ -234,10 +238,16 @@ def test_what_depends_on_all_samples_does_not_grow(crawl, tmp_path, small_run, e
     for method, options in together:
         with pytest.raises(ResumeError, match=r"`score` over other shards, .* Different: d is new"):
             score(method, **options)
+    visited: list[str] = []
+    visit = Passes._visit
+    monkeypatch.setattr(
+        Passes, "_visit", lambda self, n, samples, *rest: visited.append(n) or visit(self, n, samples, *rest)
+    )
     for method, _ in each:
         assert score(method)["shards_done_before"] == 3
         table = read_folder(tmp_path / method)
         assert table.num_rows == 4 * COUNT and not table[method].null_count
+    assert sorted(visited) == [0, 0, 0, 0, 1, 2], "the new shard, and at each checkpoint for monotonicity alone"
 
 
 def test_folders_of_before_are_refused_as_another_config(crawl, tmp_path, embed):
@@ -247,7 +257,7 @@ def test_folders_of_before_are_refused_as_another_config(crawl, tmp_path, embed)
     path.write_text(
         json.dumps({**stage, "fingerprint": "0" * 16, "config": {**stage["config"], "inputs": {"a.tar": 5}}})
     )
-    with pytest.raises(ResumeError, match=r"inputs was \{'a.tar': 5\}, is now None"):
+    with pytest.raises(ResumeError, match=r"emb: made by a version of diffprune whose tables did not say"):
         embed(crawl, "emb")
 
 
