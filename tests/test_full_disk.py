@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,6 +77,18 @@ def test_arrays(small_run, tmp_path, arrays_find_it_full):
         DiskFullError, match=r"latents: no space left on the disk .*0 of 3 shards are finished and kept"
     ):
         diffprune.encode(small_run.shards, small_run.vqvae, tmp_path / "latents")
+
+
+def test_arrays_half_of_which_find_room(tmp_path):
+    """By the limit of a file's size, which a process may set for itself: the system's number of the error is kept."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, hard))
+    try:
+        with pytest.raises(OSError) as error:
+            write_array(tmp_path / "x.npy", np.zeros((100, 500)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.value.errno == errno.EFBIG and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("array", [np.ones((3, 2)), np.ones((2, 3)).T, np.ones((4, 2, 3))[:, 1], np.zeros((0, 5))])
