@@ -145,7 +145,7 @@ def test_a_digest_tells_labels_and_times_apart(kind, fmt):
     first = digest()
     assert digest(b"3") == first and len(first) == 32
     others = [digest(b"7"), digest(mtime=1), digest(image=bytes(701)), digest(name="A.png"), digest(name="a.PNG")]
-    others += [digest(mtime=0.5), digest(mtime=0.7)] if fmt == "pax" else []  # the header alone says 0
+    others += [digest(mtime=0.2), digest(mtime=0.3)] if fmt == "pax" else []  # the header alone says 0
     assert len({first, *others}) == 1 + len(others)
     assert digest(image=b"x" * 700) == first, "larger data of one size and time are not looked at, as the docs say"
 
