@@ -29,8 +29,9 @@ import torch
 
 from benchmarks import gpu_results as results
 from benchmarks.gpu_case import Scale
+from benchmarks.gpu_cases_scoring import SCORING
 from benchmarks.gpu_cases_training import TRAINING
-from benchmarks.gpu_steps import ROOT, build, kernel_tests, run_worker, sanitized_tests, sanitizer
+from benchmarks.gpu_steps import ROOT, build, idle_time, kernel_tests, run_worker, sanitized_tests, sanitizer
 from benchmarks.gpu_worker import CASES, key, plan, run_op
 from diffprune.files import sha256_file, write_json
 
@@ -40,8 +41,10 @@ BUILD, TESTS = 150.0, 190.0
 """Seconds at most for these two, so that some are left to measure in."""
 OP, EACH = 75.0, 45.0
 """Seconds at most for one op, and for one way to compute one of its cases, compilation included."""
+IDLE_AFTER, IDLE = "score_dit_b2", 60.0
+"""The op after which the device's idle time is measured, and seconds at most for it."""
 STEP, STEP_EACH = 130.0, 80.0
-"""The same for a training step, whose whole model is compiled."""
+"""The same for a training step, whose whole model is compiled, and for scoring passes, next to the loop over images."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -95,6 +98,9 @@ class Run:
             for op in ["ceilings", *(self.options.only or [name for name in CASES if name != "ceilings"])]:
                 self._say(f"measuring {op}")
                 self.measure(op)
+                if op == IDLE_AFTER and self.options.device == "cuda":
+                    self._step("idle", "measuring the time that score leaves the device idle",
+                               lambda: idle_time(min(IDLE, self._left())))  # fmt: skip
         self._note("finished", True)
         self._note("seconds", round(self.clock() - begin, 1))
         self._report()
@@ -113,7 +119,7 @@ class Run:
             self.result["records"].append({**row, **record, "key": key(row)})
             self._judge()
 
-        limit, each = (STEP, STEP_EACH) if op in TRAINING else (OP, EACH)
+        limit, each = (STEP, STEP_EACH) if op in SCORING or op in TRAINING else (OP, EACH)
         seconds, reason = min(limit, self._left()), None
         if seconds <= 0:
             reason = "time was up before"
@@ -160,7 +166,7 @@ class Run:
         print(f"[{self.options.seconds - self._left():5.0f} s] {text}", file=sys.stderr, flush=True)
 
     def _report(self) -> None:
-        for name in ("build", "tests"):
+        for name in ("build", "tests", "idle"):
             step = self.result.get(name, {})
             if step.get("status") not in (None, "ok"):
                 print(f"{name}: {step['status']} {step.get('reason', '')}", *step.get("last_lines", []), sep="\n  ")
@@ -169,6 +175,8 @@ class Run:
             if "errors" in tests:
                 print(f"compute-sanitizer: {'no summary' if tests['errors'] is None else tests['errors']} errors")
             print(*(f"  {name}" for name in tests.get("failed_tests", [])[:40]), sep="\n")
+        if "idle_share" in self.result.get("idle", {}):
+            print(results.idle(self.result["idle"]))
         for op, error in self.result.get("errors", {}).items():
             print(f"{op}: {error}")
         for r in self.result["records"]:
@@ -201,9 +209,9 @@ def _device_name(device: str) -> str:
 
 
 def _architectures() -> str:
-    """What to compile for: less than a package is for, to save time."""
+    """What to compile for: less than a package is for, to save time. sm_90a runs the kernels for sm_80 too."""
     major, minor = torch.cuda.get_device_capability()
-    return "80;90a" if (major, minor) == (9, 0) else "80;90a;100" if major >= 10 else "80"
+    return "90a" if (major, minor) == (9, 0) else "80;90a;100" if major >= 10 else "80"
 
 
 def _versions() -> dict[str, str]:

@@ -10,6 +10,7 @@ from diffprune.files import read_json
 
 RESULTS = Path(__file__).parent / "results"
 NOT_RUN = "not yet run on a GPU"
+MOST_IDLE = 0.05
 
 
 def file_name(device: str) -> str:
@@ -77,6 +78,13 @@ def short_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def idle(found: dict[str, Any]) -> str:
+    """Of the step "idle", with the goal."""
+    share, most = found["idle_share"], MOST_IDLE
+    judged = "not seen" if share is None else f"{share:.1%}, {'met' if share <= most else 'not met'}"
+    return f"`score` with {found['model']} from files to tables: device idle {judged} (goal: at most {most:.0%})"
+
+
 def markdown(folder: Path, planned: list[dict[str, Any]]) -> str:
     """Tables of all results in ``folder``, one per device; ``planned`` rows that no device has say so."""
     results = [read_json(path) for path in sorted(folder.glob("*.json"))] if folder.exists() else []
@@ -92,6 +100,7 @@ def markdown(folder: Path, planned: list[dict[str, Any]]) -> str:
         ]
         counts = ", ".join(f"{tests[k]} {k}" for k in ("passed", "failed", "skipped") if k in tests)
         facts.append(f"kernel tests: {counts or tests.get('status', 'not run')}")
+        facts += [idle(result["idle"])] if "idle_share" in result.get("idle", {}) else []
         rows = result["records"] + _missing(planned, result["records"])
         parts.append(f"### {result['device']}\n\n{versions}. {'; '.join(facts)}.\n\n{_rows(rows)}")
     if not results:

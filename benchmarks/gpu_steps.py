@@ -22,6 +22,8 @@ OUTCOMES = {"PASSED": "passed", "XFAIL": "passed", "FAILED": "failed", "ERROR": 
             "SKIPPED": "skipped"}  # fmt: skip
 SANITIZED = "odd_sizes or tails or tiles or forms or strided"
 """The tests, by parts of their names, in which kernels meet the ends of their arguments."""
+COMPILED_ONLY = ("test_triton_aot.py", "test_cpp_bounds.py")
+"""Tests that run nothing on a GPU, and take all cores for a while."""
 _PLAIN = re.compile(r"^(tests/.*?::.*?) (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)\b")
 _PARALLEL = re.compile(r"^\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS) (tests/.*)$")
 _COLLECTION = re.compile(r"^ERROR (tests/\S+)")
@@ -55,7 +57,9 @@ def sanitized_tests(seconds: float, tool: str | None) -> dict[str, Any]:
     """
     if tool is None:
         return {"status": "unavailable", "reason": "needs compute-sanitizer, on the PATH or beside nvcc"}
-    command = [tool, "--tool", "memcheck", "--target-processes", "all", "--error-exitcode", "86", "--print-limit", "20"]
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "86", "--print-limit", "20"]
+    command += ["--target-processes", "application-only"]  # not the compilers that Triton starts
+    command += ["--report-api-errors", "no"]  # a call that asks what the device can do may fail
     command += [sys.executable, "-m", "pytest", "tests/kernels", "-v", "-k", SANITIZED, "--tb=short"]
     command += ["-o", "addopts=", "-p", "no:cacheprovider"]
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -76,8 +80,12 @@ def kernel_tests(
     """
     if command is None and find_spec("pytest") is None:
         return {"status": "unavailable", "reason": "needs the package pytest"}
-    parallel = ["-n", str(min(8, max(1, (os.cpu_count() or 1) // 2)))] if find_spec("xdist") else []
-    options = ["-v", "--tb=short", "-rs", "-o", "addopts=", "-p", "no:cacheprovider", *parallel]
+    options = ["-v", "--tb=short", "-rs", "-o", "addopts=", "-p", "no:cacheprovider"]
+    options += [f"--ignore=tests/kernels/{name}" for name in COMPILED_ONLY]
+    if find_spec("xdist"):
+        options += ["-n", str(min(8, max(1, (os.cpu_count() or 1) // 2))), "--dist", "loadfile"]
+    if find_spec("pytest_timeout"):  # by a thread: a signal does not end the wait for a kernel that hangs
+        options += ["--timeout", "60", "--timeout-method", "thread"]
     command = command or [sys.executable, "-m", "pytest", "tests/kernels", *options]
     status, output, wall = run_limited(command, seconds, dict(os.environ) | (environment or {}))
     outcomes = parse_tests(output)
@@ -91,6 +99,17 @@ def kernel_tests(
     by_file = {name: dict(counter) for name, counter in sorted(files.items())}
     end = _end(status, output, seconds)
     return {"status": result, "seconds": wall, **total, "by_file": by_file, "failed_tests": failed[:200], **end}
+
+
+def idle_time(seconds: float) -> dict[str, Any]:
+    """What benchmarks/gpu_idle.py finds: "idle_share" and more; status "ok", or "unavailable" and why."""
+    if find_spec("pyarrow") is None:
+        return {"status": "unavailable", "reason": "needs the package pyarrow, which reads and writes tables"}
+    status, output, wall = run_limited([sys.executable, "-m", "benchmarks.gpu_idle"], seconds, dict(os.environ))
+    lines = [line for line in output.splitlines() if line.startswith("{")]
+    if status != 0 or not lines:
+        return {"status": "error", "seconds": wall, **_end(status, output, seconds)}
+    return {"status": "ok", **json.loads(lines[-1])}
 
 
 def parse_tests(output: str) -> dict[str, str]:

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
-LEAD_CYCLES = 1_000_000
-"""The GPU waits so long (about half a millisecond) before each timed call, so that the calls behind it are queued."""
+LEAD_CYCLES = 4_000_000
+"""The GPU waits so long (about two milliseconds) before each timed call, so that the calls behind it are queued."""
 
 
 class Clock(Protocol):

@@ -18,9 +18,11 @@ from typing import Any
 
 import torch
 
+from benchmarks import gpu_cases_kmeans as kmeans
 from benchmarks import gpu_cases_models as models
 from benchmarks import gpu_cases_scores as scores
 from benchmarks.gpu_case import Case, Scale, Way, normal
+from benchmarks.gpu_cases_scoring import SCORING
 from benchmarks.gpu_cases_training import TRAINING
 from benchmarks.gpu_timing import Clock, CudaClock, HostClock, measure, set_count
 
@@ -57,19 +59,21 @@ CASES: dict[str, Callable[[Scale], Iterator[Case]]] = {
     "ceilings": ceiling_cases,
     "linear_grad_dot": scores.linear_grad_dot_cases,
     "linear_grad_sqnorm": scores.linear_grad_sqnorm_cases,
-    "linear_grad_sqnorm_dot": scores.linear_grad_sqnorm_dot_cases,
-    "kmeans_assign": scores.kmeans_assign_cases,
-    "kmeans_update": scores.kmeans_update_cases,
-    "kmeans_update_delta": scores.kmeans_update_delta_cases,
-    "flow_matching_loss": models.flow_matching_loss_cases,
-    "flow_interpolate": models.flow_interpolate_cases,
+    "kmeans_assign": kmeans.kmeans_assign_cases,
+    "kmeans_update": kmeans.kmeans_update_cases,
+    "kmeans_round": kmeans.kmeans_round_cases,
     "attention": models.attention_cases,
     "adaln_modulate": models.adaln_modulate_cases,
-    "gated_residual": models.gated_residual_cases,
-    "pairwise_topk": scores.pairwise_topk_cases,
+    "flow_matching_loss": models.flow_matching_loss_cases,
+    **SCORING,
     **TRAINING,
+    "linear_grad_sqnorm_dot": scores.linear_grad_sqnorm_dot_cases,
+    "pairwise_topk": scores.pairwise_topk_cases,
+    "gated_residual": models.gated_residual_cases,
+    "flow_interpolate": models.flow_interpolate_cases,
+    "kmeans_update_delta": kmeans.kmeans_update_delta_cases,
 }
-"""In the order in which they run."""
+"""In the order in which they run: what has a goal first, as time may be up before the last."""
 
 
 class DeviceBroken(Exception):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import torch
 from torch import Tensor
 
 from diffprune.errors import InputError
+from diffprune.estimators import Clusterer
 from diffprune.kernels import kmeans_assign
 from diffprune.kernels.kmeans_assign import NearestOf
 from diffprune.kmeans_init import parallel, plus_plus, random_rows
 from diffprune.kmeans_lloyd import Fit, Lloyd, too_few
 from diffprune.kmeans_minibatch import minibatch
-from diffprune.kmeans_points import Points, open_points, refuse_rows
+from diffprune.kmeans_points import Points, as_tensor, open_points, refuse_rows
 from diffprune.kmeans_rounds import Rounds
 from diffprune.kmeans_split import split_start
 from diffprune.kmeans_sums import ClusterSums, total
@@ -28,7 +30,7 @@ INITS = ("k-means++", "k-means||", "random", "split")
 ALGORITHMS = ("auto", "lloyd", "yinyang")
 
 
-class KMeans:
+class KMeans(Clusterer):
     """Lloyd's k-means (Lloyd 1982), exact: each label is the nearest centroid (see ``kernels.kmeans_assign``).
 
     ``assignment_`` and ``distance_`` belong to ``centroids_`` as returned, not to those of a round before. No cluster
@@ -48,8 +50,9 @@ class KMeans:
             dimensions (scikit-learn's meaning). 0 runs until no label changes.
         metric: "euclidean", or "cosine": points and centroids are scaled to length 1 (spherical k-means, Dhillon and
             Modha 2001).
-        weights: [N], at least 0 and finite, how much each point counts; ``fit`` takes them too.
-        seed: of the starts and of minibatches.
+        weights: [N], at least 0 and finite, how much each point counts; ``fit`` takes them too. By position, also where
+            a pandas Series has an index.
+        seed: of the starts and of minibatches; there is none that differs from run to run.
         n_init: number of starts; the one with the smallest inertia is kept.
         algorithm: "lloyd" computes every distance in every round; "yinyang" leaves out those that bounds rule out;
             "auto" does so once that is faster. All give the same bytes.
@@ -61,9 +64,11 @@ class KMeans:
         ``centroids_`` float32 [k, D]; ``assignment_`` int32 [N]; ``distance_`` float32 [N], Euclidean, to the own
         centroid (with "cosine" between scaled vectors); and the numbers ``inertia_``, the weighted sum of squared
         distances, ``n_iter_``, the rounds of the start that was kept, and ``moved_``, how many labels each changed.
+        ``centroids_`` may be set, [k, D], for ``predict`` and ``transform``; the rest then stays that of the fit.
+
+    It is a step of scikit-learn's pipelines, and can be cloned there; nothing of scikit-learn is imported for that.
     """
 
-    centroids_: Any
     assignment_: Any
     distance_: Any
     inertia_: float
@@ -85,6 +90,12 @@ class KMeans:
         batch_size: int | None = None,
         memory: int | None = None,
     ) -> None:
+        integers = {"k": k, "max_iter": max_iter, "n_init": n_init, "seed": seed, "batch_size": batch_size}
+        for name, value in integers.items():
+            if not (_is_integer(value) or (name == "batch_size" and value is None)):
+                raise InputError(f"k-means: expected {name} as an integer, got {value!r}")
+        if not -(2**63) <= seed < 2**64:
+            raise InputError(f"k-means: expected a seed of 64 bits, got {seed}")
         if k < 1 or max_iter < isinstance(init, str) or n_init < 1:
             raise InputError(f"k-means: expected k, max_iter and n_init of at least 1, got {k}, {max_iter}, {n_init}")
         if not tol >= 0:
@@ -105,19 +116,22 @@ class KMeans:
 
     @classmethod
     def of_centroids(cls, centroids: Any, *, metric: str = "euclidean", memory: int | None = None) -> KMeans:
-        """A k-means that is fitted already: ``centroids`` [k, D], as they are, for ``predict`` and ``transform``."""
+        """A k-means that is fitted already: ``centroids`` [k, D] of an earlier one, for ``predict`` and ``transform``.
+
+        Unlike ``centroids_`` that are set, they stay as they are, with "cosine" too: labels and distances are its own.
+        """
         given = open_points(centroids, metric="euclidean", name="centroids")
         given.check("centroids")
         fitted = cls(given.rows, metric=metric, memory=memory)
-        fitted._centroids = given.take(torch.arange(given.rows))
-        fitted.centroids_ = given.like(fitted._centroids)
+        fitted._centroids = given.like(given.take(torch.arange(given.rows)))
         return fitted
 
     def fit(
         self,
         points: Any,
-        weights: Tensor | np.ndarray | Sequence[float] | None = None,
+        y: Any = None,
         *,
+        weights: Tensor | np.ndarray | Sequence[float] | None = None,
         keys: Sequence[str] | None = None,
         talk: RankTalk = ALONE,
         rounds: str | Path | None = None,
@@ -128,6 +142,7 @@ class KMeans:
             points: [N, D] of a floating dtype: a torch tensor, a NumPy or CuPy array; or, to be read from disk by
                 blocks, a ``numpy.memmap`` or a list of arrays and paths of ``.npy`` files, each [n, D]. Half precision
                 stays as it is, float64 is rounded to float32; "cosine" holds a scaled float32 copy of points in memory.
+            y: ignored; what scikit-learn's pipelines hand to every step.
             weights: [N], instead of those of the constructor.
             keys: [N] names of the points, for errors: strings, or a column of pyarrow.
             talk: the processes that share the points, each having its own, in the order of ranks. All get the same
@@ -151,7 +166,7 @@ class KMeans:
             distinct = len(torch.unique(data.take(torch.arange(data.total_rows)), dim=0))
             raise too_few(self.k, distinct, data.total_rows)
         tolerance = self.tol * _variance(data, largest, masses) if self.tol > 0 or _may_overflow(data, largest) else 0.0
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(index(self.seed))
         lloyd = Lloyd(data, self.k, largest, masses, self.algorithm)
         best: Fit | None = None
         kept = Rounds(Path(rounds), talk) if rounds and self.n_init == 1 and self.batch_size is None else None
@@ -160,8 +175,7 @@ class KMeans:
             fit = self._run(lloyd, start, tolerance, generator, kept)
             if best is None or fit.inertia < best.inertia:
                 best = fit
-        self._centroids = best.centroids
-        self.centroids_, self.assignment_ = data.like(best.centroids), data.like(best.assignment)
+        self._centroids, self.assignment_ = data.like(best.centroids), data.like(best.assignment)
         self.distance_ = data.like(best.sqdistance.sqrt())
         self.inertia_, self.n_iter_, self.moved_ = best.inertia, best.rounds, best.moved
         return self
@@ -200,28 +214,50 @@ class KMeans:
                 distance[own.start + start : own.start + start + len(x)] = square.sqrt()
         return data.like(distance)
 
+    @property
+    def centroids_(self) -> Any:
+        """[k, D] float32. Setting them raises InputError for what ``init`` would not be; "cosine" scales them."""
+        try:
+            return self._centroids
+        except AttributeError:
+            raise AttributeError("k-means: no centroids_ before fit") from None
+
+    @centroids_.setter
+    def centroids_(self, centroids: Any) -> None:
+        given = self._given("centroids_", centroids)
+        self._centroids = given.like(given.take(torch.arange(self.k)))
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "centroids_")
+
     def _fitted(self, what: str, points: Any, keys: Sequence[str] | None = None) -> tuple[Points, Tensor]:
         if not hasattr(self, "centroids_"):
             raise InputError(f"k-means: {what} needs centroids; call fit first")
         data = open_points(points, metric=self.metric, memory=self.memory)
         data.check(keys=keys)
-        centroids = self._centroids.to(data.device)
+        centroids = as_tensor("centroids_", self._centroids).to(data.device)
         if data.dimensions != centroids.shape[1]:
             raise InputError(f"k-means: expected points [M, {centroids.shape[1]}], got {(data.rows, data.dimensions)}")
         return data, centroids
 
     def _start(self, points: Points, generator: torch.Generator, largest: float, weights: Tensor | None) -> Tensor:
         if not isinstance(self.init, str):
-            given = open_points(self.init, metric=self.metric)
-            given.check("init")
-            if (given.rows, given.dimensions) != (self.k, points.dimensions):
-                found = [given.rows, given.dimensions]
-                raise InputError(f"k-means: expected init [{self.k}, {points.dimensions}], got {found}")
+            given = self._given("init", self.init, points.dimensions)
             return given.take(torch.arange(self.k)).to(points.device)
         if self.init in ("k-means||", "split"):
             start = parallel if self.init == "k-means||" else split_start
             return start(points, self.k, generator, largest, weights)
         return (plus_plus if self.init == "k-means++" else random_rows)(points, self.k, generator, weights)
+
+    def _given(self, name: str, centroids: Any, dimensions: int | None = None) -> Points:
+        """Centroids that are not k-means's own."""
+        given = open_points(centroids, metric=self.metric, name=name)
+        given.check(name)
+        expected = [self.k, given.dimensions if dimensions is None else dimensions]
+        if [given.rows, given.dimensions] != expected:
+            shape = expected if dimensions is not None else f"[{self.k}, D]"
+            raise InputError(f"k-means: expected {name} {shape}, got {[given.rows, given.dimensions]}")
+        return given
 
     def _run(
         self, lloyd: Lloyd, start: Tensor | None, tolerance: float, generator: torch.Generator, kept: Rounds | None
@@ -236,11 +272,22 @@ class KMeans:
         return fit
 
 
+def _is_integer(value: Any) -> bool:
+    try:
+        index(value)
+    except TypeError:
+        return False
+    return not isinstance(value, bool)
+
+
 def _weights(weights: Any, points: Points) -> Tensor | None:
     """[N] float64 on the points' device."""
     if weights is None:
         return None
-    values = torch.as_tensor(weights).detach().to(points.device, torch.float64)
+    values = as_tensor("weights", weights if hasattr(weights, "__dlpack__") else _array(weights))
+    if values.is_complex():
+        raise InputError(f"k-means: expected real weights, got {values.dtype}")
+    values = values.to(points.device, torch.float64)
     if values.shape != (points.rows,):
         raise InputError(f"k-means: expected weights [{points.rows}], one for each point, got {list(values.shape)}")
     bad = ~(values.isfinite() & (values >= 0))
@@ -248,6 +295,14 @@ def _weights(weights: Any, points: Points) -> Tensor | None:
     if not bool((values > 0).any()):
         raise InputError("k-means: expected a weight above 0, got only zeros")
     return values
+
+
+def _array(values: Any) -> np.ndarray:
+    """Of a list, or of a pandas Series, by position."""
+    try:
+        return np.asarray(values)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"k-means: expected weights [N] as an array or list of numbers ({error})") from error
 
 
 def _may_overflow(points: Points, largest: float) -> bool:

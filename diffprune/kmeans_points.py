@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffprune.errors import InputError
+from diffprune.kernels.checks import FLOATING
 from diffprune.rank_talk import ALONE, RankTalk
 
 DEFAULT_MEMORY = 2**30
@@ -36,7 +37,7 @@ def open_points(points: Any, *, metric: str, memory: int | None = None, name: st
         parts = [_open_part(name, part) for part in points]
         streamed = StreamedPoints(parts, metric, memory or DEFAULT_MEMORY)
         return streamed if streamed.bytes > streamed.memory else streamed.held()
-    return HeldPoints(_checked(name, _tensor(points)), metric, points)
+    return HeldPoints(_checked(name, as_tensor(name, points)), metric, points)
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,8 @@ class StreamedPoints(Points):
             found = " and ".join(f"[n, {width}]" for width in sorted(widths)) or "none"
             raise InputError(f"k-means: expected arrays of equal width, got {found}")
         self.parts, self.metric, self.memory = list(parts), metric, memory
-        self.dimensions, self.numpy_dtype = widths.pop(), np.result_type(*(part.array.dtype for part in parts))
+        dtypes = (part.array.dtype.newbyteorder("=") for part in parts)
+        self.dimensions, self.numpy_dtype = widths.pop(), np.result_type(*dtypes)
         self.dtype = torch.float16 if self.numpy_dtype == np.float16 else torch.float32
         self.starts = np.cumsum([0, *(len(part) for part in parts)])
         self.rows = int(self.starts[-1])
@@ -271,7 +273,8 @@ def _open_part(name: str, part: Any) -> Part:
             f"k-means: expected a torch tensor, a NumPy or DLPack array, or a list of arrays and .npy paths, got a "
             f"list of {type(part).__name__}"
         )
-    _checked(name, torch.from_numpy(np.empty((0, *part.shape[1:]), part.dtype)), shape=part.shape)
+    _checked(name, as_tensor(name, np.empty((0, *part.shape[1:]), part.dtype)), shape=part.shape)
+    _refuse_mask(name, part)
     return Part(part)
 
 
@@ -298,21 +301,40 @@ def _read(array: np.ndarray, start: int, target: np.ndarray) -> None:
 
 
 def _checked(name: str, data: Tensor, shape: Sequence[int] | None = None) -> Tensor:
-    if data.dim() != 2 or data.shape[1] == 0 or not data.is_floating_point():
+    if data.dim() != 2 or data.shape[1] == 0 or data.dtype not in FLOATING:
+        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
         raise InputError(
-            f"k-means: expected {name} [N, D] of a floating dtype, got {list(shape or data.shape)} {data.dtype}"
+            f"k-means: expected {name} [N, D] of a floating dtype ({dtypes}), got {list(shape or data.shape)} "
+            f"{data.dtype}"
         )
     return data
 
 
-def _tensor(array: Any) -> Tensor:
-    if isinstance(array, Tensor):
-        return array.detach()
+def as_tensor(name: str, array: Any) -> Tensor:
+    """A tensor, or an array of NumPy or with DLPack, as a dense tensor; it is not copied where torch can read it."""
     if isinstance(array, np.ndarray):
-        return torch.from_numpy(np.require(array, requirements=["C", "W"]))
-    if hasattr(array, "__dlpack__"):
-        return torch.from_dlpack(array)
-    raise InputError(
-        f"k-means: expected a torch tensor, a NumPy or DLPack array, or a list of arrays and .npy paths, got "
-        f"{type(array).__name__}"
-    )
+        _refuse_mask(name, array)
+        try:
+            return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))
+        except TypeError as error:
+            raise InputError(f"k-means: expected {name} of a dtype that torch has, got {array.dtype}") from error
+    if not isinstance(array, Tensor):
+        if not hasattr(array, "__dlpack__"):
+            raise InputError(
+                f"k-means: expected {name} as a torch tensor, a NumPy or DLPack array, or a list of arrays and .npy "
+                f"paths, got {type(array).__name__}"
+            )
+        try:
+            array = torch.from_dlpack(array)
+        except (BufferError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"k-means: {name}: not readable as a DLPack array ({error})") from error
+    if array.layout != torch.strided or array.is_nested or array.is_meta:
+        kind = "a meta tensor" if array.is_meta else "a nested tensor" if array.is_nested else array.layout
+        raise InputError(f"k-means: expected {name} as a dense tensor, got {kind}")
+    return array.detach()
+
+
+def _refuse_mask(name: str, array: np.ndarray) -> None:
+    if np.ma.is_masked(array):
+        count = int(np.ma.getmaskarray(array).sum())
+        raise InputError(f"k-means: expected {name} without a mask, got {count} masked values; leave their rows out")

@@ -101,6 +101,21 @@ def find_batch_size(attempt: Callable[[int], None], most: int, device: torch.dev
         rows *= 2
 
 
+def rows_that_fit(attempt: Callable[[int], None], wanted: int, memory: int | None) -> int:
+    """``wanted`` rows per batch on the CPU, or half, or a quarter of them ...: as many as memory will hold, judged by
+    what 8 take. There an allocation does not fail: the system ends the process.
+
+    ``attempt`` and ``memory`` as for `find_batch_size`.
+    """
+    limit = memory or (free_bytes() // 2 + resident_bytes())
+    before = resident_bytes()
+    attempt(BatchSize.MINIMUM)
+    per_row = max(0, peak_bytes() - before) / BatchSize.MINIMUM
+    while wanted > BatchSize.MINIMUM and before + wanted * per_row > limit:
+        wanted //= 2
+    return wanted
+
+
 def free_bytes() -> int:
     """Memory that nobody uses: of the machine, or of this container if it has less."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

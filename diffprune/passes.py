@@ -28,7 +28,7 @@ from diffprune.engines import Engine
 from diffprune.errors import InputError
 from diffprune.files import read_json, write_json
 from diffprune.local_workers import Task
-from diffprune.memory import BatchSize, find_batch_size, free_bytes, resident_bytes
+from diffprune.memory import BatchSize, find_batch_size, free_bytes, resident_bytes, rows_that_fit
 from diffprune.prefetch import Prefetch
 from diffprune.progress import progress
 from diffprune.scores.batches import Draws, Samples
@@ -45,6 +45,7 @@ from diffprune.tensor_files import load_tensors, save_tensors
 
 BY_DRAW = ("loss", "el2n", "grand")  # of the last checkpoint; the others are of all
 MOST_ROWS = 4096
+USUAL_ROWS = 64
 
 
 class Latents(Protocol):
@@ -115,7 +116,7 @@ class Passes:
         surrogate: Surrogate | None,
         plan: Plan,
         folder: Path,
-        batch_size: int | str,
+        batch_size: int | str | None,
         memory: int | None,
         rows: int,
         engine: Engine | None = None,
@@ -124,7 +125,7 @@ class Passes:
         self.engine = engine or Engine()
         self.sums: dict[str, Tensor] = {}  # for `normalise_t`: of all samples' values, by stratum of t
         self._batch_size, self._memory = batch_size, memory
-        self.size = BatchSize(batch_size if isinstance(batch_size, int) else BatchSize.MINIMUM)
+        self.size = BatchSize(batch_size if isinstance(batch_size, int) else USUAL_ROWS)
         self._sum_size = BatchSize(SUM_ROWS[surrogate.device.type if surrogate else "cpu"])
         self._mean = lru_cache(maxsize=plan.support.trials)(self._read_mean)
         self._wanted = set(source.stems)  # shards worth reading ahead
@@ -150,7 +151,7 @@ class Passes:
             return
         self._forget_others(needed)
         last, ranks = len(self.surrogate.paths) - 1, self.engine.ranks
-        if self._batch_size == "auto":
+        if self._finds_batch_size:
             if ranks.rank:
                 ranks.wait()  # the first one finds it for all
             self.size = BatchSize(self._found_batch_size())
@@ -175,7 +176,7 @@ class Passes:
     def reading_no_further(self) -> None:
         """In a worker, which does not know the shard that comes next."""
         self._wanted = set()
-        if self._batch_size == "auto" and self.surrogate is not None:
+        if self._finds_batch_size:
             self.size = BatchSize(self._found_batch_size())
 
     def find(self, number: int, stem: str, advance: Callable[[int], None]) -> None:
@@ -254,6 +255,8 @@ class Passes:
         for number in range(len(self.surrogate.paths) if self.surrogate else 0):
             for stem in self.engine.whole(self.source.stems):
                 self._findings_path(number, stem).unlink(missing_ok=True)
+        for path in self.folder.glob("batch_size*.json"):  # another part that still wants it finds it again
+            path.unlink(missing_ok=True)
         for folder in (*self.folder.glob("findings-*"), self.folder):
             with suppress(OSError):  # not there, or other parts' files are in it
                 folder.rmdir()
@@ -409,9 +412,16 @@ class Passes:
                 sums[name] = sums[name] + one if name in sums else one
         return sums
 
+    @property
+    def _finds_batch_size(self) -> bool:
+        """Where it is "auto"; where nobody said, because on the CPU the usual one may be too much for the memory."""
+        if self.surrogate is None or isinstance(self._batch_size, int):
+            return False
+        return self._batch_size == "auto" or self.surrogate.device.type == "cpu"
+
     def _found_batch_size(self) -> int:
-        """Found once per run, so that a run that was stopped goes on with the same."""
-        path = self.folder / "batch_size.json"
+        """Found once per run, by one process, so that a run that was stopped goes on with the same."""
+        path = self.folder / f"batch_size{'' if self._batch_size else '-usual'}.json"
         if path.is_file():
             return int(read_json(path)["rows"])
         shards = (self.read(stem)[2] for stem in self.source.stems)
@@ -427,10 +437,14 @@ class Passes:
             places = torch.arange(max(1, rows // draws.count), device=some.hashes.device) % len(some)
             visit(network, some.take(places), draws, BatchSize(rows, minimum=rows), **costly)
 
-        most = min(MOST_ROWS, draws.count * max(unread_table(self.source, stem).num_rows for stem in self.source.stems))
         memory = self._memory
         if self.engine.workers and not memory:
             memory = free_bytes() // 2 // self.engine.workers.count + resident_bytes()
-        rows = find_batch_size(attempt, most, self.surrogate.device, memory)
+        if self._batch_size:
+            tables = (unread_table(self.source, stem).num_rows for stem in self.source.stems)
+            most = min(MOST_ROWS, draws.count * max(tables))
+            rows = find_batch_size(attempt, most, self.surrogate.device, memory)
+        else:
+            rows = rows_that_fit(attempt, USUAL_ROWS, memory)
         write_json(path, {"rows": rows})
         return rows

@@ -59,7 +59,7 @@ def score(
     weights: str = "model",
     precision: str = "float32",
     compile: bool = False,
-    batch_size: int | str = 64,
+    batch_size: int | str | None = None,
     memory: float | None = None,
     device: str = "auto",
     workers: int = 1,
@@ -87,10 +87,11 @@ def score(
         weights: which of the surrogate's weights, "model" or "ema".
         precision: "float32", or "bf16": the surrogate runs under autocast.
         compile: run ``torch.compile``d what takes no per-sample gradients: losses, and MoSo's first pass.
-        batch_size: about how many draws go through the surrogate at once, or "auto". Where memory runs out it is
-            halved. It changes scores by rounding at most.
-        memory: for batch_size "auto" on the CPU: GiB that a process may hold; half of what is free by default, shared
-            by the workers.
+        batch_size: about how many draws go through the surrogate at once, or "auto": as many as are faster. By
+            default 64; on the CPU fewer where its memory will not hold them. Where memory runs out it is halved. It
+            changes scores by rounding at most.
+        memory: unless batch_size is given, on the CPU: GiB that a process may hold; half of what is free by default,
+            shared by the workers.
         workers: processes that take the shards, each with one checkpoint and MoSo's mean gradient in memory. Under
             torchrun its processes do, and talk where they must.
         part: "3/64": only the third of 64 parts of the shards. Parts may run at once; not for what needs all samples:
@@ -111,7 +112,7 @@ def score(
     for name, value in (("draws", draws), ("trials", trials)):
         _check(name, value, value >= 1, "1 or more")
     _check("seed", seed, 0 <= seed <= MASK, f"0 to {MASK}")
-    _check("batch_size", batch_size, batch_size == "auto" or _at_least_1(batch_size), "1 or more, or auto")
+    _check("batch_size", batch_size, batch_size in (None, "auto") or _at_least_1(batch_size), "1 or more, or auto")
     _check("memory", memory, memory is None or memory > 0, "a positive number of GiB")
     _check("support_fraction", support_fraction, 0 < support_fraction <= 1, "above 0, at most 1")
     _check("group_size", group_size, group_size >= 2, "2 or more")
@@ -208,7 +209,7 @@ class _Passes:
     surrogate: Callable[[], Surrogate] | None
     plan: Plan
     folder: Path
-    batch_size: int | str
+    batch_size: int | str | None
     memory: int | None
     rows: int
 

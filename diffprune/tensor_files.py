@@ -25,7 +25,7 @@ def save_tensors(path: AnyPath, tensors: dict[str, Tensor], metadata: dict[str, 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """The same of a temporary path: safetensors has an error of its own for a disk that is full."""
     try:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata=metadata)
+        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, path, metadata=metadata)
     except SafetensorError as error:
         for number in (errno.ENOSPC, errno.EDQUOT):
             if f"os error {number}" in str(error):

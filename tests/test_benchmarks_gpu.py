@@ -12,11 +12,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package benchmarks is part of no distribution
 
-from benchmarks import gpu, gpu_results, gpu_steps, gpu_worker
+from benchmarks import gpu, gpu_idle, gpu_results, gpu_steps, gpu_worker
 from benchmarks.gpu_case import Case, Goal, Scale, Way, relative_error, sample_rows
 from benchmarks.gpu_timing import measure, set_count
 
 CPU = Scale(torch.device("cpu"), quick=True)
+NOT_HERE = {"flash-kmeans", "CuPy", "Opacus' ghost norms", "SDPA cudnn_attention", "SDPA efficient_attention"}
+"""They want a GPU, or a package that the tests do without."""
 
 
 class FakeClock:
@@ -52,8 +54,8 @@ def test_every_benchmark_runs_and_is_right_on_a_cpu(tmp_path: Path, capsys: pyte
     records = result["records"]
     assert {r["op"] for r in records} == {*gpu_worker.CASES, "gated_residual_adaln"}
     for r in records:
-        if r["implementation"] in ("flash-kmeans", "SDPA cudnn_attention", "SDPA efficient_attention"):
-            continue  # GPU only
+        if r["implementation"] in NOT_HERE:
+            continue
         assert r["status"] == "ok", (r["key"], r.get("reason"))
         assert r["lower_s"] <= r["median_s"] <= r["upper_s"] and r["bytes"] > 0 and r["input_sets"] == 2
     measured = [r for r in records if r["ours"]]
@@ -307,7 +309,7 @@ def test_a_run_on_a_gpu_builds_then_tests_then_measures(tmp_path: Path, monkeypa
     monkeypatch.setattr(gpu, "run_worker", worker)
     out = tmp_path / "x.json"
     assert gpu.main(["--only", "pairwise_topk", "--out", str(out)]) == int(failed)
-    assert steps == ["80;90a", "tests", "ceilings", "pairwise_topk"]
+    assert steps == ["90a", "tests", "ceilings", "pairwise_topk"]
     result = json.loads(out.read_text())
     statuses = {r["implementation"]: r["status"] for r in result["records"] if r["op"] == "pairwise_topk"}
     assert statuses == {"triton": "error", "cdist and topk": "skipped"}
@@ -460,6 +462,29 @@ def test_kernel_tests_that_do_not_finish_or_do_not_run_are_an_error() -> None:
     assert result["status"] == "error" and result["passed"] == 1 and "2 s" in result["reason"]
     result = gpu_steps.kernel_tests(30.0, [sys.executable, "-S", "-c", "raise SystemExit('usage')"])
     assert result["status"] == "error" and result["exit_status"] == 1 and "usage" in result["last_lines"]
+
+
+def test_idle_time_is_what_no_kernel_covers() -> None:
+    assert gpu_idle.covered([(5, 7), (0, 2), (1, 3), (6, 6.5), (7, 8)]) == 6
+    assert gpu_idle.covered([]) == 0
+
+
+def test_idle_time_of_a_run_of_score(capsys: pytest.CaptureFixture) -> None:
+    """On a CPU there is no kernel to see; the run is a real one."""
+    assert gpu_idle.main(["--device", "cpu", "--quick"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["images"] == 20 and found["seconds"] > 0 and found["idle_share"] is None
+    assert gpu_results.idle(found).endswith("device idle not seen (goal: at most 5%)")
+    assert "idle 7.0%, not met" in gpu_results.idle(found | {"idle_share": 0.07})
+
+
+def test_idle_time_in_a_process_of_its_own(monkeypatch) -> None:
+    monkeypatch.setattr(gpu_steps, "find_spec", lambda name: None)
+    assert gpu_steps.idle_time(60.0)["status"] == "unavailable"
+    monkeypatch.undo()
+    found = gpu_steps.idle_time(120.0)  # no CUDA device here
+    if not torch.cuda.is_available():
+        assert found["status"] == "error" and "CUDA" in "".join(found["last_lines"])
 
 
 def test_sample_rows_reach_both_ends() -> None:

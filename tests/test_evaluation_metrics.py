@@ -231,6 +231,29 @@ def test_pairs_at_the_edge_of_a_ball_are_decided_exactly(scale, dtype, monkeypat
     assert found["precision"] > 0.1 and found["density"] > 0
 
 
+@pytest.mark.parametrize("exponent", [-270, -215, 240, 270])
+def test_frechet_distance_of_any_magnitude_is_right_or_refused(exponent):
+    """It takes fourth powers, which vanish long before squares do."""
+    a, b = gaussian_rows(60, 4, 6).double(), gaussian_rows(50, 4, 7, shift=0.6).double()
+    scale = 2.0**exponent
+    if abs(exponent) == 270:
+        with pytest.raises(InputError, match="whose power of 4 float64 has, got"):
+            frechet_distance(a * scale, b * scale)
+    else:
+        assert frechet_distance(a * scale, b * scale) / scale / scale == pytest.approx(frechet_distance(a, b))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "exponents"), [(torch.float32, (-120, -60, 60, 66, 100, 120)), (torch.float64, (-430, -200, 300, 480))]
+)
+def test_precision_recall_of_any_magnitude(dtype, exponents):
+    """Beyond 2^63 squares leave float32: everything seemed to lie in every ball."""
+    a, b = gaussian_rows(120, 4, 6).to(dtype), gaussian_rows(77, 4, 7, shift=0.6).to(dtype)
+    expected = precision_recall(a, b)
+    for exponent in exponents:
+        assert precision_recall(a * 2.0**exponent, b * 2.0**exponent) == expected
+
+
 def test_float64_decides_few_pairs_and_none_of_them_alone(monkeypatch):
     """With the bound made wide all pairs are decided in float64, with the same result; as it is, hardly any."""
     a, b = gaussian_rows(300, 64, 37, unit=True), gaussian_rows(280, 64, 38, unit=True)
@@ -532,9 +555,27 @@ def test_metrics_refuse_nan_integers_and_wrong_shapes(metric):
         metric(torch.ones(6, 3, dtype=torch.int64))
     with pytest.raises(InputError, match="at least"):
         metric(torch.ones(0, 3))
+    with pytest.raises(InputError, match=r"expected a torch tensor \[N, D\], got ndarray; torch.as_tensor makes one"):
+        metric(np.ones((6, 3)))
+    with pytest.raises(InputError, match=r"a largest absolute value from .* to .*, got 1e\+200; multiply by"):
+        metric(torch.full((6, 3), 1e200, dtype=torch.float64))
 
 
 def test_metrics_refuse_what_they_cannot_compute():
+    vanishing = torch.from_numpy(np.random.default_rng(1).normal(size=(9, 2)) * 1e-200)
+    for metric in (precision_recall, frechet_distance, kernel_distance, memorization):
+        with pytest.raises(
+            InputError, match=r"samples( and reference)?: expected a largest absolute value from .* got"
+        ):
+            metric(vanishing, vanishing)
+    for call in (
+        lambda x: frechet_distance(torch.ones(5, 3), x),
+        lambda x: Gaussian.of(x),
+        lambda x: memorization(torch.ones(5, 3), x, torch.ones(5, 3)),
+        lambda x: memorization(torch.ones(5, 3), [x], torch.ones(5, 3)),
+    ):
+        with pytest.raises(InputError, match=r"expected a torch tensor \[N, D\], got ndarray"):
+            call(np.ones((5, 3)))
     with pytest.raises(InputError, match="one dimension"):
         frechet_distance(torch.ones(5, 3), torch.ones(5, 4))
     with pytest.raises(InputError, match="one dimension, got 3 and 4"):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +244,14 @@ def test_distances_that_leave_float32(scale: float, message: str) -> None:
         ({"k": 2, "init": torch.ones(2, 8), "n_init": 2}, "expected n_init 1, got 2"),
         ({"k": 2, "init": torch.ones(3, 8)}, r"expected init \[2, 8\], got \[3, 8\]"),
         ({"k": 2, "init": torch.full((2, 8), torch.nan)}, "2 of 2 init have NaN or infinity: rows 0, 1"),
+        ({"k": 2, "init": torch.ones(2)}, r"expected init \[N, D\] of a floating dtype .*, got \[2\]"),
+        ({"k": 5.0}, "expected k as an integer, got 5.0"),
+        ({"k": True}, "expected k as an integer, got True"),
+        ({"k": 2, "max_iter": 2.5}, "expected max_iter as an integer, got 2.5"),
+        ({"k": 2, "batch_size": 9.5}, "expected batch_size as an integer, got 9.5"),
+        ({"k": 2, "seed": None}, "expected seed as an integer, got None"),
+        ({"k": 2, "seed": 0.5}, "expected seed as an integer, got 0.5"),
+        ({"k": 2, "seed": 2**70}, "expected a seed of 64 bits, got 1180591620717411303424"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
@@ -250,19 +262,128 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("points", "message"),
     [
-        (torch.ones(3), r"expected points \[N, D\] of a floating dtype, got \[3\] torch.float32"),
+        (torch.ones(3), r"expected points \[N, D\] of a floating dtype \(float16, .*\), got \[3\] torch.float32"),
         (torch.ones(3, 0), r"got \[3, 0\] torch.float32"),
         (torch.ones(3, 2, dtype=torch.int64), r"got \[3, 2\] torch.int64"),
         ([[1.0]], "expected a torch tensor, a NumPy or DLPack array, or a list of arrays .*, got a list of list"),
-        (3, "expected a torch tensor, .* got int"),
+        (3, "expected points as a torch tensor, .* got int"),
         ([], "expected arrays of equal width, got none"),
+        (torch.ones(3, 2).to_sparse(), "expected points as a dense tensor, got torch.sparse_coo"),
+        (torch.ones(3, 2, device="meta"), "expected points as a dense tensor, got a meta tensor"),
+        (torch.ones(3, 2).to(torch.float8_e4m3fn), r"floating dtype \(float16, .*\), got \[3, 2\] torch.float8_e4m3fn"),
+        (np.ones((3, 2), np.longdouble), "expected points of a dtype that torch has, got float128"),
+        (np.zeros(3, [("x", "f4")]), r"expected points of a dtype that torch has, got \[\('x', '<f4'\)\]"),
+        ([np.ones((3, 2), np.longdouble)], "expected points of a dtype that torch has, got float128"),
+        (np.ma.masked_greater(np.eye(3), 0.5), "expected points without a mask, got 3 masked values"),
+        ([np.ma.masked_greater(np.eye(3), 0.5)], "expected points without a mask, got 3 masked values"),
         ([np.ones((3, 2)), np.ones((3, 3))], r"equal width, got \[n, 2\] and \[n, 3\]"),
-        ([np.ones((3, 2)), np.ones(3)], r"expected points \[N, D\] of a floating dtype, got \[3\] torch.float64"),
+        ([np.ones((3, 2)), np.ones(3)], r"expected points \[N, D\] of a floating dtype .*, got \[3\] torch.float64"),
     ],
 )
 def test_bad_points(points: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         KMeans(1).fit(points)
+
+
+def test_any_byte_order_and_integer_seed(tmp_path: Path) -> None:
+    points = blobs(200).numpy()
+    expected = KMeans(4, seed=3).fit(points)
+    np.save(tmp_path / "points.npy", points.astype(">f4"))
+    swapped = points.astype(">f4"), [points[:90], points[90:].astype(">f4")], tmp_path / "points.npy"
+    for model in [KMeans(4, seed=np.int64(3)).fit(given) for given in (*swapped, np.ma.masked_array(points))]:
+        np.testing.assert_array_equal(model.centroids_, expected.centroids_)
+        np.testing.assert_array_equal(model.predict(swapped[0]), expected.assignment_)
+    streamed = KMeans(4, seed=3, memory=1000).fit(tmp_path / "points.npy")
+    np.testing.assert_array_equal(streamed.centroids_, expected.centroids_)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_centroids_may_be_set(metric: str) -> None:
+    points = blobs(100)
+    others = 1.25 * points[:4]
+    expected = KMeans(4, metric=metric, init=others, max_iter=0).fit(points)
+    fitted = KMeans(4, metric=metric).fit(points)
+    for model in (fitted, KMeans(4, metric=metric)):
+        for given in (others, others.numpy(), others.numpy().astype(">f8")):
+            model.centroids_ = given
+            assert torch.equal(model.predict(points), expected.assignment_)
+            assert torch.equal(model.transform(points), expected.transform(points))
+            np.testing.assert_array_equal(np.asarray(model.centroids_), expected.centroids_.numpy())
+    model.centroids_ = others[[1, 0, 2, 3]]
+    model.centroids_[[0, 1]] = model.centroids_[[1, 0]]
+    assert torch.equal(model.predict(points), expected.assignment_)
+    for bad, message in (
+        (others[:3], r"expected centroids_ \[4, D\], got \[3, 8\]"),
+        (others[0], r"expected centroids_ \[N, D\] of a floating dtype .*, got \[8\]"),
+        (others * torch.nan, "4 of 4 centroids_ have NaN or infinity"),
+        (None, "expected centroids_ as a torch tensor, .*, got NoneType"),
+    ):
+        with pytest.raises(InputError, match=message):
+            model.centroids_ = bad
+    assert torch.equal(model.predict(points), expected.assignment_)
+    with pytest.raises(AttributeError, match="no centroids_ before fit"):
+        KMeans(4).centroids_  # noqa: B018 (the error is what is asked)
+
+
+def test_pickled_and_copied() -> None:
+    points = blobs(100).numpy()
+    model = KMeans(4).fit(points)
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        np.testing.assert_array_equal(other.predict(points), model.assignment_)
+        other.centroids_[:] = other.centroids_[::-1].copy()
+        np.testing.assert_array_equal(other.predict(points), 3 - model.assignment_)
+
+
+def test_parameters_are_kept_as_given() -> None:
+    given = {"k": np.int64(3), "init": blobs(3), "weights": [1.0] * 50, "seed": np.int32(4), "tol": 0.0}
+    model = KMeans(**given)
+    params = model.get_params()
+    assert all(params[name] is value for name, value in given.items())
+    assert (params["metric"], params["memory"]) == ("euclidean", None) and len(params) == 11
+    assert model.set_params(metric="cosine", init="random") is model and model.get_params()["init"] == "random"
+    for bad, message in (
+        ({"n_clusters": 3}, "expected parameters among k, init, .*, memory, got n_clusters"),
+        ({"metric": "l1", "k": 9}, "expected metric to be one of"),
+    ):
+        with pytest.raises(InputError, match=message):
+            model.set_params(**bad)
+    assert (model.k, model.metric) == (3, "cosine")
+
+
+def test_labels_are_no_weights() -> None:
+    points, labels = blobs(100), torch.arange(100) % 2
+    assert torch.equal(KMeans(4).fit(points, labels).centroids_, KMeans(4).fit(points).centroids_)
+    weighted = KMeans(4).fit(points, labels, weights=labels)
+    assert torch.equal(weighted.centroids_, KMeans(4, weights=labels).fit(points).centroids_)
+    assert not torch.equal(weighted.centroids_, KMeans(4).fit(points).centroids_)
+
+
+def test_a_step_of_scikit_learns_pipelines() -> None:
+    base = pytest.importorskip("sklearn.base")
+    pipeline, preprocessing = (pytest.importorskip(f"sklearn.{name}") for name in ("pipeline", "preprocessing"))
+    points, labels = blobs(200).numpy(), np.arange(200) % 2
+    scaled = preprocessing.StandardScaler().fit_transform(points)
+    expected = KMeans(5, seed=2).fit(scaled)
+    steps = pipeline.make_pipeline(preprocessing.StandardScaler(), KMeans(5, seed=2))
+    for given in ((points, labels), (points,)):
+        fitted = base.clone(steps).fit(*given)
+        np.testing.assert_array_equal(fitted[-1].centroids_, expected.centroids_)
+        np.testing.assert_array_equal(fitted.predict(points), expected.assignment_)
+        np.testing.assert_array_equal(fitted.transform(points), expected.transform(scaled))
+    weighted = steps.set_params(kmeans__k=3).fit(points, labels, kmeans__weights=labels)
+    np.testing.assert_array_equal(weighted[-1].centroids_, KMeans(3, seed=2, weights=labels).fit(scaled).centroids_)
+    assert "KMeans" in repr(steps) and "KMeans" in steps._repr_html_()
+    again = base.clone(KMeans(5, init=points[:5], weights=labels, metric="cosine"))
+    np.testing.assert_array_equal(again.get_params()["init"], points[:5])
+    assert base.is_clusterer(again) and again.fit(points).k == 5
+    with pytest.raises(Exception, match="not fitted"):
+        base.clone(steps).predict(points)
+
+
+def test_imports_no_scikit_learn() -> None:
+    code = "import sys, diffprune, numpy as np; m = diffprune.KMeans(2).fit(np.eye(3)); m.set_params(**m.get_params())"
+    done = subprocess.run([sys.executable, "-c", f"{code}; print('sklearn' in sys.modules)"], capture_output=True)
+    assert done.stdout.split() == [b"False"], done.stderr
 
 
 @pytest.mark.parametrize("seed", range(3))

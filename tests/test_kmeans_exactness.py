@@ -64,7 +64,7 @@ def test_bounds_give_the_same_bytes(monkeypatch: pytest.MonkeyPatch, metric: str
     weights = torch.rand(len(points), generator=torch.Generator().manual_seed(1)) if weighted else None
     start = points[:60]
     plain, bounded = (
-        KMeans(60, init=start, metric=metric, tol=0, algorithm=name).fit(points, weights)
+        KMeans(60, init=start, metric=metric, tol=0, algorithm=name).fit(points, weights=weights)
         for name in ("lloyd", "yinyang")
     )
     assert plain.n_iter_ > 5
@@ -226,13 +226,28 @@ def test_points_without_weight_found_no_cluster(init: str) -> None:
         ([1.0] * 9 + [-0.5], "1 of 10 weights have a value that is negative or not finite: rows 9"),
         (np.array([1.0, np.nan, np.inf] + [1.0] * 7), "2 of 10 weights have .*: rows 1, 2"),
         (torch.zeros(10), "expected a weight above 0, got only zeros"),
+        (torch.ones(10).to_sparse(), "expected weights as a dense tensor, got torch.sparse_coo"),
+        (np.ma.masked_less(np.arange(10.0), 3), "expected weights without a mask, got 3 masked values"),
+        (np.ones(10, complex), "expected real weights, got torch.complex128"),
+        ([1.0, [2.0]], "expected weights .N. as an array or list of numbers"),
+        (["a"] * 10, "expected weights of a dtype that torch has, got <U1"),
     ],
 )
 def test_bad_weights(weights: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        KMeans(2).fit(cloud(10), weights)
+        KMeans(2).fit(cloud(10), weights=weights)
     with pytest.raises(InputError, match=message):
         KMeans(2, weights=weights).fit(cloud(10))
+
+
+def test_weights_go_by_position() -> None:
+    pandas = pytest.importorskip("pandas")
+    points, weights = cloud(200), np.arange(200.0)
+    expected = result(KMeans(5, weights=weights).fit(points))
+    for index in (range(5, 205), range(199, -1, -1), [f"photo-{i}" for i in range(200)]):
+        assert result(KMeans(5).fit(points, weights=pandas.Series(weights, index=index))) == expected
+    assert result(KMeans(5, weights=weights.tolist()).fit(points)) == expected
+    assert result(KMeans(5, weights=weights.astype(">f4")).fit(points)) == expected
 
 
 def test_parts_leave_rows_out(tmp_path: Path) -> None:

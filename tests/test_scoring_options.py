@@ -23,7 +23,7 @@ from diffprune.cli.app import app
 from diffprune.draws import hash_keys, uniform
 from diffprune.errors import DiskFullError, InputError
 from diffprune.files import TEMPORARY_PREFIX
-from diffprune.memory import BatchSize, OutOfMemory, find_batch_size
+from diffprune.memory import BatchSize, OutOfMemory, find_batch_size, rows_that_fit
 from diffprune.scores.batches import Draws, Network, Samples
 from diffprune.scores.mean_gradients import GradientSum, MeanGradient
 from diffprune.scores.moso import in_group, moso
@@ -446,6 +446,35 @@ def test_auto_is_found_once_and_changes_nothing(small, monkeypatch):
             small.score("bad", batch_size=bad)
 
 
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [(100 + 64 * 10, 64), (100 + 64 * 10 - 1, 32), (100 + 33 * 10, 32), (100 + 9 * 10, 8), (90, 8)],
+)
+def test_the_usual_batch_if_memory_holds_it(monkeypatch, limit, expected):
+    tried = fake_memory(monkeypatch, per_row=10, base=100)
+    assert rows_that_fit(fake_memory.attempt, 64, limit) == expected
+    assert tried == [8]
+
+
+def test_the_usual_batch_is_smaller_where_memory_is_short(small, monkeypatch):
+    _, result = small.score("usual", batch_size=None)
+    assert result["batch_size"] == 64
+    asked = []
+
+    def fewer(attempt, wanted, memory):
+        asked.append((wanted, memory))
+        attempt(8)
+        return 16
+
+    monkeypatch.setattr(diffprune.passes, "rows_that_fit", fewer)
+    _, result = small.score("fewer", batch_size=None, memory=0.5)
+    assert result["batch_size"] == 16 and asked == [(64, 2**29)]
+    _, result = small.score("given", batch_size=64)
+    assert result["batch_size"] == 64 and len(asked) == 1
+    if torch.backends.mkl.is_available():
+        assert table_bytes(small.root / "usual") == table_bytes(small.root / "fewer")
+
+
 # --- a full disk
 
 
@@ -486,7 +515,7 @@ def test_a_full_disk_is_a_clear_error_and_what_is_finished_stays(small, monkeypa
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ((), {"batch_size": 64, "learning_rates": None, "compile": False, "one_pass": False, "memory": None}),
+        ((), {"batch_size": None, "learning_rates": None, "compile": False, "one_pass": False, "memory": None}),
         (
             ("--batch-size", "auto", "--memory", "1.5", "--compile"),
             {"batch_size": "auto", "memory": 1.5, "compile": True},

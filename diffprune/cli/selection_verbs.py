@@ -67,15 +67,18 @@ def score(
         ),
     ] = False,
     batch_size: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Draws at a time, or auto. Halved where memory runs out. Does not change the result.",
+            help="Draws at a time, or auto. By default 64, on the CPU fewer if its memory is short; halved where it "
+            "runs out. Does not change the result.",
             rich_help_panel="How it runs",
         ),
-    ] = "64",
+    ] = None,
     memory: Annotated[
         float | None,
-        typer.Option(help="For auto on the CPU: GiB that it may hold.", rich_help_panel="How it runs"),
+        typer.Option(
+            help="GiB that it may hold on the CPU, if no --batch-size says how much.", rich_help_panel="How it runs"
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel="How it runs")] = "auto",
     workers: Annotated[
@@ -114,7 +117,7 @@ def score(
 ) -> None:
     """Score every sample with a surrogate's checkpoints."""
     methods = tuple(name.strip() for name in method.split(",") if name.strip())
-    if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size)):
+    if batch_size not in (None, "auto") and not (batch_size.isdecimal() and int(batch_size)):
         raise typer.BadParameter(f"expected a positive number, or auto, got {batch_size!r}", param_hint="--batch-size")
     try:
         rates = [float(rate) for rate in learning_rates.split(",")] if learning_rates else None
@@ -125,7 +128,7 @@ def score(
     options = {"methods": methods, "seed": seed, "draws": draws, "antithetic": antithetic, "normalise_t": normalise_t}
     options |= {"moso_mode": mode, "trials": trials, "support_fraction": support_fraction, "one_pass": one_pass}
     options |= {"group_size": group_size, "learning_rates": rates, "weights": weights, "precision": precision}
-    options |= {"compile": compile_, "batch_size": batch_size if batch_size == "auto" else int(batch_size)}
+    options |= {"compile": compile_, "batch_size": batch_size if batch_size in (None, "auto") else int(batch_size)}
     options |= {"memory": memory, "device": device}
     options |= {"workers": workers, "part": part, "ray": ray, "max_failures": max_failures}
 

@@ -23,7 +23,8 @@ def frechet_distance(samples: Tensor | Gaussian, reference: Tensor | Gaussian) -
     side the covariance is singular and the distance is inflated: compare such numbers only at equal N and M.
     Raises InputError for other shapes and for NaN.
     """
-    check_features(2, **{k: v for k, v in (("samples", samples), ("reference", reference)) if isinstance(v, Tensor)})
+    given = {"samples": samples, "reference": reference}
+    check_features(2, power=4, **{name: x for name, x in given.items() if not isinstance(x, Gaussian)})
     return _Target(_gaussian(reference)).distance(_gaussian(samples))
 
 
@@ -41,7 +42,7 @@ def frechet_distance_infinity(
     Raises InputError for other shapes, NaN, fewer than 2 points, or too few samples: with N < 2·(D + 1) the singular
     covariances do not follow the line.
     """
-    check_features(2, samples=samples, **({"reference": reference} if isinstance(reference, Tensor) else {}))
+    check_features(2, power=4, samples=samples, **({} if isinstance(reference, Gaussian) else {"reference": reference}))
     count, dimensions = samples.shape
     smallest = max(count // 10, dimensions + 1) if smallest is None else smallest
     if points < 2 or not 2 <= smallest < count:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffprune.errors import InputError
+from diffprune.evaluation.features import expect_tensor
 
 _ROWS = 8192
 
@@ -29,6 +30,7 @@ class Gaussian:
         """The Gaussian of features [N, D] in blocks (a tensor's rows count as one block)."""
         gaussian = None
         for block in [blocks] if isinstance(blocks, Tensor) else blocks:
+            expect_tensor("features", block)
             gaussian = gaussian or cls(block.shape[1], block.device)
             gaussian.add(block)
         if gaussian is None:

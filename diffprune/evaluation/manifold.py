@@ -9,9 +9,13 @@ from diffprune.errors import InputError
 from diffprune.evaluation.features import check_features
 from diffprune.evaluation.neighbours import kth_squared
 from diffprune.kernels.cpu.search import pair_sqdistances
+from diffprune.kernels.magnitudes import largest_magnitude
 
 TILE = 1 << 21
 """Pairs per tile: 8 MiB of float32 distances."""
+
+MODERATE = 2.0**-48, 2.0**48
+"""Where the largest of some float32 values lies, float32 has the squares of their norms."""
 
 
 def precision_recall(samples: Tensor, reference: Tensor, k: int = 3) -> dict[str, float]:
@@ -25,9 +29,9 @@ def precision_recall(samples: Tensor, reference: Tensor, k: int = 3) -> dict[str
     - ``density``: reference balls around a sample, on average, divided by k (may exceed 1); ``coverage``: share of
       reference balls with a sample in them (Naeem et al. 2020, arXiv 2002.09797, eq. 4-5).
 
-    Exact: a matrix product in the features' precision decides the pairs that are farther from the edge of a ball than
-    its rounding can reach, float64 the others. 2·D·(N² + M² + N·M) operations, a tile of distances at a time, never
-    N×M. Recall falls with fewer samples: compare at equal counts.
+    Exact: a matrix product in the features' precision (float64 where float32 cannot square them) decides the pairs that
+    are farther from the edge of a ball than its rounding can reach, float64 the others. 2·D·(N² + M² + N·M) operations,
+    a tile of distances at a time, never N×M. Recall falls with fewer samples: compare at equal counts.
     Raises InputError for other shapes, NaN, or too few points.
     """
     if k < 1:
@@ -60,6 +64,8 @@ class _Membership:
         self.covered = torch.zeros(len(reference), dtype=torch.bool, device=device)
         self.recalled = torch.zeros(len(reference), dtype=torch.bool, device=device)
         dtype = torch.promote_types(torch.promote_types(samples.dtype, reference.dtype), torch.float32)
+        if not MODERATE[0] <= largest_magnitude(samples, reference) <= MODERATE[1]:
+            dtype = torch.float64
         centre = reference.mean(dim=0, dtype=torch.float64).to(dtype)  # small norms make small rounding errors
         y = reference.to(dtype) - centre
         y_squares = y.double().square().sum(dim=1)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from diffprune.evaluation.features import expect_tensor
 from diffprune.kernels import pairwise_topk
 from diffprune.kernels.cpu.search import pair_sqdistances
 
@@ -62,6 +63,7 @@ def _joined(blocks: Iterable[Tensor]) -> Iterator[Tensor]:
     """The same rows in blocks of some thousand: a search over a few points costs as much as over many."""
     held: list[Tensor] = []
     for block in blocks:
+        expect_tensor("a block of features", block)
         held.append(block)
         if sum(map(len, held)) >= BLOCK_ROWS:
             yield torch.cat(held)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffprune.errors import InputError
-from diffprune.evaluation.features import check_features
+from diffprune.evaluation.features import check_features, expect_tensor
 
 _ROWS = 8192
 
@@ -61,6 +61,7 @@ def _eigenvalues(embeddings: Tensor | Iterable[Tensor]) -> Tensor:
         embeddings = [embeddings]
     dual, count = None, 0
     for block in embeddings:
+        expect_tensor("embeddings", block)
         if dual is None:
             dual = torch.zeros(block.shape[1], block.shape[1], dtype=torch.float64, device=block.device)
         for rows in block.split(_ROWS):

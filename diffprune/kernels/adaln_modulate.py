@@ -34,12 +34,16 @@ def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, *, impl: str = "auto
     Differentiable with respect to x, shift and scale. The backward keeps x and scale and no statistics: it has the
     whole token at hand and computes mean and variance again. Sums over tokens are made in a fixed order, so that
     gradients repeat bit for bit.
+    Not under forward-mode differentiation: NotImplementedError, which has the expression to take there.
     Raises ValueError for another rank, shape, dtype or device.
     """
     return _op(x, shift, scale, impl)
 
 
-@custom_op("adaln_modulate")
+@custom_op(
+    "adaln_modulate",
+    forward_mode=f"F.layer_norm(x, x.shape[-1:], eps={EPS}) * (1 + scale[:, None]) + shift[:, None]",
+)
 def _op(x: Tensor, shift: Tensor, scale: Tensor, impl: str = "auto") -> Tensor:
     _check(x, shift, scale)
     return _implementations(impl, x, shift, scale)

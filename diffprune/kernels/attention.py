@@ -37,7 +37,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, impl: str = "auto") 
 
     Differentiable with respect to all three. Others than "sdpa" keep query, key, value and output for that, and of each
     row the logarithm of its Σ exp, 4 bytes (FlashAttention 2: Dao 2023, arXiv 2307.08691, section 3.1); their gradients
-    repeat bit for bit.
+    repeat bit for bit. Under forward-mode differentiation they raise NotImplementedError; "sdpa" has the derivative in
+    ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``.
     Raises ValueError for another rank, shape, dtype or device.
     """
     _check(query, key, value)
@@ -46,7 +47,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, impl: str = "auto") 
     return _op(query, key, value, impl)[0]
 
 
-@custom_op("attention")
+@custom_op("attention", forward_mode='impl="sdpa" in torch.nn.attention.sdpa_kernel(SDPBackend.MATH)')
 def _op(query: Tensor, key: Tensor, value: Tensor, impl: str) -> tuple[Tensor, Tensor]:
     """Also the logsumexp of each row of Q·Kᵀ/√d: [B, H, T] float32 (float64 for float64)."""
     _check(query, key, value)

@@ -35,6 +35,7 @@ def flow_matching_loss(
     hashes, which the caller holds: it keeps no state of its own. It makes the noise a second time, because storing the
     error in the forward moves as many bytes (one write and two reads of a latent in place of three reads) and takes
     room. Where the gradient is wanted at once, ``flow_matching_loss_grad`` has both for one pass.
+    Not under forward-mode differentiation: NotImplementedError, which has the expression to take there.
     Raises ValueError for another rank, shape, dtype or device, and for a seed or draw out of range.
     """
     expect_words(seed, draw)  # torch passes 64 bits on
@@ -64,7 +65,11 @@ def flow_matching_loss_grad(
     return _op_grad(velocity.detach(), x1.detach(), hashes, seed, draw, weight.detach(), impl)
 
 
-@custom_op("flow_matching_loss")
+@custom_op(
+    "flow_matching_loss",
+    forward_mode="(velocity - (x1 - x0)).square().flatten(1).mean(dim=1), "
+    "x0 being what flow_interpolate makes of t = 0",
+)
 def _op(velocity: Tensor, x1: Tensor, hashes: Tensor, seed: int, draw: int, impl: str = "auto") -> Tensor:
     _check(velocity, x1, hashes, seed, draw)
     return _implementations(impl, velocity, x1, hashes, seed, draw)

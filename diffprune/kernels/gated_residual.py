@@ -29,12 +29,13 @@ def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor, *, impl: str 
     Differentiable with respect to all three. The residual's gradient is y's; the backward keeps branch and gate and
     moves three tensors of their size (reads y's gradient and branch, writes branch's gradient). Sums over tokens are
     made in a fixed order, so that gradients repeat bit for bit.
+    Not under forward-mode differentiation: NotImplementedError, which has the expression to take there.
     Raises ValueError for another rank, shape, dtype or device.
     """
     return _op(residual, branch, gate, impl)
 
 
-@custom_op("gated_residual")
+@custom_op("gated_residual", forward_mode="residual + gate[:, None] * branch")
 def _op(residual: Tensor, branch: Tensor, gate: Tensor, impl: str = "auto") -> Tensor:
     _check(residual, branch, gate)
     return _implementations(impl, residual, branch, gate)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from diffprune.kernels.adaln_modulate import EPS
 from diffprune.kernels.arrays import any_array
 from diffprune.kernels.checks import expect, expect_equal
 from diffprune.kernels.dispatch import Op
@@ -31,12 +32,17 @@ def gated_residual_adaln(
     Differentiable with respect to all five. The backward keeps x, branch, gate and scale. In one pass: 4 tensors of the
     tokens' size moved where the two ops move 5, and 6 in the backward where they and the sum of x's gradients move 9.
     Sums over tokens are made in a fixed order, so that gradients repeat bit for bit.
+    Not under forward-mode differentiation: NotImplementedError, which has the expressions to take there.
     Raises ValueError for another rank, shape, dtype or device.
     """
     return _op(residual, branch, gate, shift, scale, impl)
 
 
-@custom_op("gated_residual_adaln")
+@custom_op(
+    "gated_residual_adaln",
+    forward_mode="x = residual + gate[:, None] * branch and "
+    f"F.layer_norm(x, x.shape[-1:], eps={EPS}) * (1 + scale[:, None]) + shift[:, None]",
+)
 def _op(
     residual: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from diffprune.kernels.arrays import any_array
 from diffprune.kernels.checks import compute_dtype, expect, expect_equal, expect_finite
 from diffprune.kernels.dispatch import Op
+from diffprune.kernels.magnitudes import squaring_shift
 from diffprune.kernels.registration import custom_op
 
 _implementations = Op("pairwise_topk")
@@ -30,7 +31,7 @@ def pairwise_topk(
     Returns:
         distances: [N, k] float32 (float64 if an input is), ascending, not squared; exactly 0 between equal vectors.
         indices: [N, k] int64. Exact: by float64 distances of the given values, up to the rounding of float64; ties go
-            to the smallest index.
+            to the smallest index. In float64, distances under 2^-200 of the largest value may count as 0.
 
     Never holds an N×M matrix, except in ``reference``. Not differentiable.
     Raises ValueError for another rank, shape, dtype, device or k, and for points that are not finite.
@@ -44,7 +45,13 @@ def _op(
 ) -> tuple[Tensor, Tensor]:
     _check(queries, points, k, exclude_self)
     expect_finite("points", points)
-    return _implementations(impl, queries, points, k, exclude_self)
+    # Squares of float32 and half precision neither overflow nor vanish in float64.
+    shift = squaring_shift(queries, points) if compute_dtype(queries, points) == torch.float64 else 0
+    if shift == 0:
+        return _implementations(impl, queries, points, k, exclude_self)
+    queries, points = queries.double() * 2.0**shift, points.double() * 2.0**shift
+    distances, indices = _implementations(impl, queries, points, k, exclude_self)
+    return distances * 2.0**-shift, indices
 
 
 @_op.register_fake

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 NAMESPACE = "diffprune"
 
@@ -20,26 +21,30 @@ registered: dict[str, CustomOp] = {}
 """By qualified name."""
 
 
-def custom_op(name: str) -> Callable[[Callable[..., Any]], CustomOp]:
-    """The decorated function, whose annotations are the schema, as the op ``name``, on every device."""
-    return lambda function: CustomOp(name, function)
+def custom_op(name: str, forward_mode: str = "") -> Callable[[Callable[..., Any]], CustomOp]:
+    """The decorated function, whose annotations are the schema, as the op ``name``, on every device.
+
+    ``forward_mode``: what to take in its place where a forward-mode derivative is wanted, for the error there.
+    """
+    return lambda function: CustomOp(name, function, forward_mode)
 
 
 class CustomOp:
     """An op that changes none of its arguments, and whose results share no memory with them or with each other.
 
-    Called through PyTorch's dispatcher. Going backward through it is an error without ``register_autograd``.
+    Called through PyTorch's dispatcher. Going backward through it is an error without ``register_autograd``, going
+    forward (``torch.func.jvp``, ``forward_ad.make_dual``) always is.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any]) -> None:
-        self.function = function
+    def __init__(self, name: str, function: Callable[..., Any], forward_mode: str = "") -> None:
+        self.function, self.forward_mode = function, forward_mode
         self._qualified = f"{NAMESPACE}::{name}"
         self._backward: Callable[..., Any] | None = None
         self._setup_context: Callable[..., None] | None = None
         if former := registered.pop(self._qualified, None):  # the module is loaded once more
             former._library._destroy()
         registered[self._qualified] = self
-        self._library = torch.library.Library(NAMESPACE, "FRAGMENT")
+        self._library = _Library(self)
         schema = torch.library.infer_schema(function, mutates_args=(), op_name=name)
         self._library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         self._library.impl(name, self._dispatched, "CompositeExplicitAutograd")
@@ -73,6 +78,17 @@ class CustomOp:
         _expect_memory_of_their_own(self._qualified, args, results)
         return results
 
+    def expect_no_tangents(self, args: tuple[Any, ...]) -> None:
+        """NotImplementedError if forward-mode differentiation goes through this call."""
+        # Not a name of PyTorch's public interface, but the public ``unpack_dual`` takes ten times as long to say no.
+        if getattr(forward_ad, "_current_level", 0) < 0:
+            return
+        if any(isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args):
+            instead = f"; take {self.forward_mode}" if self.forward_mode else ""
+            raise NotImplementedError(
+                f"{self._qualified} has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad){instead}"
+            )
+
     def _run_setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         if self._setup_context:
             self._setup_context(ctx, inputs, output)
@@ -81,6 +97,28 @@ class CustomOp:
         if self._backward is None:
             raise RuntimeError(f"{self._qualified} is not differentiable")
         return self._backward(ctx, *grads)
+
+
+class _Library(torch.library.Library):
+    """An op's registrations. Its kernel for autograd, which PyTorch makes, is asked for the backward alone: tangents it
+    would drop without a word, as if the derivative were 0."""
+
+    def __init__(self, op: CustomOp) -> None:
+        super().__init__(NAMESPACE, "FRAGMENT")
+        self.custom_op = op
+
+    def impl(self, op_name: Any, fn: Callable[..., Any], dispatch_key: str = "", **options: Any) -> None:
+        """See ``torch.library.Library.impl``."""
+        super().impl(op_name, self._without_tangents(fn) if dispatch_key == "Autograd" else fn, dispatch_key, **options)
+
+    def _without_tangents(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
+        op = self.custom_op
+
+        def run(keyset: Any, *args: Any, **options: Any) -> Any:
+            op.expect_no_tangents(args)
+            return kernel(keyset, *args, **options)
+
+        return run
 
 
 def _expect_memory_of_their_own(name: str, args: tuple[Any, ...], results: Any) -> None:

@@ -155,7 +155,8 @@ class DiT(nn.Module):
     def use_ops(self, impl: str | None) -> None:
         """Run attention and the adaLN chain as this package's ops with this ``impl``, or with None as PyTorch's own.
 
-        The same function but for rounding; see ``models.ops`` for which is faster.
+        The same function but for rounding; see ``models.ops`` for which is faster. The ops have no forward-mode
+        derivative: for ``torch.func.jvp`` of the model it has to be None.
         """
         for module in self.modules():
             if isinstance(module, (Attention, Block, FinalLayer)):

@@ -142,7 +142,7 @@ def gradient_sum(
 
     good = in_batches(samples, draws.count, size, work, advance)["good"]
     count = int(good.sum())
-    return GradientSum({name: value.cpu() for name, value in total.items()}, count, count)
+    return GradientSum(total, count, count)
 
 
 def group_products(network: Network, samples: Samples, draws: Draws, rows: int) -> dict[str, Tensor]:

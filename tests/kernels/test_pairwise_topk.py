@@ -113,6 +113,35 @@ def test_dtypes(impl: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("exponent", [-1020, -700, -400, -301, -300, -100, 100, 479, 480, 600, 1000, 1020])
+def test_float64_of_any_magnitude(impl: str, exponent: int) -> None:
+    """Squares would vanish or overflow. A power of two changes no bit of the results, and none is left in them."""
+    queries, points = normal(20, 5).double(), normal(30, 5, seed=1).double()
+    queries[0, 0] = 2**-20
+    for exclude_self, given in ((False, queries), (True, points)):
+        expected = pairwise_topk(given, points, 4, exclude_self, impl=impl)
+        half, rest = 2.0 ** (exponent // 2), 2.0 ** (exponent - exponent // 2)
+        found = pairwise_topk(given * half * rest, points * half * rest, 4, exclude_self, impl=impl)
+        assert torch.equal(found[0], expected[0] * half * rest) and torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_float64_at_its_ends(impl: str) -> None:
+    least, largest = 5e-324, torch.finfo(torch.float64).max
+    points = torch.tensor([[0.0], [3 * least], [5 * least]], dtype=torch.float64)
+    distances, indices = pairwise_topk(points, points, 2, impl=impl)
+    assert indices.tolist() == [[0, 1], [1, 2], [2, 1]]
+    assert distances.tolist() == [[0, 3 * least], [0, 2 * least], [0, 2 * least]]
+    points = torch.tensor([[largest], [largest / 2], [-largest]], dtype=torch.float64)
+    distances, indices = pairwise_topk(points, points, 2, impl=impl)
+    assert indices.tolist() == [[0, 1], [1, 0], [2, 1]]
+    assert distances.tolist() == [[0, largest / 2], [0, largest / 2], [0, torch.inf]]
+    lost = torch.tensor([[torch.nan], [torch.inf], [1e-200]], dtype=torch.float64)
+    distances, indices = pairwise_topk(lost, points * 1e-200 / largest, 1, impl=impl)
+    assert not distances[:2].isfinite().any() and indices[2, 0] == 0 and distances[2, 0] < 1e-210
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_queries_that_are_not_finite(impl: str) -> None:
     queries = torch.tensor([[0.0, 1.0], [torch.nan, 0.0], [torch.inf, 0.0]])
     distances, indices = pairwise_topk(queries, normal(9, 2), 3, impl=impl)

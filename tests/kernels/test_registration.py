@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from functools import partial
 from importlib import reload
+from typing import Any
 
 import pytest
 import torch
+from op_cases import arguments
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diffprune.kernels import kmeans_update
-from diffprune.kernels.registration import CustomOp, custom_op
+from diffprune import kernels
+from diffprune.kernels import attention, flow_interpolate, kmeans_update
+from diffprune.kernels.registration import CustomOp, custom_op, registered
 
 WITHOUT_DYNAMO = """
 import sys
@@ -71,6 +79,76 @@ def test_going_backward_is_an_error_until_it_is_registered(op: CustomOp) -> None
     op(x).sum().backward()
     assert torch.equal(x.grad, torch.full((2,), 2.0))
     torch.library.opcheck(torch.ops.diffprune.example.default, (x,))
+
+
+DIFFERENTIABLE = {
+    "adaln_modulate": "x",
+    "attention": "query",
+    "flow_matching_loss": "velocity",
+    "gated_residual": "branch",
+    "gated_residual_adaln": "gate",
+}
+"""Op -> an argument to differentiate by."""
+
+
+def result(op: str, given: dict[str, Any]) -> Tensor:
+    """The op's result, of several the last; of "attention" not by PyTorch, which has its own derivatives."""
+    found = getattr(kernels, op)(**given, **({"impl": "reference"} if op == "attention" else {}))
+    return found[-1] if isinstance(found, tuple) else found
+
+
+@pytest.mark.parametrize(("op", "name"), DIFFERENTIABLE.items())
+def test_no_tangent_is_dropped(op: str, name: str) -> None:
+    given = arguments(op)
+    value, tangent = given[name], torch.ones_like(given[name])
+    instead = re.escape(registered[f"diffprune::{op}"].forward_mode)
+    message = f"diffprune::{op} has no forward-mode derivative .*; take {instead}"
+
+    def function(value: Tensor) -> Tensor:
+        return result(op, given | {name: value})
+
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.jvp(function, (value,), (tangent,))
+    with pytest.raises(NotImplementedError, match=message):
+        torch.vmap(lambda value, tangent: torch.func.jvp(function, (value,), (tangent,)))(value[None], tangent[None])
+    for compiled in (function, torch.compile(function, fullgraph=True, backend="eager")):
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=message):
+            compiled(forward_ad.make_dual(value, tangent))
+
+    def both(value: Tensor) -> Any:
+        return torch.func.jvp(function, (value,), (tangent,))
+
+    with pytest.raises(Exception, match="no forward-mode derivative"):  # Dynamo's exception has other ancestors
+        torch.compile(both, fullgraph=True, backend="eager")(value)
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_what_carries_no_tangent_goes_through(op: str) -> None:
+    one, given = torch.ones(()), arguments(op)
+    expected = result(op, given)
+    found, tangent = torch.func.jvp(lambda factor: factor * result(op, given), (one,), (one,))
+    assert torch.equal(found, expected) and torch.equal(tangent, expected)
+
+
+def test_what_to_take_where_a_tangent_is_wanted() -> None:
+    """The expressions in the errors are the ops."""
+    for op, arrays in ((op, arguments(op)) for op in ("adaln_modulate", "gated_residual", "gated_residual_adaln")):
+        scope = {"F": F, **arrays}
+        for expression in registered[f"diffprune::{op}"].forward_mode.removeprefix("x = ").split(" and "):
+            scope["x"] = eval(expression, scope)
+        torch.testing.assert_close(scope["x"], result(op, arrays))
+    with sdpa_kernel(SDPBackend.MATH):
+        given = arguments("attention")
+        by_query = partial(attention, key=given["key"], value=given["value"])
+        _, tangent = torch.func.jvp(by_query, (given["query"],), (given["key"],))
+    query, key, value = (given[name].double() for name in ("query", "key", "value"))
+    step = 1e-6 * key
+    expected = (attention(query + step, key, value) - attention(query - step, key, value)) / 2e-6
+    torch.testing.assert_close(tangent.double(), expected, rtol=1e-4, atol=1e-5)
+    given = arguments("flow_matching_loss")
+    x0 = flow_interpolate(given["x1"], torch.zeros(3), given["hashes"], given["seed"], given["draw"])
+    found = eval(registered["diffprune::flow_matching_loss"].forward_mode.partition(", x0")[0], {"x0": x0, **given})
+    torch.testing.assert_close(found, result("flow_matching_loss", given))
 
 
 def test_a_module_may_be_loaded_again() -> None:
