@@ -1,4 +1,5 @@
 // flow_matching_loss and flow_matching_loss_grad: one pass over velocity and data, the noise made in registers.
+#include "fours.cuh"
 #include "host.cuh"
 #include "philox.cuh"
 
@@ -7,76 +8,62 @@ namespace diffprune {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kPerThread = 16;  // elements, in groups of 4: one Philox block each
-constexpr int kTile = kThreads * kPerThread;
-
-template <class T>
-struct alignas(4 * sizeof(T)) Four {
-  T values[4];
-};
-
-__device__ __forceinline__ void store(float* target, float value) { *target = value; }
-__device__ __forceinline__ void store(__half* target, float value) { *target = __float2half_rn(value); }
-__device__ __forceinline__ void store(__nv_bfloat16* target, float value) { *target = __float2bfloat16_rn(value); }
-
-// `count` (at most 4) numbers; all four at once if `aligned`.
-template <class T>
-__device__ __forceinline__ void load_four(float (&values)[4], const T* source, int64_t count, bool aligned) {
-  if (aligned) {
-    const auto four = *reinterpret_cast<const Four<T>*>(source);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) values[i] = to_float(four.values[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) values[i] = i < count ? to_float(source[i]) : 0.0f;
-  }
-}
-
-template <class T>
-__device__ __forceinline__ void store_four(T* target, const float (&values)[4], int64_t count, bool aligned) {
-  if (aligned) {
-    Four<T> four;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) store(&four.values[i], values[i]);
-    *reinterpret_cast<Four<T>*>(target) = four;
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (i < count) store(target + i, values[i]);
-  }
-}
+constexpr int kBlocks = 4;  // per multiprocessor, of up to 64 registers a thread, which hold all that is loaded
+constexpr int kGroups = 4;  // of 4 elements per thread: one Philox block each
+constexpr int kTile = kThreads * kGroups * 4;
 
 // One block per sample and tile: partials[sample, tile] = 1/elements·Σ (v - (x1 - x0))² over the tile.
 template <class V, class X>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
 flow_matching_loss_kernel(const V* velocity,      // [samples, elements]
                          const X* x1,             // [samples, elements]
                          const int64_t* hashes,   // [samples]
                          const float* weight,     // [samples] or null
                          V* grad,                 // [samples, elements], with weight
                          float* partials,         // [samples, tiles]
-                         int64_t elements, int tiles, uint32_t seed, uint32_t stream, uint32_t draw, bool aligned) {
+                         int64_t elements, float per_element,  // 2 / elements
+                         int tiles, const __grid_constant__ PhiloxKeys keys, uint32_t draw, bool aligned) {
   const int64_t sample = blockIdx.x / tiles, tile_start = int64_t(blockIdx.x % tiles) * kTile;
-  const int64_t row = sample * elements;
+  const int64_t at = sample * elements + tile_start;
+  const int left = elements - tile_start < kTile ? int(elements - tile_start) : kTile;  // elements of the tile
   const uint64_t hash = uint64_t(hashes[sample]);
-  const float factor = weight != nullptr ? 2.0f / float(elements) * weight[sample] : 0.0f;
+  float v[kGroups][4], x[kGroups][4];
+  const auto load = [&](bool at_once) {
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      const int start = 4 * (i * kThreads + int(threadIdx.x));
+      load_four(v[i], velocity + at + start, left - start, at_once);
+      load_four(x[i], x1 + at + start, left - start, at_once);
+    }
+  };
+  if (aligned) load(true);  // one branch, not one per load
+  else load(false);
   float sum = 0;
 #pragma unroll
-  for (int i = 0; i < kPerThread / 4; ++i) {
-    const int64_t start = tile_start + (i * kThreads + int64_t(threadIdx.x)) * 4, count = elements - start;
+  for (int i = 0; i < kGroups; ++i) {
+    const int start = 4 * (i * kThreads + int(threadIdx.x)), count = left - start;
     if (count <= 0) continue;
-    float v[4], x[4];
-    load_four(v, velocity + row + start, count, aligned);
-    load_four(x, x1 + row + start, count, aligned);
-    const float4 noise = normal_noise(uint32_t(start / 4), hash, seed, stream, draw);
+    const float4 noise = normal_noise(uint32_t(tile_start / 4) + start / 4, hash, draw, keys);
     const float x0[4] = {noise.x, noise.y, noise.z, noise.w};
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      v[e] = e < count ? v[e] - (x[e] - x0[e]) : 0.0f;
-      sum = fmaf(v[e], v[e], sum);
-      v[e] *= factor;
+      v[i][e] = e < count ? v[i][e] - (x[i][e] - x0[e]) : 0.0f;
+      sum = fmaf(v[i][e], v[i][e], sum);
     }
-    if (weight != nullptr) store_four(grad + row + start, v, count, aligned);
+  }
+  if (weight != nullptr) {
+    const float factor = per_element * weight[sample];
+    const auto store = [&](bool at_once) {
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i) {
+        const int start = 4 * (i * kThreads + int(threadIdx.x));
+#pragma unroll
+        for (int e = 0; e < 4; ++e) v[i][e] *= factor;
+        store_four(grad + at + start, v[i], left - start, at_once);
+      }
+    };
+    if (aligned) store(true);
+    else store(false);
   }
   float* warps = reinterpret_cast<float*>(shared_memory());
   sum = warp_sum(sum);
@@ -105,8 +92,8 @@ void flow_matching_loss(const Where& where, int velocity_dtype, int x1_dtype, ui
       using X = decltype(x1_type);
       launch("flow_matching_loss", flow_matching_loss_kernel<V, X>, dim3(blocks), kThreads,
              kAlignmentBytes + kThreads / 32 * 4, 1, queue.stream, pointer<V>(velocity), pointer<X>(x1),
-             pointer<int64_t>(hashes), pointer<float>(weight), pointer<V>(grad), pointer<float>(partials), elements, tiles,
-             seed, stream, draw, aligned);
+             pointer<int64_t>(hashes), pointer<float>(weight), pointer<V>(grad), pointer<float>(partials), elements,
+             2.0f / float(elements), tiles, PhiloxKeys(seed, stream), draw, aligned);
     });
   });
 }

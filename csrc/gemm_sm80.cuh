@@ -61,7 +61,7 @@ __device__ __forceinline__ const unsigned char* tile_chunk(const unsigned char* 
 }
 
 // results += left·rightᵀ over one 64-deep stage.
-template <class T, bool Transposed>
+template <class T, bool TransposedLeft, bool TransposedRight>
 __device__ __forceinline__ void multiply_stage(BlockResults& results, const unsigned char* left, const unsigned char* right,
                                                const BlockThread& thread) {
   const int matrix = thread.lane / 8, line = thread.lane % 8;  // of the four that load_matrices reads
@@ -72,14 +72,14 @@ __device__ __forceinline__ void multiply_stage(BlockResults& results, const unsi
 #pragma unroll
     for (int i = 0; i < 2; ++i) {  // matrices: (rows 0-7, k 0-7) (8-15, 0-7) (0-7, 8-15) (8-15, 8-15)
       const int row = thread.warp_row + 16 * i + low, depth = k + high;
-      load_matrices<Transposed>(a[i], Transposed ? tile_chunk<true>(left, row, depth + line)
-                                                 : tile_chunk<false>(left, row + line, depth));
+      load_matrices<TransposedLeft>(a[i], TransposedLeft ? tile_chunk<true>(left, row, depth + line)
+                                                         : tile_chunk<false>(left, row + line, depth));
     }
 #pragma unroll
     for (int j = 0; j < 4; ++j) {  // matrices: (columns 0-7, k 0-7) (0-7, 8-15) (8-15, 0-7) (8-15, 8-15)
       const int column = thread.warp_column + 16 * j + high, depth = k + low;
-      load_matrices<Transposed>(b[j], Transposed ? tile_chunk<true>(right, column, depth + line)
-                                                 : tile_chunk<false>(right, column + line, depth));
+      load_matrices<TransposedRight>(b[j], TransposedRight ? tile_chunk<true>(right, column, depth + line)
+                                                           : tile_chunk<false>(right, column + line, depth));
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i)
@@ -88,18 +88,18 @@ __device__ __forceinline__ void multiply_stage(BlockResults& results, const unsi
   }
 }
 
-// results = left[left_at ...]·right[right_at ...]ᵀ. Not transposed: both [*, depth]; Transposed: both [depth, *].
+// results = left[left_at ...]·right[right_at ...]ᵀ. Each is [*, depth], or transposed [depth, *].
 // All threads of the block; the shared memory is free again when it returns.
-template <class T, bool Transposed, class Left>
+template <class T, bool TransposedLeft, bool TransposedRight, class Left>
 __device__ __forceinline__ void multiply_block(BlockResults& results, unsigned char* shared, const Left& left, int left_at,
                                                const Matrix<T>& right, int right_at) {
   const BlockThread thread;
-  const int steps = ceil_div(Transposed ? left.rows : left.columns, kBlockDepth);
+  const int steps = ceil_div(TransposedLeft ? left.rows : left.columns, kBlockDepth);
   auto load = [&](int step) {
     if (step < steps) {
       unsigned char* stage = shared + step % kBlockStages * 2 * kOperandBytes;
-      load_tile<Transposed>(stage, left, left_at, step * kBlockDepth);
-      load_tile<Transposed>(stage + kOperandBytes, right, right_at, step * kBlockDepth);
+      load_tile<TransposedLeft>(stage, left, left_at, step * kBlockDepth);
+      load_tile<TransposedRight>(stage + kOperandBytes, right, right_at, step * kBlockDepth);
     }
     copy_commit();  // empty groups too: copy_wait counts groups
   };
@@ -115,7 +115,7 @@ __device__ __forceinline__ void multiply_block(BlockResults& results, unsigned c
     __syncthreads();  // everyone's copies are there, and everyone is done with the stage that is loaded next
     load(step + kBlockStages - 1);
     const unsigned char* stage = shared + step % kBlockStages * 2 * kOperandBytes;
-    multiply_stage<T, Transposed>(results, stage, stage + kOperandBytes, thread);
+    multiply_stage<T, TransposedLeft, TransposedRight>(results, stage, stage + kOperandBytes, thread);
   }
   copy_wait<0>();
   __syncthreads();

@@ -33,15 +33,24 @@ __device__ __forceinline__ void barrier_arrive_expect(uint64_t* barrier, int byt
                : "memory");
 }
 
-// Arrives at the same barrier of block `rank` of the cluster.
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Arrives at the same barrier of block `rank` of the cluster: that this thread is done reading. As CUTLASS's ClusterBarrier
+// at the default scope, for which reads that are complete need no more: .release.cluster is a fence of all memory first.
 __device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, int rank) {
   asm volatile(
       "{\n\t.reg .b32 remote;\n\t"
       "mapa.shared::cluster.u32 remote, %0, %1;\n\t"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n\t}" ::"r"(shared_address(barrier)),
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n\t}" ::"r"(shared_address(barrier)),
       "r"(rank)
       : "memory");
 }
+
+// After this thread's own loads from shared memory, before it says that the copy engine may write there; wgmma's reads
+// need none.
+__device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Until the phase of this parity is complete. The phase before the first counts as complete, with parity 1.
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
@@ -122,15 +131,15 @@ __device__ __forceinline__ void wgmma_results(float (&d)[Count]) {
 #define WGMMA_D32(i) WGMMA_D8(i), WGMMA_D8(i + 8), WGMMA_D8(i + 16), WGMMA_D8(i + 24)
 #define WGMMA_D64(i) WGMMA_D32(i), WGMMA_D32(i + 32)
 
-// d = a·b (+ d), 64x16 by 16xN, from two tiles in shared memory (`descriptor`); both K-major, or both Transposed.
-template <class T, int N, bool Transposed>
+// d = a·b (+ d), 64x16 by 16xN, from two tiles in shared memory (`descriptor`); each K-major, or transposed.
+template <class T, int N, bool TransposedA, bool TransposedB>
 __device__ __forceinline__ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {
 #define DIFFPRUNE_WGMMA(SHAPE, TYPE, REGISTERS, A, B, P, TA, TB, OUTPUTS)                                     \
   asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %" P ", 0;\n\t"                                          \
                "wgmma.mma_async.sync.aligned.m64n" SHAPE "k16.f32." TYPE "." TYPE " {" REGISTERS "}, %" A     \
                ", %" B ", p, 1, 1, %" TA ", %" TB ";\n\t}"                                                    \
                : OUTPUTS                                                                                      \
-               : "l"(a), "l"(b), "r"(accumulate), "n"(int(Transposed)), "n"(int(Transposed)))
+               : "l"(a), "l"(b), "r"(accumulate), "n"(int(TransposedA)), "n"(int(TransposedB)))
   static_assert(N == 128 || N == 192 || N == 256, "the sizes that are written out here");
   if constexpr (N == 128 && is_half<T>)
     DIFFPRUNE_WGMMA("128", "f16", WGMMA_R0, "64", "65", "66", "67", "68", WGMMA_D64(0));

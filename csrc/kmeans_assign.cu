@@ -1,4 +1,5 @@
 // kmeans_assign: rounding of the points, the search for sm_80, and the decision.
+#include "fours.cuh"
 #include "gemm_sm80.cuh"
 #include "kmeans_search.cuh"
 
@@ -8,6 +9,9 @@ namespace {
 
 constexpr int kRowThreads = 256;  // a warp per row
 constexpr int kRowsPerBlock = kRowThreads / 32;
+constexpr int kRowBlocks = 4;  // per multiprocessor, of at least 64 registers a thread: ptxas left to itself saves registers
+                               // by waiting for every load before the next
+constexpr int kAhead = 3;      // loads of four numbers of a row before the first sum
 
 __device__ __forceinline__ float warp_max(float value) {
   for (int distance = 16; distance > 0; distance /= 2) value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, distance));
@@ -16,18 +20,30 @@ __device__ __forceinline__ float warp_max(float value) {
 
 // A row that float16 cannot hold gets infinite norms, which no decision survives.
 template <class T>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
 kmeans_round_rows(const T* points,       // [n, dimensions]
                   const float* centre,   // [dimensions]
                   __half* rounded,       // [n, padded]
                   float* scale,          // [n]
                   float2* norms,         // [n]
-                  int n, int dimensions, int padded) {
+                  int n, int dimensions, int padded, bool aligned) {
   const int row = blockIdx.x * kRowsPerBlock + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (row >= n) return;
   const T* x = points + int64_t(row) * dimensions;
+  const auto load = [&](float (&values)[4], int d) {
+    float own[4];
+    load_four(values, x + d, dimensions - d, aligned);
+    load_four(own, centre + d, dimensions - d, aligned);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) values[i] -= own[i];
+  };
   float largest = 0;
-  for (int d = lane; d < dimensions; d += 32) largest = fmaxf(largest, fabsf(to_float(x[d]) - centre[d]));
+  for (int d = 4 * lane; d < dimensions; d += 4 * 32) {
+    float values[4];
+    load(values, d);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) largest = fmaxf(largest, fabsf(values[i]));
+  }
   largest = warp_max(largest);
   // 2^e so that the largest number is in [2^13, 2^14); fmaxf passed over NaNs, the norm below does not.
   int exponent = 0;
@@ -35,13 +51,18 @@ kmeans_round_rows(const T* points,       // [n, dimensions]
   if (usable) frexpf(largest, &exponent);
   const float up = ldexpf(1.0f, 14 - exponent), down = ldexpf(1.0f, exponent - 14);
   float norm = 0, error = 0;
-  for (int d = lane; d < padded; d += 32) {
-    const float value = d < dimensions ? to_float(x[d]) - centre[d] : 0.0f;
-    const __half half = __float2half_rn(value * up);
-    rounded[int64_t(row) * padded + d] = half;
-    const float back = to_float(half) * down;
-    norm += back * back;
-    error += (value - back) * (value - back);
+  for (int d = 4 * lane; d < padded; d += 4 * 32) {
+    float values[4];
+    Four<__half> halves;
+    load(values, d);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      halves.values[i] = __float2half_rn(values[i] * up);
+      const float back = to_float(halves.values[i]) * down;
+      norm += back * back;
+      error += (values[i] - back) * (values[i] - back);
+    }
+    halves.write(rounded + int64_t(row) * padded + d);
   }
   norm = sqrtf(warp_sum(norm));
   error = sqrtf(warp_sum(error));
@@ -73,12 +94,12 @@ kmeans_search_sm80(SearchInputs inputs, SearchOutputs outputs, SearchShape shape
     }
   for (int column = 0; column < shape.k; column += kBlockTile) {
     BlockResults products;
-    multiply_block<__half, false>(products, shared, x, first_row, c, column);
+    multiply_block<__half, false, false>(products, shared, x, first_row, c, column);
 #pragma unroll
     for (int i = 0; i < 2; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        Group group;
+        Group group(shape.value_bits);
 #pragma unroll
         for (int j = 0; j < 8; ++j)
 #pragma unroll
@@ -123,11 +144,41 @@ __device__ __forceinline__ float tolerance(float size, float lost, float reach, 
   return (2.02f + 5e-7f * dimensions) * length * (slope + 1.2e-7f * length) + 1e-30f;
 }
 
+struct RowSums {
+  float squares, size, reach;  // of x - c, x and x - μ
+};
+
+// Each lane's share of a row's.
+template <class T>
+__device__ __forceinline__ RowSums row_sums(const T* x, const float* c, const float* centre, int dimensions, bool aligned) {
+  RowSums sums = {0, 0, 0};
+  for (int start = threadIdx.x % 32 * 4; start < dimensions; start += kAhead * 4 * 32) {
+    float numbers[kAhead][4], nearest[kAhead][4], own[kAhead][4];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int d = start + i * 4 * 32;
+      load_four(numbers[i], x + d, dimensions - d, aligned);
+      load_four(nearest[i], c + d, dimensions - d, aligned);
+      load_four(own[i], centre + d, dimensions - d, aligned);
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float number = numbers[i][j], difference = number - nearest[i][j], centred = number - own[i][j];
+        sums.squares += difference * difference;
+        sums.size += number * number;
+        sums.reach += centred * centred;
+      }
+  }
+  return sums;
+}
+
 // A warp per row. The nearest centroid has v >= first - 2E: if only the first does, it is the nearest; if only two do, they
 // are compared in float64; otherwise the row is put on the list `again`, and what its v must reach replaces the bound of the
 // others.
 template <class T>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
 kmeans_decide_rows(const T* points,         // [n, dimensions]
                    const float* centroids,  // [k, dimensions]
                    const float* centre,     // [dimensions]
@@ -138,7 +189,7 @@ kmeans_decide_rows(const T* points,         // [n, dimensions]
                    int* again,              // [1 + n]: how many rows, the rows
                    int* assignment,         // [n]
                    float* sqdistance,       // [n]
-                   int n, int k, int dimensions) {
+                   int n, int k, int dimensions, bool aligned) {
   const int row = blockIdx.x * kRowsPerBlock + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (row >= n) return;
   const T* x = points + int64_t(row) * dimensions;
@@ -147,19 +198,13 @@ kmeans_decide_rows(const T* points,         // [n, dimensions]
   candidate.x = min(candidate.x, k - 1);  // rows without a comparable value have any column
   candidate.y = min(candidate.y, k - 1);
   const float* c = centroids + int64_t(candidate.x) * dimensions;
-  float squares = 0, size = 0, reach = 0;
-#pragma unroll 4
-  for (int d = lane; d < dimensions; d += 32) {
-    const float number = to_float(x[d]), difference = number - c[d], own = number - centre[d];
-    squares += difference * difference;
-    size += number * number;
-    reach += own * own;
-  }
-  squares = warp_sum(squares);
+  // In one branch each, not one per load.
+  const RowSums sums = aligned ? row_sums(x, c, centre, dimensions, true) : row_sums(x, c, centre, dimensions, false);
+  float squares = warp_sum(sums.squares);
   const float per_unit = limits[0];
   float twice;
   if (norms == nullptr) {
-    twice = tolerance(per_unit * sqrtf(warp_sum(size)), 0, per_unit * sqrtf(warp_sum(reach)), limits, dimensions);
+    twice = tolerance(per_unit * sqrtf(warp_sum(sums.size)), 0, per_unit * sqrtf(warp_sum(sums.reach)), limits, dimensions);
   } else {
     const float rounded = per_unit * norms[row].x, lost = per_unit * norms[row].y;
     twice = tolerance(rounded, lost, rounded + lost, limits, dimensions);
@@ -196,6 +241,11 @@ void search_sm80(const Queue& queue, SearchInputs inputs, SearchOutputs outputs,
          queue.stream, inputs, outputs, shape);
 }
 
+// Whether rows of float32 and of `points` can be read four numbers at a time: from multiples of 16 bytes.
+bool aligned_rows(int64_t dimensions, uint64_t points, uint64_t centroids, uint64_t centre) {
+  return dimensions % 4 == 0 && (points | centroids | centre) % 16 == 0;
+}
+
 void kmeans_round(const Where& where, int dtype, uint64_t points, uint64_t centre, uint64_t rounded, uint64_t scale,
                   uint64_t norms, int64_t n, int64_t dimensions, int64_t padded) {
   const Queue queue(where);
@@ -204,7 +254,8 @@ void kmeans_round(const Where& where, int dtype, uint64_t points, uint64_t centr
     using T = decltype(type);
     launch("kmeans_round", kmeans_round_rows<T>, dim3(ceil_div(rows, kRowsPerBlock)), kRowThreads, 0, 1, queue.stream,
            pointer<T>(points), pointer<float>(centre), pointer<__half>(rounded), pointer<float>(scale),
-           pointer<float2>(norms), rows, narrow(dimensions, "dimensions"), narrow(padded, "dimensions"));
+           pointer<float2>(norms), rows, narrow(dimensions, "dimensions"), narrow(padded, "dimensions"),
+           aligned_rows(dimensions, points, 0, centre));
   });
 }
 
@@ -231,7 +282,8 @@ void kmeans_decide(const Where& where, int dtype, uint64_t points, uint64_t cent
     launch("kmeans_decide", kmeans_decide_rows<T>, dim3(ceil_div(rows, kRowsPerBlock)), kRowThreads, 0, 1, queue.stream,
            pointer<T>(points), pointer<float>(centroids), pointer<float>(centre), pointer<float4>(values),
            pointer<int2>(candidates), pointer<float2>(norms), pointer<float>(limits), pointer<int>(again),
-           pointer<int>(assignment), pointer<float>(sqdistance), rows, columns, depth);
+           pointer<int>(assignment), pointer<float>(sqdistance), rows, columns, depth,
+           aligned_rows(dimensions, points, centroids, centre));
   });
 }
 

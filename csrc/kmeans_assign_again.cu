@@ -45,7 +45,7 @@ kmeans_search_few(const T* points,         // [n, dimensions]
       }
     for (int column = 0; column < shape.k; column += kBlockTile) {
       BlockResults products;
-      multiply_block<__half, false>(products, shared, x, start, c, column);
+      multiply_block<__half, false, false>(products, shared, x, start, c, column);
 #pragma unroll
       for (int i = 0; i < 2; ++i)
 #pragma unroll

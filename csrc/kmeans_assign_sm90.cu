@@ -46,11 +46,16 @@ kmeans_search_sm90(const __grid_constant__ CUtensorMap x_map,  // [n, depth], bo
         scale[i] = per_unit * (inputs.scale != nullptr && row + 8 * i < shape.n ? inputs.scale[row + 8 * i] : 1.0f);
       for (int column = 0; column < shape.k; column += kSearchColumns) {
         float products[kSearchColumns / 2];
-        multiply<__half, kSearchColumns, false>(products, ring, steps, half * kPanelBytes, kXBytes);
-        Group group[2];
+        float2 offsets[kSearchColumns / 8];
+        multiply<__half, kSearchColumns, false, false>(products, ring, steps, half * kPanelBytes, kXBytes, [&] {
+#pragma unroll
+          for (int i = 0; i < kSearchColumns / 8; ++i)
+            offsets[i] = *reinterpret_cast<const float2*>(inputs.offset + column + accumulator_column(lane, 4 * i));
+        });
+        Group group[2] = {Group(shape.value_bits), Group(shape.value_bits)};
 #pragma unroll
         for (int i = 0; i < kSearchColumns / 2; i += 4) {
-          const float2 offset = *reinterpret_cast<const float2*>(inputs.offset + column + accumulator_column(lane, i));
+          const float2 offset = offsets[i / 4];
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
             group[j].add(fmaf(products[i + 2 * j], scale[j], -offset.x), i / 2);

@@ -46,10 +46,13 @@ struct Best {
 // The two largest of up to 64 values of one row. The column is kept in the value's last 6 bits, so that a value costs one
 // AND-OR and three comparisons; that changes it by at most 2^-17 of itself.
 struct Group {
+  unsigned value_bits;  // SearchShape's
   float first = kNoValue, second = kNoValue;
 
+  __device__ __forceinline__ explicit Group(unsigned value_bits) : value_bits(value_bits) {}
+
   __device__ __forceinline__ void add(float value, int index) {
-    const float tagged = __uint_as_float((__float_as_uint(value) & ~63u) | unsigned(index));
+    const float tagged = __uint_as_float((__float_as_uint(value) & value_bits) | unsigned(index));
     second = fmaxf(second, fminf(first, tagged));
     first = fmaxf(first, tagged);
   }
@@ -83,6 +86,7 @@ __device__ __forceinline__ double exact_sqdistance(const T* x, const float* c, i
 
 struct SearchShape {
   int n, k, depth, columns;  // points, centroids, padded dimensions, centroids padded to a multiple of kSearchColumns
+  unsigned value_bits = ~63u;  // for Group: one instruction takes only one constant, and the index is one
 };
 
 struct SearchInputs {

@@ -10,17 +10,18 @@ namespace {
 // Two per-row sums of a block tile come from two warps; each writes its own strip of 64 columns.
 constexpr int kStrip80 = 64;
 
-template <class T>
+template <class T, bool Transposed>
 __global__ void __launch_bounds__(kBlockThreads, 1)
-linear_grad_dot_sm80(Matrix<T> x,         // [rows, depth]
-                     Matrix<T> w,         // [columns, depth]
-                     const T* y,          // [rows, columns]
-                     const float* bias,   // [columns] or null
-                     float* partials) {   // [strips, rows]
-  const int tiles = ceil_div(w.rows, kBlockTile);
+linear_grad_dot_sm80(Matrix<T> x,        // [rows, depth]
+                     Matrix<T> w,        // [columns, depth], or Transposed
+                     const T* y,         // [rows, columns]
+                     const float* bias,  // [columns] or null
+                     float* partials,    // [strips, rows]
+                     DotShape shape) {
+  const int tiles = ceil_div(shape.columns, kBlockTile);
   const int row_at = blockIdx.x / tiles * kBlockTile, column_at = blockIdx.x % tiles * kBlockTile;
   BlockResults products;
-  multiply_block<T, false>(products, shared_memory(), x, row_at, w, column_at);
+  multiply_block<T, false, Transposed>(products, shared_memory(), x, row_at, w, column_at);
   const BlockThread thread;
 #pragma unroll
   for (int i = 0; i < 2; ++i)
@@ -31,15 +32,15 @@ linear_grad_dot_sm80(Matrix<T> x,         // [rows, depth]
       for (int j = 0; j < 8; ++j)
         for (int e = 0; e < 2; ++e) {
           const int column = column_at + thread.column(j, e);
-          if (row < x.rows && column < w.rows)
+          if (row < shape.rows && column < shape.columns)
             sum += (products[i][j][2 * half + e] + (bias ? bias[column] : 0.0f)) *
-                   to_float(y[int64_t(row) * w.rows + column]);
+                   to_float(y[int64_t(row) * shape.columns + column]);
         }
       sum += __shfl_xor_sync(0xffffffffu, sum, 1);
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
       const int strip = (column_at + thread.warp_column) / kStrip80;
-      if (thread.lane % 4 == 0 && row < x.rows && strip < ceil_div(w.rows, kStrip80))
-        partials[int64_t(strip) * x.rows + row] = sum;
+      if (thread.lane % 4 == 0 && row < shape.rows && strip < ceil_div(shape.columns, kStrip80))
+        partials[int64_t(strip) * shape.rows + row] = sum;
     }
 }
 
@@ -77,16 +78,18 @@ void dot_sm80(const Queue& queue, int dtype, uint64_t x, uint64_t w, uint64_t y,
       narrow(int64_t(ceil_div(shape.rows, kBlockTile)) * ceil_div(shape.columns, kBlockTile), "tiles of the product");
   with_half_type(dtype, [&](auto type) {
     using T = decltype(type);
-    launch("linear_grad_dot_sm80", linear_grad_dot_sm80<T>, dim3(blocks), kBlockThreads, kBlockSharedBytes, 1, queue.stream,
-           Matrix<T>{pointer<T>(x), shape.rows, shape.depth}, Matrix<T>{pointer<T>(w), shape.columns, shape.depth},
-           pointer<T>(y), bias, partials);
+    const Matrix<T> transposed{pointer<T>(w), shape.depth, shape.columns}, plain{pointer<T>(w), shape.columns, shape.depth};
+    launch("linear_grad_dot_sm80", shape.transposed ? linear_grad_dot_sm80<T, true> : linear_grad_dot_sm80<T, false>,
+           dim3(blocks), kBlockThreads, kBlockSharedBytes, 1, queue.stream,
+           Matrix<T>{pointer<T>(x), shape.rows, shape.depth}, shape.transposed ? transposed : plain, pointer<T>(y), bias,
+           partials, shape);
   });
 }
 
 void linear_grad_dot(const Where& where, int dtype, uint64_t x, uint64_t w, uint64_t y, uint64_t bias, uint64_t partials,
-                     uint64_t dot, int64_t samples, int64_t tokens, int64_t depth, int64_t columns) {
+                     uint64_t dot, int64_t samples, int64_t tokens, int64_t depth, int64_t columns, bool transposed) {
   const Queue queue(where);
-  const DotShape shape{narrow(samples * tokens, "tokens"), narrow(columns, "columns"), narrow(depth, "depth")};
+  const DotShape shape{narrow(samples * tokens, "tokens"), narrow(columns, "columns"), narrow(depth, "depth"), transposed};
   const int strip = dot_strip(queue, shape.columns);
 #ifdef DIFFPRUNE_SM90
   if (queue.path == 90) dot_sm90(queue, dtype, x, w, y, pointer<float>(bias), pointer<float>(partials), shape, strip);

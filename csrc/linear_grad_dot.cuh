@@ -8,6 +8,7 @@ namespace diffprune {
 struct DotShape {
   int rows;  // samples · tokens
   int columns, depth;
+  bool transposed;  // w is [depth, columns], not [columns, depth]
 };
 
 // Each block writes, for its rows and its strip of columns, the sum over the strip: partials [strips, rows].

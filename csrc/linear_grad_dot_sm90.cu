@@ -24,10 +24,12 @@ struct Tiles {
   using Pipeline = Ring<kStages, kStageBytes, 2>;
 };
 
-template <class T, int Columns>
+// Transposed: panels of w have its depth as rows, and each block loads one half of the rows of every panel.
+template <class T, int Columns, bool Transposed>
 __global__ void __launch_bounds__(kThreads, 1)
 linear_grad_dot_sm90(const __grid_constant__ CUtensorMap x_map,  // [rows, depth], boxes of kTileRows rows
-                     const __grid_constant__ CUtensorMap w_map,  // [columns, depth], boxes of Columns / 2 rows
+                     const __grid_constant__ CUtensorMap w_map,  // [columns, depth], boxes of Columns / 2 rows; Transposed:
+                                                                 // [depth, columns], boxes of kDepth / 2 rows
                      const __grid_constant__ CUtensorMap y_map,  // [rows, columns], boxes of kTileRows rows
                      const float* bias,                          // [columns] or null
                      float* partials,                            // [strips, rows]
@@ -45,8 +47,16 @@ linear_grad_dot_sm90(const __grid_constant__ CUtensorMap x_map,  // [rows, depth
         for (int step = 0; step < steps; ++step) {
           unsigned char* stage = ring.acquire(Tile::kStageBytes);
           tensor_load(stage, &x_map, &ring.full[ring.stage], step * kDepth, row, 0);
-          tensor_load_multicast(stage + Tile::kXBytes + rank * (Columns / 2) * kRowBytes, &w_map, &ring.full[ring.stage],
-                                step * kDepth, column + rank * (Columns / 2), 0, 0b11);
+          if constexpr (Transposed) {
+            const int half = rank * (kDepth / 2);
+            for (int panel = 0; panel < Columns / kPanelColumns; ++panel)
+              tensor_load_multicast(stage + Tile::kXBytes + panel * kPanelBytes + half * kRowBytes, &w_map,
+                                    &ring.full[ring.stage], column + panel * kPanelColumns, step * kDepth + half, 0, 0b11);
+          } else {
+            const int half = rank * (Columns / 2);
+            tensor_load_multicast(stage + Tile::kXBytes + half * kRowBytes, &w_map, &ring.full[ring.stage], step * kDepth,
+                                  column + half, 0, 0b11);
+          }
           ring.advance();
         }
         for (int panel = 0; panel < Columns / kPanelColumns; ++panel) {
@@ -63,7 +73,7 @@ linear_grad_dot_sm90(const __grid_constant__ CUtensorMap x_map,  // [rows, depth
     for (int tile = blockIdx.x / 2; tile < tiles; tile += gridDim.x / 2) {
       const int strip = tile % strips, row = tile / strips * kClusterRows + rank * kTileRows + tile_row;
       float products[Columns / 2];
-      multiply<T, Columns, false>(products, ring, steps, half * kPanelBytes, Tile::kXBytes);
+      multiply<T, Columns, false, Transposed>(products, ring, steps, half * kPanelBytes, Tile::kXBytes);
       float sums[2] = {0, 0};
 #pragma unroll
       for (int panel = 0; panel < Columns / kPanelColumns; ++panel) {
@@ -81,6 +91,7 @@ linear_grad_dot_sm90(const __grid_constant__ CUtensorMap x_map,  // [rows, depth
           }
           sums[row_half] += first * to_float(pair.first) + second * to_float(pair.second);
         }
+        async_proxy_fence();
         ring.release(ring.stage);
         ring.advance();
       }
@@ -96,15 +107,16 @@ linear_grad_dot_sm90(const __grid_constant__ CUtensorMap x_map,  // [rows, depth
   ring.sync();
 }
 
-template <class T, int Columns>
+template <class T, int Columns, bool Transposed>
 void launch_strips(const Queue& queue, int dtype, uint64_t x, uint64_t w, uint64_t y, const float* bias, float* partials,
                    DotShape shape) {
   using Pipeline = typename Tiles<Columns>::Pipeline;
   const int tiles = narrow(int64_t(ceil_div(shape.rows, kClusterRows)) * ceil_div(shape.columns, Columns), "tiles");
   const int clusters = tiles < queue.multiprocessors / 2 ? tiles : queue.multiprocessors / 2;
-  launch("linear_grad_dot_sm90", linear_grad_dot_sm90<T, Columns>, dim3(2 * clusters), kThreads, Pipeline::kSharedBytes, 2,
-         queue.stream, tensor_map(dtype, x, 1, shape.rows, shape.depth, kTileRows),
-         tensor_map(dtype, w, 1, shape.columns, shape.depth, Columns / 2),
+  const CUtensorMap w_map = Transposed ? tensor_map(dtype, w, 1, shape.depth, shape.columns, kDepth / 2)
+                                       : tensor_map(dtype, w, 1, shape.columns, shape.depth, Columns / 2);
+  launch("linear_grad_dot_sm90", linear_grad_dot_sm90<T, Columns, Transposed>, dim3(2 * clusters), kThreads,
+         Pipeline::kSharedBytes, 2, queue.stream, tensor_map(dtype, x, 1, shape.rows, shape.depth, kTileRows), w_map,
          tensor_map(dtype, y, 1, shape.rows, shape.columns, kTileRows), bias, partials, shape);
 }
 
@@ -114,8 +126,9 @@ void dot_sm90(const Queue& queue, int dtype, uint64_t x, uint64_t w, uint64_t y,
               DotShape shape, int strip) {
   with_half_type(dtype, [&](auto type) {
     using T = decltype(type);
-    if (strip == 256) launch_strips<T, 256>(queue, dtype, x, w, y, bias, partials, shape);
-    else launch_strips<T, 192>(queue, dtype, x, w, y, bias, partials, shape);
+    const auto run = strip == 256 ? (shape.transposed ? launch_strips<T, 256, true> : launch_strips<T, 256, false>)
+                                  : (shape.transposed ? launch_strips<T, 192, true> : launch_strips<T, 192, false>);
+    run(queue, dtype, x, w, y, bias, partials, shape);
   });
 }
 

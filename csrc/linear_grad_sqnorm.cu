@@ -21,8 +21,8 @@ gram_sqnorm_sm80(const T* a,       // [samples, tokens, wide]
   const Matrix<T> inputs{a + first * shape.wide, shape.tokens, shape.wide};
   const Matrix<T> gradients{g + first * shape.high, shape.tokens, shape.high};
   BlockResults left, right;
-  multiply_block<T, false>(left, shared_memory(), inputs, row, inputs, column);
-  multiply_block<T, false>(right, shared_memory(), gradients, row, gradients, column);
+  multiply_block<T, false, false>(left, shared_memory(), inputs, row, inputs, column);
+  multiply_block<T, false, false>(right, shared_memory(), gradients, row, gradients, column);
   float sum = 0, magnitude = 0;
 #pragma unroll
   for (int i = 0; i < 2; ++i)
@@ -42,19 +42,18 @@ gram_sqnorm_sm80(const T* a,       // [samples, tokens, wide]
 // As direct_sqnorm_sm90; one block per tile.
 template <class T>
 __global__ void __launch_bounds__(kBlockThreads, 1)
-direct_sqnorm_sm80(const T* a,       // [samples, tokens, wide]
-                   const T* g,       // [samples, tokens, high]
-                   const int* only,  // [samples] or null
-                   float* parts,     // [samples, tiles, 8]
+direct_sqnorm_sm80(const T* a,    // [samples, tokens, wide]
+                   const T* g,    // [samples, tokens, high]
+                   Samples samples,
+                   float* parts,  // [samples, tiles, 8]
                    SqnormShape shape, int tiles) {
-  const int sample = blockIdx.x / tiles, across = ceil_div(shape.wide, kBlockTile);
-  if (only != nullptr && only[sample] == 0) return;
-  const int64_t first = int64_t(sample) * shape.tokens;
+  const int entry = blockIdx.x / tiles, tile = blockIdx.x % tiles, across = ceil_div(shape.wide, kBlockTile);
+  if (entry >= samples.count()) return;
+  const int64_t sample = samples[entry], first = sample * shape.tokens;
   BlockResults gradient;
-  multiply_block<T, true>(gradient, shared_memory(), Matrix<T>{g + first * shape.high, shape.tokens, shape.high},
-                          blockIdx.x % tiles / across * kBlockTile,
-                          Matrix<T>{a + first * shape.wide, shape.tokens, shape.wide},
-                          blockIdx.x % tiles % across * kBlockTile);
+  multiply_block<T, true, true>(gradient, shared_memory(), Matrix<T>{g + first * shape.high, shape.tokens, shape.high},
+                                tile / across * kBlockTile, Matrix<T>{a + first * shape.wide, shape.tokens, shape.wide},
+                                tile % across * kBlockTile);
   float sum = 0;
 #pragma unroll
   for (int i = 0; i < 2; ++i)
@@ -63,7 +62,7 @@ direct_sqnorm_sm80(const T* a,       // [samples, tokens, wide]
 #pragma unroll
       for (int e = 0; e < 4; ++e) sum += gradient[i][j][e] * gradient[i][j][e];
   sum = warp_sum(sum);
-  if (threadIdx.x % 32 == 0) parts[int64_t(blockIdx.x) * kPartsPerTile + threadIdx.x / 32] = sum;
+  if (threadIdx.x % 32 == 0) parts[(sample * tiles + tile) * kPartsPerTile + threadIdx.x / 32] = sum;
 }
 
 constexpr int kSumThreads = 256;
@@ -85,7 +84,7 @@ __device__ __forceinline__ double block_sum(double value) {
 __global__ void __launch_bounds__(kSumThreads)
 gram_sqnorm_sum(const GramPart* parts,  // [samples, tiles, 8]
                 float* sqnorm,          // [samples]
-                int* again,             // [samples]: 1 where the terms cancel
+                int* again,             // [1 + samples]: the list of those whose terms cancel
                 int tiles, float cancellation) {
   double sum = 0, magnitude = 0;
   for (int i = threadIdx.x; i < tiles * kPartsPerTile; i += kSumThreads) {
@@ -99,24 +98,23 @@ gram_sqnorm_sum(const GramPart* parts,  // [samples, tiles, 8]
   magnitude = block_sum(magnitude);
   if (threadIdx.x == 0) {
     sqnorm[blockIdx.x] = static_cast<float>(sum);
-    again[blockIdx.x] = magnitude > cancellation * sum;
+    if (magnitude > cancellation * sum) again[1 + atomicAdd(again, 1)] = blockIdx.x;
   }
 }
 
-// One block per sample; with bias also ‖Σ_t G‖².
+// One block per sample, if it is one of those; with bias also ‖Σ_t G‖².
 template <class T>
 __global__ void __launch_bounds__(kSumThreads)
 direct_sqnorm_sum(const float* parts,  // [samples, tiles, 8]
                   const T* g,          // [samples, tokens, high]
                   float* sqnorm,       // [samples]
-                  const int* only,     // [samples] or null
-                  bool bias, SqnormShape shape, int64_t tiles) {
-  if (only != nullptr && only[blockIdx.x] == 0) return;
+                  Samples samples, bool bias, SqnormShape shape, int64_t tiles) {
+  if (int(blockIdx.x) >= samples.count()) return;
+  const int64_t sample = samples[blockIdx.x];
   double sum = 0;
-  for (int64_t i = threadIdx.x; i < tiles * kPartsPerTile; i += kSumThreads)
-    sum += parts[int64_t(blockIdx.x) * tiles * kPartsPerTile + i];
+  for (int64_t i = threadIdx.x; i < tiles * kPartsPerTile; i += kSumThreads) sum += parts[sample * tiles * kPartsPerTile + i];
   if (bias) {
-    const T* gradients = g + int64_t(blockIdx.x) * shape.tokens * shape.high;
+    const T* gradients = g + sample * shape.tokens * shape.high;
     for (int output = threadIdx.x; output < shape.high; output += kSumThreads) {
       float total = 0;
       for (int token = 0; token < shape.tokens; ++token) total += to_float(gradients[int64_t(token) * shape.high + output]);
@@ -124,7 +122,7 @@ direct_sqnorm_sum(const float* parts,  // [samples, tiles, 8]
     }
   }
   sum = block_sum(sum);
-  if (threadIdx.x == 0) sqnorm[blockIdx.x] = static_cast<float>(sum);
+  if (threadIdx.x == 0) sqnorm[sample] = static_cast<float>(sum);
 }
 
 // One block per sample of one token: (‖a‖² + bias)·‖g‖².
@@ -163,13 +161,13 @@ void gram_sm80(const Queue& queue, int dtype, uint64_t a, uint64_t g, bool bias,
   });
 }
 
-void direct_sm80(const Queue& queue, int dtype, uint64_t a, uint64_t g, const int* only, float* parts, SqnormShape shape) {
+void direct_sm80(const Queue& queue, int dtype, uint64_t a, uint64_t g, Samples samples, float* parts, SqnormShape shape) {
   const int64_t tiles = direct_tiles(queue, shape);
   const int blocks = narrow(tiles * shape.samples, "tiles");
   with_half_type(dtype, [&](auto type) {
     using T = decltype(type);
     launch("direct_sqnorm_sm80", direct_sqnorm_sm80<T>, dim3(blocks), kBlockThreads, kBlockSharedBytes, 1, queue.stream,
-           pointer<T>(a), pointer<T>(g), only, parts, shape, int(tiles));
+           pointer<T>(a), pointer<T>(g), samples, parts, shape, int(tiles));
   });
 }
 
@@ -178,26 +176,27 @@ void linear_grad_sqnorm(const Where& where, int dtype, uint64_t a, uint64_t g, u
                         float cancellation) {
   const Queue queue(where);
   const SqnormShape shape = narrow_shape(samples, tokens, wide, high);
-  int* only = nullptr;
+  Samples direct = {nullptr, shape.samples};
   if (gram) {
     const auto parts = pointer<GramPart>(partials);
 #ifdef DIFFPRUNE_SM90
     if (queue.path == 90) gram_sm90(queue, dtype, a, g, bias, parts, shape);
 #endif
     if (queue.path == 80) gram_sm80(queue, dtype, a, g, bias, parts, shape);
-    only = pointer<int>(again);
+    direct.list = pointer<int>(again);
     launch("gram_sqnorm_sum", gram_sqnorm_sum, dim3(shape.samples), kSumThreads, kSumBytes, 1, queue.stream, parts,
-           pointer<float>(sqnorm), only, narrow(gram_tiles(shape) * kPartsPerTile, "tiles") / kPartsPerTile, cancellation);
+           pointer<float>(sqnorm), pointer<int>(again), narrow(gram_tiles(shape) * kPartsPerTile, "tiles") / kPartsPerTile,
+           cancellation);
   }
   const auto parts = pointer<float>(partials);
 #ifdef DIFFPRUNE_SM90
-  if (queue.path == 90) direct_sm90(queue, dtype, a, g, only, parts, shape);
+  if (queue.path == 90) direct_sm90(queue, dtype, a, g, direct, parts, shape);
 #endif
-  if (queue.path == 80) direct_sm80(queue, dtype, a, g, only, parts, shape);
+  if (queue.path == 80) direct_sm80(queue, dtype, a, g, direct, parts, shape);
   with_half_type(dtype, [&](auto type) {
     using T = decltype(type);
     launch("direct_sqnorm_sum", direct_sqnorm_sum<T>, dim3(shape.samples), kSumThreads, kSumBytes, 1, queue.stream, parts,
-           pointer<T>(g), pointer<float>(sqnorm), only, bias, shape, direct_tiles(queue, shape));
+           pointer<T>(g), pointer<float>(sqnorm), direct, bias, shape, direct_tiles(queue, shape));
   });
 }
 

@@ -18,12 +18,20 @@ struct GramPart {
   float sum, magnitude;
 };
 
+// Which samples: those on the list, in any order, or all if there is none.
+struct Samples {
+  const int* list;  // [1 + samples]: how many, which; or null
+  int all;
+  __device__ __forceinline__ int count() const { return list != nullptr ? list[0] : all; }
+  __device__ __forceinline__ int operator[](int i) const { return list != nullptr ? list[1 + i] : i; }
+};
+
 // parts [samples, tiles of the upper triangle, 8].
 void gram_sm80(const Queue& queue, int dtype, uint64_t a, uint64_t g, bool bias, GramPart* parts, SqnormShape shape);
 void gram_sm90(const Queue& queue, int dtype, uint64_t a, uint64_t g, bool bias, GramPart* parts, SqnormShape shape);
-// parts [samples, tiles of outputs × tiles of inputs, 8]; only samples with only[sample] != 0, all if it is null.
-void direct_sm80(const Queue& queue, int dtype, uint64_t a, uint64_t g, const int* only, float* parts, SqnormShape shape);
-void direct_sm90(const Queue& queue, int dtype, uint64_t a, uint64_t g, const int* only, float* parts, SqnormShape shape);
+// parts [samples, tiles of outputs × tiles of inputs, 8].
+void direct_sm80(const Queue& queue, int dtype, uint64_t a, uint64_t g, Samples samples, float* parts, SqnormShape shape);
+void direct_sm90(const Queue& queue, int dtype, uint64_t a, uint64_t g, Samples samples, float* parts, SqnormShape shape);
 
 inline int direct_columns(const Queue& queue) { return queue.path == 90 ? 256 : 128; }
 

@@ -16,17 +16,18 @@ struct Where {
 };
 
 // dot[b] = Σ over the sample's tokens t and columns n of (Σ_k x[b,t,k]·w[n,k] + bias[n])·y[b,t,n].
-// x [samples, tokens, depth], w [columns, depth], y [samples, tokens, columns]: `dtype` (half precision), contiguous,
-// 16-byte aligned, depth and columns multiples of 8. bias [columns] float32 or 0. partials: float32
+// x [samples, tokens, depth], w [columns, depth] (transposed: [depth, columns]), y [samples, tokens, columns]: `dtype` (half
+// precision), contiguous, 16-byte aligned, depth and columns multiples of 8. bias [columns] float32 or 0. partials: float32
 // [linear_grad_dot_partials]. dot [samples] float32.
 void linear_grad_dot(const Where& where, int dtype, uint64_t x, uint64_t w, uint64_t y, uint64_t bias, uint64_t partials,
-                     uint64_t dot, int64_t samples, int64_t tokens, int64_t depth, int64_t columns);
+                     uint64_t dot, int64_t samples, int64_t tokens, int64_t depth, int64_t columns, bool transposed);
 int64_t linear_grad_dot_partials(const Where& where, int64_t samples, int64_t tokens, int64_t columns);
 
 // sqnorm[b] = ‖Gᵀ·A‖² (+ ‖Σ_t G‖² with bias). a [samples, tokens, wide], g [samples, tokens, high]: as above, wide and
 // high multiples of 8. gram: sum over pairs of tokens, and where its terms cancel (Σ|terms| > cancellation·Σ terms) once
 // more by the direct form; else the direct form. partials: float32 [linear_grad_sqnorm_partials].
-// again: int32 [samples], written. sqnorm [samples] float32.
+// again: int32 [1 + samples] for gram, else 0: how many samples were done once more, 0 on entry, and which. sqnorm
+// [samples] float32.
 void linear_grad_sqnorm(const Where& where, int dtype, uint64_t a, uint64_t g, uint64_t partials, uint64_t again,
                         uint64_t sqnorm, int64_t samples, int64_t tokens, int64_t wide, int64_t high, bool bias, bool gram,
                         float cancellation);
@@ -37,8 +38,8 @@ void linear_grad_sqnorm_token(const Where& where, int dtype, uint64_t a, uint64_
                               int64_t wide, int64_t high, bool bias);
 
 // Rows for the half-precision search: x̂ = (x - centre)·2^e rounded to float16, e per row; dimensions padded with zeros.
-// rounded [n, padded] float16, scale [n] float32 = 2^-e, norms [n, 2] float32: ‖x̂·2^-e‖ and the distance of that to
-// x - centre, both rounded up.
+// rounded [n, padded] float16, 16-byte aligned, padded a multiple of 8; scale [n] float32 = 2^-e, norms [n, 2] float32:
+// ‖x̂·2^-e‖ and the distance of that to x - centre, both rounded up.
 void kmeans_round(const Where& where, int dtype, uint64_t points, uint64_t centre, uint64_t rounded, uint64_t scale,
                   uint64_t norms, int64_t n, int64_t dimensions, int64_t padded);
 

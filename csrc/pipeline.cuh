@@ -57,11 +57,15 @@ struct Ring {
     return data + stage * StageBytes;
   }
 
-  // A consumer warp is done with a stage.
+  // A consumer warp is done with a stage; async_proxy_fence comes first if it loaded from there.
   __device__ void release(int which) {
     __syncwarp();
     const int lane = threadIdx.x % 32;
-    if (lane < Cluster) barrier_arrive_at(&empty[which], lane);
+    if constexpr (Cluster > 1) {
+      if (lane < Cluster) barrier_arrive_at(&empty[which], lane);
+    } else {
+      if (lane == 0) barrier_arrive(&empty[which]);
+    }
   }
 
   __device__ void advance() {
@@ -74,10 +78,11 @@ struct Ring {
 
 // Consumer warpgroup: `steps` (at least 1) stages of the ring, each with both operands: accumulators = Σ a·b.
 // a: this warpgroup's 64 rows, b: N rows, at byte offsets of the stage. Transposed: panels with K as rows, else one panel
-// each with K as columns.
-template <class T, int N, bool Transposed, class SomeRing>
-__device__ __forceinline__ void multiply(float (&accumulators)[N / 2], SomeRing& ring, int steps, int a_offset, int b_offset) {
-  constexpr int kAdvance = (Transposed ? 16 * kRowBytes : 16 * int(sizeof(T))) >> 4;  // 16 deep, in the descriptor's units
+// with K as columns. `meanwhile` is called while the last products are under way.
+template <class T, int N, bool TransposedA, bool TransposedB, class SomeRing, class Meanwhile>
+__device__ __forceinline__ void multiply(float (&accumulators)[N / 2], SomeRing& ring, int steps, int a_offset, int b_offset,
+                                         Meanwhile&& meanwhile) {
+  constexpr int kAcross = 16 * kRowBytes >> 4, kAlong = 16 * int(sizeof(T)) >> 4;  // 16 deep, in the descriptor's units
   int previous = -1;
   for (int step = 0; step < steps; ++step) {
     const uint32_t stage = shared_address(ring.wait());
@@ -85,14 +90,21 @@ __device__ __forceinline__ void multiply(float (&accumulators)[N / 2], SomeRing&
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kDepth / 16; ++k)
-      wgmma<T, N, Transposed>(accumulators, a + k * kAdvance, b + k * kAdvance, step > 0 || k > 0);
+      wgmma<T, N, TransposedA, TransposedB>(accumulators, a + k * (TransposedA ? kAcross : kAlong),
+                                            b + k * (TransposedB ? kAcross : kAlong), step > 0 || k > 0);
     wgmma_commit();
     wgmma_wait<1>();  // so the step before is over, and its stage read
     if (previous >= 0) ring.release(previous);
     previous = ring.stage;
     ring.advance();
   }
+  meanwhile();
   wgmma_wait<0>();
   wgmma_results(accumulators);
   ring.release(previous);
+}
+
+template <class T, int N, bool TransposedA, bool TransposedB, class SomeRing>
+__device__ __forceinline__ void multiply(float (&accumulators)[N / 2], SomeRing& ring, int steps, int a_offset, int b_offset) {
+  multiply<T, N, TransposedA, TransposedB>(accumulators, ring, steps, a_offset, b_offset, [] {});
 }

@@ -1,5 +1,5 @@
-// The instructions of sm_80 that C++ has no name for, one function each: PTX ISA 9.0, sections "cp.async", "ldmatrix" and
-// "mma". The emulator has a function of the same name for each.
+// The instructions of sm_80 that C++ has no name for, one function each: PTX ISA 9.0, sections "cp.async", "ldmatrix", "mma"
+// and "sqrt". The emulator has a function of the same name for each.
 #pragma once
 
 #include "layout.cuh"
@@ -52,6 +52,13 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint3
   if constexpr (is_half<T>) DIFFPRUNE_MMA("f16");
   else DIFFPRUNE_MMA("bf16");
 #undef DIFFPRUNE_MMA
+}
+
+// Within 2^-23 of the root, relative; of subnormals it is 0. sqrtf ends in a call, which keeps what is around it in order.
+__device__ __forceinline__ float approximate_sqrt(float value) {
+  float root;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(value));
+  return root;
 }
 
 #endif

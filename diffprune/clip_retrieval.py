@@ -22,8 +22,9 @@ import pyarrow.compute as pc
 
 from diffprune.arrays import ArrayFolder, load_array, write_array
 from diffprune.decode import read_all_annotations
-from diffprune.engines import Made, run_stage
+from diffprune.engines import Engine, Made, run_stage
 from diffprune.errors import InputError
+from diffprune.failures import MAX_FAILURES
 from diffprune.files import fingerprint, sha256_file
 from diffprune.progress import Progress
 from diffprune.shards import ShardIndex, ShardSpec, index_shards
@@ -94,7 +95,7 @@ class ClipRetrievalFolder(ArrayFolder):
         columns["status"] = pa.array(["ok"] * len(keys), pa.large_string())
         if "uid" in found.column_names:
             uids = self._strings(found["uid"], path, "uid")
-            columns["uid"] = pc.if_else(pc.match_substring_regex(uids, "^[0-9a-f]{32}$"), uids, None)
+            columns["uid"] = pc.if_else(pc.match_substring_regex(uids, "^[0-9a-fA-F]{32}$"), uids, None)
         return pa.Table.from_arrays([columns[name] for name in BASE_COLUMNS], schema=BASE_SCHEMA_IN_MEMORY)
 
     def keys(self, stem: str) -> pa.Table:
@@ -165,12 +166,22 @@ def _lengths(array: np.ndarray) -> Iterator[np.ndarray]:
         yield np.linalg.norm(array[start : start + ROWS_AT_A_TIME].astype(np.float32), axis=1)
 
 
-def bind_embeddings(source: str | Path, shards: ShardSpec, out: str | Path, dry_run: bool = False) -> dict[str, Any]:
+def bind_embeddings(
+    source: str | Path,
+    shards: ShardSpec,
+    out: str | Path,
+    *,
+    max_failures: int = MAX_FAILURES,
+    dry_run: bool = False,
+) -> dict[str, Any]:
     """Write clip-retrieval's embeddings as an embeddings folder of ``shards``, joined by key.
 
-    Then selections know where each sample lies. A sample of the shards without an embedding is a failed row; raises
-    InputError if not one has an embedding.
+    Then selections know where each sample lies. A sample of the shards without an embedding is a failed row, but, as
+    embeddings may be of a part of the shards, none of the ``max_failures`` in a row that end the run; raises InputError
+    if not one has an embedding.
     """
+    if max_failures < 0:
+        raise InputError(f"max_failures: expected 0 or more, got {max_failures}")
     folder = ClipRetrievalFolder(source)
     table = folder.whole_table()
     keys = table["key"].combine_chunks()
@@ -201,13 +212,14 @@ def bind_embeddings(source: str | Path, shards: ShardSpec, out: str | Path, dry_
                 errors[place], array[place] = f"its embedding in {source} is NaN or infinite", np.nan
         digest = write_array(as_path(out) / f"{stem}.npy", array)
         bar.advance(len(index.samples))
-        return Made(base_table(index.path.name, index.samples, labels, uids, errors), about={"array": digest})
+        table = base_table(index.path.name, index.samples, labels, uids, errors)
+        return Made(table, (rows[stem] >= 0).tolist(), {"array": digest})
 
     total = sum(len(index.samples) for index in indexes.values())
     config = {**folder.metadata, "embeddings": folder.fingerprint}
-    options = {"inputs": {stem: index.identity for stem, index in indexes.items()}, "dry_run": dry_run}
-    metadata = {"model_path": str(source)}
-    return run_stage("embed", out, config, list(indexes), work, total=total, metadata=metadata, **options)
+    inputs = {stem: index.identity for stem, index in indexes.items()}
+    options = {"beside": [".npy"], "metadata": {"model_path": str(source)}, "engine": Engine(max_failures=max_failures)}
+    return run_stage("embed", out, config, list(indexes), work, total=total, inputs=inputs, **options, dry_run=dry_run)
 
 
 def _rows_of(index: ShardIndex, keys: pa.Array) -> np.ndarray:

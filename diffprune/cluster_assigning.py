@@ -90,7 +90,7 @@ def assign_like(
         },
         source.stems,
         work,
-        total=source.rows * talk.size,
+        total=sum(rows for _, _, rows in source.spans.values()) * talk.size,  # failed ones too
         inputs=source.identities,
         metadata={"like": str(earlier)},
         begin=begin,

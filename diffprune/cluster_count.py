@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,15 @@ from diffprune.embedding_rows import EmbeddingRows
 from diffprune.errors import InputError
 from diffprune.files import write_json
 from diffprune.kmeans import KMeans
+from diffprune.kmeans_lloyd import TooFewPointsError
 from diffprune.kmeans_points import open_points
 from diffprune.progress import progress
 from diffprune.reporting.cluster_count import write_page
 
 PAGE, VALUES = "choose_k.html", "choose_k.json"
+MINIMUM = 3
+"""Numbers of clusters to choose among: fewer make no curve."""
+
 REPEATS = 3
 """Pairs of halves for the stability."""
 
@@ -71,11 +75,12 @@ def choose_k(
 
     ``ks``: numbers, or text as in ``parse_ks``. ``sample``: that many embeddings at most, drawn by ``seed``; see
     ``measure`` and ``advise`` for what is computed. Returns the recommended ``k``, ``sure``, ``reasons`` and the
-    values per k. Raises InputError if there are fewer distinct embeddings than the largest k in half of the sample.
+    values per k. A k above the number of distinct embeddings in half of the sample is left out, and a reason says so.
+    Raises InputError if fewer than 3 are left.
     """
     wanted = parse_ks(ks) if isinstance(ks, str) else sorted(set(ks))
-    if len(wanted) < 3 or wanted[0] < 2:
-        raise InputError(f"choose-k: expected at least 3 numbers of clusters of at least 2, got {wanted}")
+    if len(wanted) < MINIMUM or wanted[0] < 2:
+        raise InputError(f"choose-k: expected at least {MINIMUM} numbers of clusters of at least 2, got {wanted}")
     source = EmbeddingRows(embeddings)
     count = min(sample, source.rows)
     if wanted[-1] > count // 4:
@@ -90,7 +95,16 @@ def choose_k(
     rows = np.sort(np.random.default_rng(seed).permutation(source.rows)[:count])
     points = open_points(source.parts, metric=metric, memory=1).take(torch.from_numpy(rows))
     trials = measure(points, wanted, seed=seed, max_iter=max_iter, metric=metric, keys=source.keys.take(rows))
+    left_out = sorted(set(wanted) - {trial.k for trial in trials})
+    if len(trials) < MINIMUM:
+        raise InputError(
+            f"choose-k: half of the sample has fewer distinct embeddings than {', '.join(map(str, left_out))} "
+            f"clusters: expected at least {MINIMUM} numbers that can be tried, got {len(trials)}; try fewer clusters"
+        )
     advice = advise(trials)
+    if left_out:
+        told = f"{', '.join(map(str, left_out))} left out: half of the sample has fewer distinct embeddings"
+        advice = replace(advice, reasons=[*advice.reasons, told])
     facts = {"model": source.metadata.get("model"), "metric": metric, "seed": seed, **plan}
     write_json(out / VALUES, {**facts, "trials": [asdict(trial) for trial in trials], "advice": asdict(advice)})
     write_page(out / PAGE, trials, advice, facts)
@@ -130,26 +144,38 @@ def measure(
 
     Inertia of a clustering of all; the silhouette (Rousseeuw 1987) of up to 1000 of them against all points; and
     the stability: k-means on either half of the points, all points assigned by both, their adjusted Rand index (Hubert
-    and Arabie 1985), for three divisions into halves.
+    and Arabie 1985), for three divisions into halves. No trial of a k above the number of distinct points in a half.
     """
     options = {"init": "k-means||", "max_iter": max_iter, "metric": metric}
     rng = np.random.default_rng(seed)
     halves = [torch.from_numpy(rng.permutation(len(points))) for _ in range(REPEATS)]
     looked_at = torch.from_numpy(np.sort(rng.permutation(len(points))[:SILHOUETTE_SAMPLE]))
+    done: list[int] = []
     fits, agreements = [], []
+
+    def fitted(k: int, points: Tensor, seed: int, keys: Sequence[str] | None = None) -> KMeans:
+        found = KMeans(k, seed=seed, **options).fit(points, keys=keys)
+        bar.advance(note=f"k={k}")
+        return found
+
+    def agreements_of(k: int) -> np.ndarray:
+        found = []
+        for i, order in enumerate(halves):
+            parts = [points[half.sort().values] for half in order.split((len(order) + 1) // 2)]
+            found.append(adjusted_rand(*(fitted(k, part, seed + i).predict(points).numpy() for part in parts)))
+        return np.array(found)
+
     with progress("choose-k", total=len(ks) * (1 + 2 * REPEATS), unit="clusterings") as bar:
         for k in ks:
-            fits.append(KMeans(k, seed=seed, **options).fit(points, keys=keys))
-            bar.advance(note=f"k={k}")
-            found = []
-            for i, order in enumerate(halves):
-                labels = []
-                for half in order.split((len(order) + 1) // 2):
-                    fitted = KMeans(k, seed=seed + i, **options).fit(points[half.sort().values])
-                    labels.append(fitted.predict(points).numpy())
-                    bar.advance(note=f"k={k}")
-                found.append(adjusted_rand(*labels))
-            agreements.append(np.array(found))
+            try:
+                whole, agreed = fitted(k, points, seed, keys), agreements_of(k)
+            except TooFewPointsError:
+                continue
+            done.append(k)
+            fits.append(whole)
+            agreements.append(agreed)
+    if not done:
+        return []
     scaled = points if metric == "euclidean" else torch.nn.functional.normalize(points, dim=1)
     silhouettes = silhouette(scaled, [fit.assignment_ for fit in fits], looked_at)
     mean = scaled.double().mean(dim=0)
@@ -165,7 +191,7 @@ def measure(
             stability_error=float(agreement.std(ddof=1) / np.sqrt(REPEATS)),
             smallest=int(fit.assignment_.bincount().min()),
         )
-        for k, fit, values, agreement in zip(ks, fits, silhouettes, agreements, strict=True)
+        for k, fit, values, agreement in zip(done, fits, silhouettes, agreements, strict=True)
     ]
 
 

@@ -90,6 +90,8 @@ def cluster(
     if talk.size > 1 and (engine == "faiss" or batch_size or init == "split"):
         raise InputError("cluster: under torchrun it takes no engine faiss, batch_size or init split")
     source = EmbeddingRows(embeddings, talk)
+    if (rows := talk.count(source.rows)) < k:
+        raise InputError(f"cluster: expected at least k={k} distinct embeddings, got {rows} in all; lower k")
     out = as_path(out)
     options = {"max_iter": max_iter, "tol": tol, "metric": metric, "seed": seed}
     config = {
@@ -162,7 +164,7 @@ def cluster(
         config,
         source.stems,
         work,
-        total=source.rows * talk.size,
+        total=sum(rows for _, _, rows in source.spans.values()) * talk.size,  # failed ones too
         inputs=source.identities,
         whole=True,
         begin=begin,

@@ -7,7 +7,7 @@ import errno
 import os
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, BinaryIO, Union
 
 from diffprune.errors import InputError
 from diffprune.shards import ShardReader
@@ -16,7 +16,7 @@ from diffprune.storage import AnyPath, RemotePath
 if TYPE_CHECKING:
     from diffprune.storage.writing import Writer
 
-Target = Union[int, "Writer"]  # a file descriptor, or an upload
+Target = Union[int, "Writer"]  # a file descriptor, an upload, or a Comparison
 
 _COPY_BYTES = 4 << 20
 _FLUSHED_BYTES = 2 << 20
@@ -68,6 +68,29 @@ def write_all(target: Target, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(target, view) :]
+
+
+class Comparison:
+    """A target that writes nothing: it finds the first byte at which a file differs from what would be written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.position = file, 0
+        self.difference: int | None = None
+
+    def write(self, data: bytes) -> int:
+        there = self._file.read(len(data)) if self.difference is None else b""
+        if self.difference is None and there != data:
+            same = zip(there, data, strict=False)
+            place = next((at for at, (one, other) in enumerate(same) if one != other), len(there))
+            self.difference = self.position + place
+        self.position += len(data)
+        return len(data)
+
+    def end(self) -> int | None:
+        """The first byte that differs, or that is too many; None if there is none."""
+        if self.difference is None and self._file.read(1):
+            return self.position
+        return self.difference
 
 
 def _copy_through_memory(source: AnyPath, ranges: list[tuple[int, int]], target: Target) -> None:

@@ -291,4 +291,4 @@ def _read_uid(reader: ShardReader, sample: Sample) -> str | None:
     except (ValueError, RecursionError):
         return None
     uid = fields.get("uid") if isinstance(fields, dict) else None
-    return uid if isinstance(uid, str) and re.fullmatch(r"[0-9a-f]{32}", uid) else None
+    return uid if isinstance(uid, str) and re.fullmatch(r"[0-9a-fA-F]{32}", uid) else None

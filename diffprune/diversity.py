@@ -35,6 +35,7 @@ def k_center(points: Tensor, count: int, first: int, advance: Advance = lambda d
     gap = torch.full((len(points),), math.inf, device=points.device)  # squared distance to those chosen
     chosen = [first]
     news = [first]
+    advance(1)
     while len(chosen) < count:
         torch.minimum(gap, kmeans_assign(points, points[news])[1], out=gap)
         gap[news] = -1  # never twice, even where all that is left are copies

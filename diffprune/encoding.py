@@ -100,7 +100,7 @@ def embed(
     a classifier. ``model``: a folder or hub id of CLIP, OpenCLIP, SigLIP, DINOv2 or DINOv3, ``efficientnet-lite0``,
     ``vqvae:PATH``, ``classifier:PATH``, ``inception@SIZE:PATH``, or ``package.module:function``; see
     docs/embedding.md. Images are prepared as the model was published with. ``clip-retrieval:PATH`` computes nothing:
-    it takes the embeddings that clip-retrieval wrote, by key.
+    it takes the embeddings that clip-retrieval wrote, by key; see ``bind_embeddings``.
     ``precision``: "float32", "bf16", or "auto": bf16 on a GPU. Failed images as in ``encode``; an embedding that is not
     finite, or all zero, is a failed row too. ``workers``, ``part``, ``ray`` and ``max_failures`` as in
     ``encode``.
@@ -108,7 +108,12 @@ def embed(
     if model.startswith("clip-retrieval:"):
         if workers > 1 or part or ray:
             raise InputError("clip-retrieval: its embeddings are only copied; give no workers, part or ray")
-        return bind_embeddings(model.removeprefix("clip-retrieval:"), shards, out, dry_run)
+        if precision != "auto" or not strict_decode or max_pixels != MAX_PIXELS:
+            raise InputError(
+                "clip-retrieval: no image is read and nothing computed; give no precision, strict_decode or max_pixels"
+            )
+        source = model.removeprefix("clip-retrieval:")
+        return bind_embeddings(source, shards, out, max_failures=max_failures, dry_run=dry_run)
     images = _Images(
         "embed",
         partial(_embedding_network, model, device, precision),
@@ -239,6 +244,7 @@ def _map_images(recipe: _Images, shards: ShardSpec, dry_run: bool, **how: Any) -
                 lambda stem, bar: worker.done(stem, batches.parts(stem), bar),
                 total=engine.ranks.count(rows),
                 inputs=images.inputs,
+                beside=[".npy", *([TWIN_SUFFIX] if worker.twins else [])],
                 begin=asked_for.update,
                 metadata={"model_path": images.network.path, "sampled": _how_sampled(images.paths)},
                 dry_run=dry_run,

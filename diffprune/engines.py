@@ -147,6 +147,7 @@ def run_stage(
     unit: str = "images",
     inputs: Mapping[str, Mapping[str, Any]] | None = None,
     whole: bool = False,
+    beside: Sequence[str] = (),
     metadata: dict[str, Any] | None = None,
     begin: Callable[[list[str]], object] | None = None,
     dry_run: bool = False,
@@ -163,8 +164,9 @@ def run_stage(
     unless the result of each depends on all of them: ``whole``; other shards than before are refused then.
     ``metadata`` is told to readers but not compared. ``begin`` runs once, if any shard is to be done, when ``out`` is
     there and this stage's, and is told which this process is to do; it may keep files of its own in ``out``.
-    ``work`` advances the progress itself; ``total`` counts ``unit``s to do here. With the engine's ``workers`` they do
-    ``task(stem, writer)`` instead, which has to end in ``writer.run``. ``told`` hears how each shard fared.
+    ``work`` advances the progress itself; ``total`` counts ``unit``s to do here. ``beside``: ends of the names of files
+    that lie beside each table; a table without them is refused with a ResumeError. With the engine's ``workers`` they
+    do ``task(stem, writer)`` instead, which has to end in ``writer.run``. ``told`` hears how each shard fared.
     Returns counts: shards, shards_done_before, samples, failed, first_error, out; of a part, where there is one.
 
     Raises: BusyError where another run is at work in ``out``; StoppedError after too many failures in a row;
@@ -186,13 +188,14 @@ def run_stage(
     ours = engine.whole(shards)
     if dry_run:
         check_resume(out, stage)
-        done = existing(out / f"{stem}.parquet" for stem in ours)
-        _done_rows(out, [stem for stem in ours if out / f"{stem}.parquet" in done], inputs)
-        plan = {"stage": name, "shards": len(ours), "shards_done_before": len(done), "out": str(out)}
+        there = existing(out / f"{stem}.parquet" for stem in ours)
+        _check_beside(out, there, beside)
+        _done_rows(out, [stem for stem in ours if out / f"{stem}.parquet" in there], inputs)
+        plan = {"stage": name, "shards": len(ours), "shards_done_before": len(there), "out": str(out)}
         return {**plan, "dry_run": True, f"{unit}_in_all": total}
     check_resume(out, stage)  # before a folder is made
     with _explained(out, ours), engine.lock(out) as lock, _swept(out, engine, ours):
-        todo = _claimed(out, stage, ours, engine)
+        todo = _claimed(out, stage, ours, engine, beside)
         plan = {"stage": name, "shards": len(ours), "shards_done_before": len(ours) - len(todo), "out": str(out)}
         if engine.workers and lock is not None:
             engine.workers.hold(lock)
@@ -362,13 +365,27 @@ def sweep(out: AnyPath, stem: str | None = None) -> None:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
-def _claimed(out: AnyPath, stage: dict[str, Any], whole: list[str], engine: Engine) -> list[str]:
+def _claimed(out: AnyPath, stage: dict[str, Any], whole: list[str], engine: Engine, beside: Sequence[str]) -> list[str]:
     """The shards to do, the same list for all ranks."""
     if not engine.ranks.rank:
         check_resume(out, stage)  # again: before the lock was there, another run may have been
     there = existing(out / f"{stem}.parquet" for stem in whole)
+    if not engine.ranks.rank:
+        _check_beside(out, there, beside)
     finished = engine.ranks.first([out / f"{stem}.parquet" in there for stem in whole])
     return [stem for stem, is_done in zip(whole, finished, strict=True) if not is_done]
+
+
+def _check_beside(out: AnyPath, tables: set[AnyPath], beside: Sequence[str]) -> None:
+    """ResumeError if a table is there whose files are not, which were written before it."""
+    wanted = {out / f"{table.stem}{end}": table for table in tables for end in beside}
+    lost = sorted(wanted.keys() - existing(wanted))
+    if lost:
+        more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+        raise ResumeError(
+            f"{lost[0]}: lost, but the table that says it is done is there{more}; delete {wanted[lost[0]].name} and "
+            "run the same command again"
+        )
 
 
 @contextmanager

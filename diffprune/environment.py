@@ -1,8 +1,11 @@
-"""What the libraries below read from the environment when they begin: as the command line wants it."""
+"""What the command line needs of the process: what libraries read when they begin, and streams to print to."""
 
 from __future__ import annotations
 
 import os
+import sys
+from contextlib import suppress
+from io import TextIOWrapper
 
 
 def prepare() -> None:
@@ -16,6 +19,24 @@ def prepare() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if _made_by_intel():
         os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
+
+def prepare_streams() -> None:
+    """Standard streams that can be printed to: closed ones (``2>&-``) print nowhere, and a character that an encoding
+    lacks is escaped, not the end.
+    """
+    for number in range(3):  # else the next file that is opened gets the number, and what is printed
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        stream = getattr(sys, name)
+        if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
+            with suppress(ValueError):  # a stream that was written to already
+                stream.reconfigure(errors="backslashreplace")
 
 
 def _made_by_intel() -> bool:

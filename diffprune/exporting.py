@@ -16,10 +16,11 @@ import pyarrow as pa
 
 from diffprune.errors import InputError, short
 from diffprune.files import atomic_path, open_file
+from diffprune.outputs import NPY, TEXT, Kind, check_output
 from diffprune.progress import progress
 from diffprune.shards import ShardIndex, ShardSpec, index_shards
 from diffprune.storage import AnyPath, as_path
-from diffprune.tables import read_table
+from diffprune.tables import read_table, selection_about
 
 
 def export(
@@ -35,7 +36,7 @@ def export(
 
     Args:
         kept: the selection.
-        out: the file to write; one that is there is replaced.
+        out: the file to write, "-" for standard output; an earlier one of this kind that is there is replaced.
         format: "keys": a text file, one sample key a line, in the selection's order.
             "datacomp": a ``.npy`` of the 128-bit uids as ``u8,u8``, sorted: a DataComp subset file.
             "energon": ``split.yaml`` for the folder ``.nv-meta`` that ``energon prepare`` made beside ``shards``, the
@@ -51,19 +52,18 @@ def export(
 
     Raises:
         InputError: an unknown format; a sample without a uid, or two of one uid ("datacomp"); shards that lack a kept
-            key, or, for wids and timm, hold another one; for timm, shards that do not lie beside ``out``.
+            key, or, for wids and timm, hold another one; for timm, shards that do not lie beside ``out``; an ``out``
+            that is one of the inputs, or another kind of file.
     """
     if format not in FORMATS:
         raise InputError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
-    writes, needs_shards = FORMATS[format]
+    writes, needs_shards, kind = FORMATS[format]
     if needs_shards and shards is None:
         raise InputError(f"format {format!r} describes shards: give those that {needs_shards}")
     if shards is not None and not needs_shards:
         raise InputError(f"format {format!r} needs no shards, got {shards}; leave them out")
-    out = as_path(out)
-    if out.is_dir():
-        raise InputError(f"{out}: expected a file to write, found a folder")
-    source = _Source(as_path(kept), index_shards(shards) if shards is not None else [], out, split)
+    source = _Source(as_path(kept), index_shards(shards) if shards is not None else [], as_path(out), split)
+    check_output(out, kind, [kept, *(index.path for index in source.indexes)])
     content = writes(source)
     report = {"format": format, "count": source.count, "out": str(out), "dry_run": dry_run}
     if shards is not None:
@@ -85,6 +85,7 @@ class _Source:
 
     @cached_property
     def keys(self) -> list[str]:
+        selection_about(self.kept)
         keys = read_table(self.kept, ["key"])["key"].to_pylist()
         if not keys or None in keys:
             raise InputError(f"{self.kept}: expected a selection with a key in every row; select again")
@@ -142,7 +143,7 @@ def _datacomp(source: _Source) -> bytes:
 def _energon(source: _Source) -> bytes:
     source.check_there()
     kept = set(source.keys)
-    folder = source.out.resolve().parent
+    folder = source.out.parent.resolve()
     root = folder.parent if folder.name == ".nv-meta" else None  # of the names that energon knows shards by
     paths = [_relative(index.path, root) if root else index.path.name for index in source.indexes]
     exclude, named = [], [_braces_escaped(path) for path in paths]
@@ -179,7 +180,7 @@ def _wids(source: _Source) -> bytes:
 
 def _timm(source: _Source) -> bytes:
     source.check_pruned()
-    if away := [index.path for index in source.indexes if index.path.resolve().parent != source.out.resolve().parent]:
+    if away := [index.path for index in source.indexes if index.path.parent.resolve() != source.out.parent.resolve()]:
         raise InputError(f"{source.out}: timm looks for its shards beside this file, {away[0]} is elsewhere")
     if "tar" in source.split or ".." in source.split:
         raise InputError(f"split: timm takes {source.split!r} for file names ('tar' or '..' in it); give another name")
@@ -192,17 +193,19 @@ def _timm(source: _Source) -> bytes:
     return _json({"splits": {source.split: info}})
 
 
-FORMATS: dict[str, tuple[Callable[[_Source], bytes], str]] = {  # what writes it, and which shards it needs
-    "keys": (_keys, ""),
-    "datacomp": (_datacomp, ""),
-    "energon": (_energon, "the selection was made from"),
-    "wids": (_wids, "`diffprune prune` wrote"),
-    "timm": (_timm, "`diffprune prune` wrote"),
+# What writes it, which shards it needs, and what an earlier one is known by.
+FORMATS: dict[str, tuple[Callable[[_Source], bytes], str, Kind]] = {
+    "keys": (_keys, "", TEXT),
+    "datacomp": (_datacomp, "", NPY),
+    "energon": (_energon, "the selection was made from", Kind("split.yaml", b"split_parts:")),
+    "wids": (_wids, "`diffprune prune` wrote", Kind("wids index", b'"__kind__"')),
+    "timm": (_timm, "`diffprune prune` wrote", Kind("_info.json", b'"splits"')),
 }
 
 
 def _relative(path: AnyPath, folder: AnyPath) -> str:
-    path, folder = path.resolve(), folder.resolve()
+    """A path as seen from a folder. Links of folders are followed, the file's own is not: it is the name to find."""
+    path, folder = path.parent.resolve() / path.name, folder.resolve()
     below = type(path) is type(folder) and path.is_relative_to(folder)
     return str(path.relative_to(folder)) if below else str(path)
 

@@ -7,12 +7,14 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from diffprune.errors import InputError, ResumeError
+from diffprune.outputs import copy_to_stream, is_stream
 from diffprune.storage import AnyPath, RemotePath, as_path
 
 if TYPE_CHECKING:
@@ -34,7 +36,8 @@ def atomic_path(path: str | Path, *, sync_folder: bool = True) -> Iterator[Path]
 
     The temporary name is a function of ``path``, so a run that was killed leaves at most one such file, which
     the next run overwrites. ``sync_folder=False`` leaves it to the next file of the folder to make the name, not the
-    content, last through a power cut. A URL becomes an object in the same way; the temporary file is local then.
+    content, last through a power cut. A URL becomes an object in the same way; the temporary file is local then. A link
+    stays: what it points to is replaced. A pipe, a terminal and standard output ("-") get the bytes at the end.
     """
     path = as_path(path)
     if isinstance(path, RemotePath):
@@ -43,6 +46,12 @@ def atomic_path(path: str | Path, *, sync_folder: bool = True) -> Iterator[Path]
         with writing_file(path) as temporary:
             yield temporary
         return
+    if is_stream(path):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder) / path.name
+            copy_to_stream(Path(folder) / path.name, path)
+        return
+    path = _linked(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(TEMPORARY_PREFIX + _writer + path.name)
     try:
@@ -85,6 +94,7 @@ def atomic_dir(path: str | Path, *, last: str | None = None) -> Iterator[Path]:
         with writing_folder(path, last) as temporary:
             yield temporary
         return
+    path = _linked(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(TEMPORARY_PREFIX + path.name)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -112,12 +122,24 @@ def write_json(path: str | Path, value: Any) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file; raises InputError that names it if it is missing or malformed."""
+def read_json(path: str | Path, *, unique: bool = False) -> Any:
+    """Read a JSON file; raises InputError that names it if it is missing or malformed, or, where names have to be
+    ``unique``, if an object has one twice."""
+
+    def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise InputError(f"{path}: {twice!r} stands in it twice")
+        return found
+
     try:
-        return json.loads(as_path(path).read_text(encoding="utf-8"))
+        return json.loads(as_path(path).read_text(encoding="utf-8"), object_pairs_hook=mapping if unique else None)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
+    except InputError:  # a ValueError too
+        raise
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from error
 
@@ -171,6 +193,16 @@ def _raise_named(error: OSError, path: Path) -> None:
 def is_disk_full(error: OSError) -> bool:
     """Whether a disk, or a user's share of it, is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _linked(path: Path) -> Path:
+    """What a link points to in the end, there or not; any other path as it is."""
+    if not path.is_symlink():
+        return path
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise InputError(f"{path}: a link that leads back to itself; remove it")
+    return target
 
 
 def _fsync(path: Path) -> None:

@@ -223,7 +223,11 @@ class Lloyd:
         return total(values, self.points.talk, self.points.total_rows)
 
 
-def too_few(k: int, distinct: int, rows: int, weighted: bool = False) -> InputError:
+class TooFewPointsError(InputError):
+    """Fewer distinct points than clusters."""
+
+
+def too_few(k: int, distinct: int, rows: int, weighted: bool = False) -> TooFewPointsError:
     """The error for fewer distinct points than clusters."""
     what = "distinct points of a weight above 0" if weighted else "distinct points"
-    return InputError(f"k-means: expected at least k={k} {what}, got {distinct} ({rows} rows); lower k")
+    return TooFewPointsError(f"k-means: expected at least k={k} {what}, got {distinct} ({rows} rows); lower k")

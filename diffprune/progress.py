@@ -39,7 +39,7 @@ def quiet() -> Iterator[None]:
 @contextmanager
 def progress(title: str, *, total: int, unit: str) -> Iterator[Progress]:
     """Show how far a loop over ``total`` units is, on stderr."""
-    if not _enabled:
+    if not _enabled or sys.stderr is None:  # None: it is closed
         yield _Silent()
     elif sys.stderr.isatty():
         from rich.console import Console

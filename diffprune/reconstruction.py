@@ -23,6 +23,7 @@ from diffprune.latent_scales import LatentMoments
 from diffprune.models.embedders import Embedder, load_embedder
 from diffprune.models.kl import KLAutoencoder, normal_divergence
 from diffprune.models.vqvae import VQVAE
+from diffprune.outputs import PNG, Kind, check_output
 from diffprune.progress import progress
 from diffprune.shards import ShardSpec, index_shards
 
@@ -64,6 +65,10 @@ def reconstruct(
     for name, value in (("limit", limit), ("batch_size", batch_size)):
         if value < 1:
             raise InputError(f"{name}: expected at least 1, got {value}")
+    if out is not None:
+        check_output(out, Kind("result of reconstruct", b'"reconstruction_error"'), [vqvae, grid])
+    if grid is not None:
+        check_output(grid, PNG, [vqvae])
     chosen = pick_device(device)
     model, state = load_vqvae(vqvae, chosen)
     indexes = index_shards(shards)

@@ -93,6 +93,12 @@ class Request:
         self._check_groups(table)
         if "within" in NEEDS[self.order]:
             _check_within(table, self.within)
+        elif self.within != Request.within:
+            raise InputError(
+                f"within is for the orders balanced and equal; order {self.order!r} takes none, got {self.within!r}"
+            )
+        if self.dedup is None and self.dedup_keep != Request.dedup_keep:
+            raise InputError(f"dedup_keep: got {self.dedup_keep!r}, but nothing is left out without dedup; give both")
         if self.dedup is not None:
             if not 0 < self.dedup < 2:
                 raise InputError(
@@ -144,7 +150,7 @@ def read_quota(quota: str | Path | Mapping[str, int]) -> dict[str, int]:
             raise InputError(f"quota {quota!r}: group {twice[0]!r} stands in it twice")
         given, where = {n: _whole(v.strip()) for n, (_, _, v) in zip(names, pairs, strict=True)}, f"quota {quota!r}"
     else:
-        given, where = read_json(quota), f"{quota}"
+        given, where = read_json(quota, unique=True), f"{quota}"
     if not isinstance(given, Mapping) or not given:
         raise InputError(f'{where}: expected numbers by group, such as 0=100,1=50 or {{"0": 100, "1": 50}}')
     for name, value in given.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from diffprune.device import pick_device
 from diffprune.errors import InputError
 from diffprune.files import atomic_path
 from diffprune.generation import Sampler, Solver, sample_key
+from diffprune.outputs import PNG, check_output
 from diffprune.packing import PackedSample, shard_paths, write_shard
 from diffprune.plans import claim_folder
 from diffprune.progress import progress
@@ -87,10 +89,12 @@ def sample(
             raise InputError(f"{name}: expected at least 1, got {value}")
     if out is None and grid is None:
         raise InputError("expected a folder for shards (out), a PNG file (grid), or both; got neither")
+    paths = [] if out is None else shard_paths(out, PREFIX, count, shard_size)
+    if grid is not None:
+        check_output(grid, PNG, [checkpoint, vqvae, coarse, *paths])
     solver = Solver.checked(method, steps, rtol, atol)
     sampler = Sampler.load(checkpoint, vqvae, coarse, coarse_until, weights, pick_device(device))
     sampler.set_up(solver, guidance, guidance_channels, labels, seed)
-    paths = [] if out is None else shard_paths(out, PREFIX, count, shard_size)
     ranges = [range(i * shard_size, min((i + 1) * shard_size, count)) for i in range(len(paths))]
     settings = {"count": count, **asdict(solver), "guidance": guidance, "seed": seed}
     settings |= {"guidance_channels": guidance_channels, "coarse_until": coarse_until}
@@ -101,7 +105,9 @@ def sample(
         missing = claim_folder(out, "sample.json", plan, paths, extra=beside, dry_run=dry_run)
     grid_count = min(count, GRID_IMAGES) if grid is not None else 0
     shards = [(path, indices) for path, indices in zip(paths, ranges, strict=True) if path in missing]
-    todo = sum(len(indices) for _, indices in shards) + grid_count
+    drawn = {index for _, indices in shards for index in indices}
+    rest = [index for index in range(grid_count) if index not in drawn]  # of shards that were there before, or of none
+    todo = len(drawn) + len(rest)
     report = {
         **settings,
         "out": None if out is None else str(out),
@@ -118,19 +124,24 @@ def sample(
     if dry_run:
         return {**report, "dry_run": True}
 
+    shown: dict[int, np.ndarray] = {}
     with progress("sample", total=todo, unit="images") as bar:
 
-        def images(indices: range) -> Iterator[tuple[int, np.ndarray]]:
+        def images(indices: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
             for start in range(0, len(indices), batch_size):
                 batch = indices[start : start + batch_size]
-                yield from zip(batch, sampler.generate(batch), strict=True)
+                for index, image in zip(batch, sampler.generate(batch), strict=True):
+                    if index < grid_count:
+                        shown[index] = image.copy()  # not the whole batch
+                    yield index, image
                 bar.advance(len(batch))
 
         for path, indices in shards:
             write_shard(path, (_packed(sampler, index, image) for index, image in images(indices)))
         if grid is not None:
             columns = grid_columns(grid_count, sampler.dit.num_classes if labels == "uniform" else 0)
-            write_grid(grid, np.stack([image for _, image in images(range(grid_count))]), columns)
+            deque(images(rest), maxlen=0)
+            write_grid(grid, np.stack([shown[index] for index in range(grid_count)]), columns)
     return {**report, **sampler.evaluations}
 
 

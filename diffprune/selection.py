@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from diffprune.embedding_folders import EmbeddingFolders
 from diffprune.errors import InputError
 from diffprune.extra_columns import add_columns, has_extra_columns
 from diffprune.files import fingerprint
+from diffprune.outputs import PARQUET, check_output, is_stream
 from diffprune.requests import NEEDS, Request, read_quota
 from diffprune.storage import AnyPath, as_path
 from diffprune.tables import read_tables, stage_fingerprint, table_metadata, write_table
@@ -50,8 +53,10 @@ def select(
     """Choose the samples to keep and write them to ``out``, a parquet of key, shard, offset and size.
 
     Args:
-        scores: a folder of score tables, or several, which are joined by key; and parquet files with a column ``key``,
-            or folders of them such as img2dataset's, whose other columns ``by``, ``within`` and ``per`` may name.
+        scores: a folder of score tables, or several, which are joined by key; also folders of ``embed`` and, without
+            a score column or a shard, of clip-retrieval, for orders that need none; and parquet files with a column
+            ``key``, or folders of them such as img2dataset's, whose other columns ``by``, ``within`` and ``per`` may
+            name.
         out: the file to write (kept.parquet); an earlier selection there is replaced.
         keep, prune, count: how much to keep; exactly one of them, unless ``quota`` says it, or ``dedup`` alone is to
             decide. ``keep`` is a fraction of the samples that did not fail, ``prune`` the fraction to leave out; keep·N
@@ -60,7 +65,7 @@ def select(
             or a JSON file with an object.
         by, order, seed, within, per, shares, dedup, dedup_keep, device: see ``choose``.
         embeddings: the folder, or folders of one model, that k-center, herding and ``dedup`` work on.
-        dry_run: choose nothing, write nothing; say how many would be kept.
+        dry_run: write nothing; say how many would be kept, where that does not take embeddings to know.
 
     Samples that failed are never kept; ``failed`` in the result says how many there are. ``out`` is sorted by shard
     and place in it, has a column ``uid`` where the tables have uids, and its metadata holds the arguments, count,
@@ -102,13 +107,26 @@ def select(
         "dry_run": dry_run,
     }
     if dry_run:
-        return report
+        return report | {"count": _planned(table, request, count, device)}
     points = None if points_folder is None else _aligned(table, points_folder)
     rows = choose_rows(table, request, count, points, device)
     about["count"] = report["count"] = len(rows)
     about["fingerprint"] = report["fingerprint"] = fingerprint({**about, "inputs": inputs})
     write_table(out, _kept(table, rows), about)
     return report
+
+
+def _planned(table: pa.Table, request: Request, count: int | None, device: str) -> int | None:
+    """How many would be kept; None where near-duplicates decide. InputError for more than there are, as in earnest.
+
+    What embeddings decide inside a cluster, random numbers do here.
+    """
+    if request.dedup is not None:
+        return count
+    if request.needs_embeddings is not None:
+        inside = "within" in NEEDS[request.order]
+        request = replace(request, within="random") if inside else replace(request, order="random")
+    return len(choose_rows(table, request, count, None, device))
 
 
 def _settings(request: Request) -> dict[str, Any]:
@@ -128,11 +146,13 @@ def _settings(request: Request) -> dict[str, Any]:
 
 
 def _kept(table: pa.Table, rows: np.ndarray) -> pa.Table:
-    """The rows, by shard and place in it."""
+    """The rows, by shard and place in it; those of no shard, as clip-retrieval's, last and in the table's order."""
     kept = table.select(["key", "shard", "index", "offset", "size", "uid"]).take(pa.array(rows))
     shards = kept["shard"].combine_chunks().dictionary_encode()
-    ranks = pc.rank(shards.dictionary, tiebreaker="first").to_numpy()[shards.indices.to_numpy()]
-    kept = kept.drop_columns(["index"]).take(pa.array(np.lexsort((kept["index"].to_numpy(), ranks))))
+    codes = pc.fill_null(shards.indices, len(shards.dictionary)).to_numpy()
+    ranks = np.append(pc.rank(shards.dictionary, tiebreaker="first").to_numpy(), len(shards.dictionary) + 1)[codes]
+    places = np.where(codes < len(shards.dictionary), kept["index"].to_numpy(), np.arange(len(kept)))
+    kept = kept.drop_columns(["index"]).take(pa.array(np.lexsort((places, ranks))))
     return kept if kept["uid"].null_count < len(kept) else kept.drop_columns(["uid"])
 
 
@@ -195,7 +215,7 @@ def _aligned(table: pa.Table, folder: EmbeddingFolders) -> np.ndarray:
             raise InputError(f"{folder.folder}: of another data set than the scores: key {key!r} has another {name}")
     places = np.full(len(theirs), -1)
     places[rows[there]] = there
-    arrays = [array.reshape(len(array), -1) for array in map(folder.array, folder.stems)]
+    arrays = [array.reshape(len(array), math.prod(array.shape[1:])) for array in map(folder.array, folder.stems)]
     for stem, array in zip(folder.stems, arrays, strict=True):
         if array.shape[1] != arrays[0].shape[1]:
             raise InputError(
@@ -228,7 +248,8 @@ def _rows_of(table: pa.Table, theirs: pa.Table, folder: EmbeddingFolders) -> np.
 
 
 def _check_out(out: AnyPath) -> None:
-    if out.is_dir():
-        raise InputError(f"{out}: expected a file to write, such as kept.parquet, found a folder")
+    if is_stream(out):
+        raise InputError(f"{out}: a selection is read from any place in it: expected a file to write, found a pipe")
+    check_output(out, PARQUET)
     if out.exists() and table_metadata(out).get("stage") != "select":
         raise InputError(f"{out}: already there and no selection; write to another file")

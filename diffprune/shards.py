@@ -87,8 +87,11 @@ def list_shards(spec: ShardSpec) -> list[AnyPath]:
     return list(find_shards(spec))
 
 
-def find_shards(spec: ShardSpec) -> dict[AnyPath, Stat]:
-    """``list_shards``, with what storage said of each when it was asked whether it is there; for ``index_found``."""
+def find_shards(spec: ShardSpec, dangling: list[Path] | None = None) -> dict[AnyPath, Stat]:
+    """``list_shards``, with what storage said of each when it was asked whether it is there; for ``index_found``.
+
+    ``dangling``: a list that gets the links to files that are not there, in place of an error.
+    """
     specs = [spec] if isinstance(spec, (str, os.PathLike)) else list(spec)
     paths = [path for one in specs for path in _expand(os.fspath(one))]
     if not paths:
@@ -97,12 +100,19 @@ def find_shards(spec: ShardSpec) -> dict[AnyPath, Stat]:
         )
     there = stats(paths)
     missing = [path for path in paths if path not in there]
+    if dangling is not None:
+        dangling += [path for path in missing if isinstance(path, Path) and path.is_symlink()]
+        lost = set(dangling)
+        missing, paths = ([path for path in some if path not in lost] for some in (missing, paths))
     if missing:
         raise InputError(f"{missing[0]}: no such shard ({len(missing)} of {len(paths)} of {_show(specs)} are missing)")
     seen: dict[str, AnyPath] = {}
     for path in paths:
-        if path.stem in seen:
-            raise InputError(f"{path}: another shard has the same name ({seen[path.stem]}); rename one of them")
+        if (other := seen.get(path.stem)) is not None:
+            same = path == other or (isinstance(path, Path) and isinstance(other, Path) and path.samefile(other))
+            if same:
+                raise InputError(f"{path}: given twice{'' if path == other else f', as {other} too'}; give it once")
+            raise InputError(f"{path}: another shard has the same name ({other}); rename one of them")
         seen[path.stem] = path
     return {path: there[path] for path in paths}
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -24,6 +24,9 @@ from diffprune.files import atomic_path, fingerprint, open_file, read_json
 from diffprune.shards import Sample
 from diffprune.storage import THREADS, AnyPath, as_path, existing
 from diffprune.unique_keys import repeated_key
+
+if TYPE_CHECKING:
+    from diffprune.clip_retrieval import ClipRetrievalFolder
 
 METADATA_KEY = b"diffprune"
 STAGE_FILE = "stage.json"
@@ -199,8 +202,10 @@ def check_finished(folder: AnyPath, stems: Sequence[str]) -> None:
 def stage_fingerprint(folder: str | Path) -> str | None:
     """What tells a folder of tables from others: its run's fingerprint, and what its shards were, if the tables say so.
 
-    None where it says nothing of itself.
+    Of a folder of clip-retrieval its content; None where it says nothing of itself.
     """
+    if (foreign := _clip_retrieval(folder)) is not None:
+        return foreign.fingerprint
     folder, stage = as_path(folder), read_stage(folder)
 
     def input_at(stem: str) -> dict[str, Any]:
@@ -241,6 +246,9 @@ def how_other(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
 def _read_shards(folder: AnyPath, columns: list[str] | None = None) -> pa.Table:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder of tables")
+    if (foreign := _clip_retrieval(folder)) is not None:
+        table = foreign.whole_table()
+        return table if columns is None else table.select(columns)
     stems = read_stage(folder)["shards"]
     check_finished(folder, stems)
     tables = list(read_each(folder, stems, columns))
@@ -300,9 +308,30 @@ def read_stage(folder: str | Path) -> dict[str, Any]:
     return stage
 
 
+def selection_about(path: str | Path) -> dict[str, Any]:
+    """What a selection's metadata says; {} of one made by hand. InputError for the table of another stage."""
+    if METADATA_KEY not in (_schema(path).metadata or {}):
+        return {}
+    about = table_metadata(path)
+    if (stage := about.get("stage", "select")) != "select":
+        raise InputError(
+            f"{path}: expected a selection, found a table of `{stage}`; make one by `diffprune select`. If rows of "
+            "that table were chosen by hand, write them without its metadata"
+        )
+    return about
+
+
 def kept_keys(path: str | Path) -> frozenset[str]:
     """The keys of a selection (kept.parquet)."""
+    selection_about(path)
     return frozenset(read_table(path, ["key"])["key"].to_pylist())
+
+
+def _clip_retrieval(folder: str | Path) -> ClipRetrievalFolder | None:
+    """The folder as clip-retrieval wrote it, if it did."""
+    from diffprune.clip_retrieval import ClipRetrievalFolder, is_clip_retrieval
+
+    return ClipRetrievalFolder(folder) if is_clip_retrieval(folder) else None
 
 
 def _join(left: pa.Table, right: pa.Table, left_path: str | Path, right_path: str | Path) -> pa.Table:

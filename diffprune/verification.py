@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from diffprune.decode import MAX_PIXELS, read_batches
@@ -32,9 +33,12 @@ def verify(
 
     Returns counts (shards, samples, bytes, extensions, classes, samples without image or label), ``damage`` as a list
     of {shard, offset, key, error} (the first 1000) and ``damaged`` their number. Damaged shards don't raise: they are
-    what this function is for. Raises InputError if a shard is missing or there is none.
+    what this function is for; so is a link to a file that is not there. A sample without an image is counted and no
+    damage, as crawls have them; other stages make failed rows of it. Raises InputError if a shard is missing or there
+    is none.
     """
-    listed = find_shards(shards)
+    dangling: list[Path] = []
+    listed = find_shards(shards, dangling)
     if dry_run:
         return {"dry_run": True, "shards": len(listed), "bytes": sum(about.st_size for about in listed.values())}
     paths = list(listed)
@@ -44,7 +48,7 @@ def verify(
     extensions: Counter[str] = Counter()
     classes: Counter[int] = Counter()
     counts: Counter[str] = Counter()
-    damage: list[dict[str, Any]] = []
+    damage = [_entry(path, 0, None, f"a link to {path.readlink()}, where there is no file") for path in dangling]
     for one in found:
         extensions += one.extensions
         classes += one.classes
@@ -111,7 +115,7 @@ class _Looker:
             images = len(sample.images())
             found.counts["samples_without_image"] += images == 0
             found.counts["samples_without_label"] += sample.member("cls") is None
-            if images != 1:
+            if images > 1:
                 message = f"expected one jpg, png or webp member, found {images}"
                 found.damage.append(_entry(path, sample.offset, sample.key, message))
         if self.decode:
@@ -125,7 +129,7 @@ class _Looker:
             sample, label, error = batch.samples[0], batch.labels[0], batch.errors[0]
             if label is not None:
                 found.classes[label] += 1
-            if error is not None and len(sample.images()) == 1:  # samples without one are told already
+            if error is not None and len(sample.images()) == 1:  # of others it is told or counted already
                 found.damage.append(_entry(found.index.path, sample.offset, sample.key, error))
 
 

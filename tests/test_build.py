@@ -22,12 +22,12 @@ import cuda_build
 
 ARCHITECTURES = {"sm_80", "sm_90a", "sm_100"}
 HOPPER_KERNELS = {
-    "linear_grad_dot_sm90": 4,  # two dtypes, two widths of tiles
+    "linear_grad_dot_sm90": 8,  # two dtypes, two widths of tiles, two layouts
     "gram_sqnorm_sm90": 2,
     "direct_sqnorm_sm90": 2,
     "kmeans_search_sm90": 1,
 }
-BLOCK_KERNELS = {"linear_grad_dot_sm80": 2, "gram_sqnorm_sm80": 2, "direct_sqnorm_sm80": 2, "kmeans_search_sm80": 1}
+BLOCK_KERNELS = {"linear_grad_dot_sm80": 4, "gram_sqnorm_sm80": 2, "direct_sqnorm_sm80": 2, "kmeans_search_sm80": 1}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,10 @@ def test_matrix_kernels_use_the_tensor_cores_and_the_copy_engine(objects: list[P
         assert len(found) == variants, kernel
         for code in found:
             assert code.count("HGMMA.64x") >= 4 and code.count("UTMALDG.3D") >= 2, kernel
-            assert (".MULTICAST" in code) == (kernel in ("linear_grad_dot_sm90", "kmeans_search_sm90"))
+            cluster = kernel in ("linear_grad_dot_sm90", "kmeans_search_sm90")
+            assert (".MULTICAST" in code) == cluster
+            # A fence of all memory where the blocks of a cluster begin and end, none in the loops.
+            assert code.count("MEMBAR.ALL.GPU") == (2 if cluster else 0), kernel
     sources = ("linear_grad_dot.cu", "linear_grad_sqnorm.cu", "kmeans_assign.cu")
     ampere = instructions([path for path in objects if path.stem in sources], "sm_80")
     for kernel, variants in BLOCK_KERNELS.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -63,7 +64,7 @@ def test_the_whole_road(tmp_path):
     top = table.sort_by([("grand", "descending")])["key"].to_pylist()[:6]
     assert sorted(pq.read_table(kept)["key"].to_pylist()) == sorted(top)
 
-    invoke("prune", kept, shards, "-o", tmp_path / "pruned")
+    invoke("prune", kept, shards, "-o", tmp_path / "pruned", "--verify")
     originals = {s.key: (p, s) for p in shards.glob("*.tar") for s in index_shard(p).samples}
     pruned = {s.key: (p, s) for p in (tmp_path / "pruned").glob("*.tar") for s in index_shard(p).samples}
     invoke("export", kept, "-f", "wids", "--shards", tmp_path / "pruned", "-o", tmp_path / "pruned/index.json")
@@ -180,6 +181,28 @@ def test_bad_input_is_told_and_leaves_nothing(small_run, tmp_path, arguments, co
     assert not out.exists() and files(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["cluster", "{run}/embeddings", "-k", "4", "--sample", "100", "-o", "{out}"], "--sample"),
+        (["cluster", "{run}/embeddings", "--choose-k", "2,3,4", "--levels", "2", "-o", "{out}"], "--levels"),
+        (["cluster", "{run}/embeddings", "--choose-k", "2,3,4", "--n-init", "1", "-o", "{out}"], "--n-init"),
+        (["cluster", "{run}/embeddings", "--choose-k", "2,3,4", "--engine", "faiss", "-o", "{out}"], "--engine"),
+        (["report", "{out}", "--selection", "a={run}/x", "--selection", "a={run}/y"], "'a' is given twice"),
+        (
+            ["select", "{run}/scores", "--order", "random", "--keep", "0.1", "--within", "farthest", "-o", "{out}"],
+            "none",
+        ),
+        (["select", "{run}/scores", "--by", "loss", "--keep", "0.1", "--dedup-keep", "random", "-o", "{out}"], "dedup"),
+    ],
+)
+def test_options_without_effect_are_refused(small_run, tmp_path, arguments, complaint):
+    filled = [a.format(run=small_run.root, out=tmp_path / "out") for a in arguments]
+    result = runner.invoke(app, filled)
+    assert result.exit_code in (1, 2) and complaint in " ".join(result.stderr.split()), result.stderr
+    assert files(tmp_path) == []
+
+
 def test_damaged_and_duplicate_shards_name_file_and_key(small_run, tmp_path):
     shards = tmp_path / "shards"
     shutil.copytree(small_run.shards, shards)
@@ -208,6 +231,15 @@ def test_failed_samples_are_counted_at_the_end(small_run, tmp_path):
     key = damage_image(sorted(shards.glob("*.tar"))[0])
     told = invoke("encode", shards, "--vqvae", small_run.vqvae, "-o", tmp_path / "latents").stdout
     assert "1 of 120 samples failed" in told and key in told
+    kept = ["select", tmp_path / "latents", "--order", "random", "--keep", 0.5, "-o", tmp_path / "kept.parquet"]
+    few = ["--set", "train.steps=1"]
+    for verb in (
+        kept,
+        ["reconstruct", shards, "--vqvae", small_run.vqvae],
+        ["train", "vqvae", shards, "-o", tmp_path / "vqvae", *sets(VQVAE_OVERRIDES), *few],
+    ):
+        told = invoke(*verb).stdout
+        assert "samples that failed, and are left out: 1" in told and "None" not in told
     assert "damaged" in json.loads(invoke("verify", shards, "--decode", "--json", code=1).stdout)["damage"][0]["error"]
 
 
@@ -337,3 +369,37 @@ def test_the_command_takes_ray_without_an_address(monkeypatch, capsys, tmp_path)
     with pytest.raises(SystemExit):
         main()
     assert "nowhere: no stage.json" in capsys.readouterr().err and not out.exists()
+
+
+def run_command(*arguments: object, before: str = "", **environment: str) -> subprocess.CompletedProcess:
+    """The command line in a process of its own, after a shell's redirections."""
+    command = [sys.executable, "-m", "diffprune", *map(str, arguments)]
+    shell = ["sh", "-c", f'exec "$@" {before}', "sh", *command]
+    return subprocess.run(shell, capture_output=True, env={**os.environ, **environment}, check=False)
+
+
+def test_an_encoding_without_the_characters_is_no_error(small_run, tmp_path):
+    from test_pruning import write_tar
+
+    write_tar(tmp_path / "é.tar", {"é": {"txt": b""}})
+    for arguments in (["prune", "--help"], ["verify", tmp_path], ["verify", tmp_path / "é.tar", "--json"]):
+        done = run_command(*arguments, PYTHONIOENCODING="ascii")
+        assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+        assert done.stdout.isascii()
+    (tmp_path / "lost é.tar").symlink_to("é nowhere")
+    told = json.loads(run_command("verify", tmp_path, "--json", PYTHONIOENCODING="ascii").stdout)
+    assert told["damage"][0]["shard"] == str(tmp_path / "lost é.tar")
+    done = run_command("reconstruct", small_run.shards, "--vqvae", small_run.vqvae, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "1>&-", "1>&- 2>&-"])
+def test_a_closed_stream_is_no_error(small_run, tmp_path, closed):
+    out = tmp_path / "clusters"
+    done = run_command("cluster", small_run.embeddings, "-k", 3, "-o", out, before=closed)
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    assert read_folder(out).num_rows == 120
+    assert (b"smallest cluster" in done.stdout) == ("1>" not in closed)
+    assert run_command("verify", small_run.shards, "--json", before=closed).returncode == 0
+    refused = run_command("verify", tmp_path / "nowhere", before=closed)
+    assert refused.returncode == 1 and refused.stdout == b"", "an error is not printed where results are"

@@ -13,7 +13,7 @@ from PIL import Image
 
 import diffprune
 from diffprune.arrays import ArrayFolder
-from diffprune.errors import InputError
+from diffprune.errors import InputError, ResumeError, StoppedError
 from diffprune.shards import index_shards
 from diffprune.tables import read_folder
 
@@ -92,6 +92,50 @@ def test_cluster_reads_it_and_finds_the_same_clusters_as_in_a_bound_folder(small
     assert diffprune.prune(tmp_path / "kept.parquet", shards, tmp_path / "pruned")["count"] == 30
 
 
+def test_selections_of_it_as_it_is_have_keys_alone_and_prune_says_to_bind_it(small_set, tmp_path):
+    shards, keys, rows = small_set
+    source, kept = write(tmp_path / "emb", rows.astype(np.float16), keys), tmp_path / "kept.parquet"
+    diffprune.cluster(source, tmp_path / "clusters", k=4)
+    diffprune.select(tmp_path / "clusters", kept, order="equal", keep=0.1)
+    diffprune.embed(shards, tmp_path / "bound", model=f"clip-retrieval:{source}")
+    diffprune.cluster(tmp_path / "bound", tmp_path / "bound-clusters", k=4)
+    diffprune.select(tmp_path / "bound-clusters", tmp_path / "bound.parquet", order="equal", keep=0.1)
+    found = pq.read_table(kept)
+    assert sorted(found["key"].to_pylist()) == sorted(pq.read_table(tmp_path / "bound.parquet")["key"].to_pylist())
+    assert found["key"].to_pylist() == [key for key in keys if key in set(found["key"].to_pylist())]
+    assert found["shard"].null_count == 6
+    told = "6 of 6 rows have no shard, offset and size.*`diffprune embed SHARDS --model clip-retrieval:FOLDER"
+    with pytest.raises(InputError, match=told):
+        diffprune.prune(kept, shards, tmp_path / "pruned")
+    assert diffprune.export(kept, tmp_path / "keys.txt", format="keys")["count"] == 6
+
+
+def test_select_reads_it_as_it_is(small_set, tmp_path):
+    _, keys, rows = small_set
+    source, kept = write(tmp_path / "emb", rows.astype(np.float16), keys), tmp_path / "kept.parquet"
+    chosen = diffprune.select(source, kept, order="k-center", count=5, embeddings=source)
+    assert len(pq.read_table(kept)) == 5
+    diffprune.cluster(source, tmp_path / "clusters", k=4)
+    joined = {"order": "equal", "within": "herding", "count": 8, "embeddings": source}
+    assert diffprune.select([source, tmp_path / "clusters"], kept, **joined)["count"] == 8
+    rows[3] = rows[4]
+    write(source, rows.astype(np.float16), keys)
+    again = diffprune.select(source, kept, order="k-center", count=5, embeddings=source)
+    assert again["fingerprint"] != chosen["fingerprint"]
+
+
+def test_a_part_without_rows_takes_part(small_set, tmp_path):
+    _, keys, rows = small_set
+    source = write(tmp_path / "emb", rows.astype(np.float16), keys)
+    np.save(source / "img_emb" / "img_emb_3.npy", np.zeros((0, WIDTH), np.float16))
+    empty = pa.table({"image_path": pa.array([], pa.string())})
+    pq.write_table(empty, source / "metadata" / "metadata_3.parquet")
+    kept = tmp_path / "kept.parquet"
+    assert diffprune.select(source, kept, order="k-center", count=5, embeddings=source)["count"] == 5
+    assert diffprune.cluster(source, tmp_path / "clusters", k=4)["samples"] == 60
+    assert diffprune.evaluate(source, source, tmp_path / "metrics.json")["metrics"]["frechet_distance"] < 1e-6
+
+
 def test_binding_goes_by_key_and_tells_what_is_missing(small_set, tmp_path):
     shards, keys, rows = small_set
     shuffled = np.random.default_rng(2).permutation(60)
@@ -114,10 +158,32 @@ def test_binding_goes_by_key_and_tells_what_is_missing(small_set, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+def test_missing_embeddings_do_not_stop_the_run_and_bad_ones_do(small_set, tmp_path):
+    shards, keys, rows = small_set
+    stored = rows.astype(np.float32)
+    stored[10:20] = np.nan
+    others = [key if i < 20 else f"x{i}" for i, key in enumerate(keys)]
+    source = write(tmp_path / "emb", stored, others)
+    bind = {"model": f"clip-retrieval:{source}"}
+    with pytest.raises(StoppedError, match=f"10 samples in a row failed, such as key '{keys[10]}'.*NaN"):
+        diffprune.embed(shards, tmp_path / "stopped", **bind, max_failures=10)
+    assert diffprune.embed(shards, tmp_path / "bound", **bind, max_failures=11)["failed"] == 50
+    assert diffprune.embed(shards, tmp_path / "any", **bind, max_failures=0)["failed"] == 50
+    next((tmp_path / "any").glob("*.npy")).unlink()
+    with pytest.raises(ResumeError, match="npy: lost, but the table"):
+        diffprune.embed(shards, tmp_path / "any", **bind, max_failures=0)
+    with pytest.raises(InputError, match="max_failures: expected 0 or more"):
+        diffprune.embed(shards, tmp_path / "no", **bind, max_failures=-1)
+    for given in ({"precision": "bf16"}, {"max_pixels": 10}, {"strict_decode": False}):
+        with pytest.raises(InputError, match=f"clip-retrieval: no image is read.*{next(iter(given))}"):
+            diffprune.embed(shards, tmp_path / "no", **bind, **given)
+    assert not (tmp_path / "no").exists()
+
+
 def test_paths_become_keys_up_to_the_first_dot_of_their_last_part(small_set, tmp_path):
     _, _, rows = small_set
     names = [f"v1.2/img{i}.v3.jpg" for i in range(60)]
-    uids = [f"{i:032x}" if i else "none" for i in range(60)]
+    uids = [f"{i:032x}" if i % 2 else f"{i:032X}" if i else "none" for i in range(60)]
     folder = ArrayFolder(write(tmp_path / "emb", rows.astype(np.float16), names, uid=uids))
     table = folder.load()[0]
     assert table["key"].to_pylist() == [f"v1.2/img{i}" for i in range(60)]

@@ -107,6 +107,9 @@ def test_the_command_line(tmp_path, values):
     assert read_folder(tmp_path / "new").equals(read_folder(tmp_path / "old"))
     code, output = run("cluster", folder, "-k", 5, "--like", tmp_path / "old", "-o", tmp_path / "new")
     assert code == 2 and "expected one of -k, --choose-k and --like" in output
+    for option in (("--seed", 0), ("--metric", "euclidean"), ("--levels", 2)):
+        code, output = run("cluster", folder, "--like", tmp_path / "old", *option, "-o", tmp_path / "new")
+        assert code == 2 and "--like only assigns" in output, output
 
 
 def test_a_fitted_k_means_of_centroids():

@@ -240,6 +240,46 @@ def test_advice():
     assert (weak.k, weak.sure) == (4, "not sure") and "run into each other" in weak.reasons[-1]
 
 
+def test_choose_k_leaves_out_what_half_of_the_sample_has_no_points_for(tmp_path):
+    rng = np.random.default_rng(1)
+    places = 8 * np.eye(24, 8) + rng.normal(size=(24, 8))
+    folder = write_embeddings(tmp_path / "e", places[np.arange(200) % 24])
+    found = diffprune.choose_k(folder, tmp_path / "out", ks=[2, 4, 8, 40, 50])
+    assert found["reasons"][-1] == "40, 50 left out: half of the sample has fewer distinct embeddings"
+    assert [t["k"] for t in json.loads((tmp_path / "out" / cluster_count.VALUES).read_text())["trials"]] == [2, 4, 8]
+    assert "40, 50 left out" in (tmp_path / "out" / cluster_count.PAGE).read_text()
+    with pytest.raises(
+        InputError, match=r"fewer distinct embeddings than 40, 50 clusters: expected at least 3 .*got 2"
+    ):
+        diffprune.choose_k(folder, tmp_path / "none", ks=[2, 4, 40, 50])
+    assert not (tmp_path / "none").exists()
+
+
+def test_progress_counts_every_row_once(tmp_path, values, capsys):
+    folder = write_embeddings(tmp_path / "e", values, failed=(3, 5, 150))
+    diffprune.cluster(folder, tmp_path / "c", k=4)
+    assert "cluster: 200/200 images" in capsys.readouterr().err
+    diffprune.select(tmp_path / "c", tmp_path / "kept.parquet", order="k-center", count=5, embeddings=folder)
+    assert "k-center: 5/5 samples" in capsys.readouterr().err
+
+
+def test_a_dry_run_refuses_what_cannot_be_met(tmp_path, values):
+    folder = write_embeddings(tmp_path / "e", values, failed=(5,))
+    with pytest.raises(InputError, match="at least k=200 distinct embeddings, got 199 in all"):
+        diffprune.cluster(folder, tmp_path / "c", k=200, dry_run=True)
+    diffprune.cluster(folder, tmp_path / "c", k=4)
+    for options in ({}, {"within": "herding", "embeddings": folder}):
+        given = {"order": "balanced", "dry_run": True, **options}
+        with pytest.raises(InputError, match=r"balanced: 179 samples asked for"):
+            diffprune.select(tmp_path / "c", tmp_path / "kept.parquet", keep=0.9, **given)
+        assert diffprune.select(tmp_path / "c", tmp_path / "kept.parquet", keep=0.05, **given)["count"] == 10
+    herding = {"order": "cluster-herding", "embeddings": folder, "dry_run": True}
+    assert diffprune.select(tmp_path / "c", tmp_path / "kept.parquet", keep=0.5, **herding)["count"] == 100
+    dedup = {"order": "random", "dedup": 0.1, "embeddings": folder, "dry_run": True}
+    assert diffprune.select(tmp_path / "c", tmp_path / "kept.parquet", **dedup)["count"] is None
+    assert not (tmp_path / "kept.parquet").exists()
+
+
 def test_choose_k_finds_the_clusters_and_says_so(tmp_path):
     rng = np.random.default_rng(1)
     values = 8 * np.eye(8)[rng.integers(0, 8, 200)] + rng.normal(size=(200, 8))

@@ -217,3 +217,19 @@ def test_an_unknown_embedder_and_a_batch_of_nothing_are_told(small_run, tmp_path
     with pytest.raises(InputError, match="batch_size"):
         diffprune.encode(small_run.shards, small_run.vqvae, tmp_path / "e", batch_size=0)
     assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize("end", [".npy", ".flip.npy"])
+def test_a_table_whose_array_was_lost_is_not_done(small_run, tmp_path, end):
+    given = [small_run.shards, small_run.vqvae, tmp_path / "latents"]
+    diffprune.encode(*given, flip_twins=True)
+    [first, *_] = sorted((tmp_path / "latents").glob("*.parquet"))
+    lost = first.with_name(first.stem + end)
+    content = lost.read_bytes()
+    lost.unlink()
+    for dry_run in (True, False):
+        with pytest.raises(ResumeError, match=f"{lost.name}: lost, .*delete {first.name} and run the same command"):
+            diffprune.encode(*given, flip_twins=True, dry_run=dry_run)
+    first.unlink()
+    assert diffprune.encode(*given, flip_twins=True)["shards_done_before"] == 2
+    assert lost.read_bytes() == content

@@ -405,6 +405,16 @@ def test_memorization_sees_copies():
     assert memorization(same, same)["median_ratio"] is None  # 0/0 is not a ratio
 
 
+def test_a_baseline_with_copies_cannot_say_what_is_nearer():
+    training, new = gaussian_rows(200, 6, 16), gaussian_rows(198, 6, 17)
+    held_out = torch.cat([training[:2], new])
+    one_percent = memorization(training[:40], training, torch.cat([training[:3], new]))
+    assert one_percent["baseline_p1"] == 0 and one_percent["share_below_p1"] is None
+    assert one_percent["median_ratio"] == 0
+    fewer = memorization(training[:40], training, torch.cat([training[:1], held_out[2:]]))
+    assert fewer["baseline_p1"] > 0 and fewer["share_below_p1"] == 1
+
+
 def test_nearest_of_blocks_is_the_nearest_of_all(monkeypatch):
     from diffprune.evaluation import neighbours
 

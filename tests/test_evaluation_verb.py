@@ -152,6 +152,28 @@ def test_evaluate_writes_what_it_returns_and_the_same_bytes_again(folders):
     assert result["out"] == str(root / "a.json")
 
 
+def test_copies_and_near_duplicates_among_what_was_held_out_are_flagged(tmp_path):
+    real = unit_rows(130, 6, 0)
+    real[100:] = real[:30]
+    keys = write_embeddings(tmp_path / "real", real, [0] * 130)
+    write_embeddings(tmp_path / "made", real[:90], [0] * 90, prefix="made")
+    table = pa.table({"key": keys[:100]})
+    for name, about in (("plain", {}), ("dedup", {"dedup": 0.05})):
+        write_table(tmp_path / f"{name}.parquet", table, {"stage": "select", **about})
+        kept = tmp_path / f"{name}.parquet"
+        result = diffprune.evaluate(tmp_path / "made", tmp_path / "real", tmp_path / "m.json", kept=kept)
+        assert result["metrics"]["memorized_share"] is None
+        assert json.loads((tmp_path / "m.json").read_text())["memorization"]["share_below_p1"] is None
+        flags = " ".join(result["context"]["flags"])
+        assert "no memorized share: 1% or more" in flags
+        assert ("left out near-duplicates" in flags) == (name == "dedup")
+    outside = {"kept": tmp_path / "dedup.parquet", "training": tmp_path / "real"}
+    write_embeddings(tmp_path / "validation", unit_rows(130, 6, 3), [0] * 130, prefix="validation")
+    result = diffprune.evaluate(tmp_path / "made", tmp_path / "validation", tmp_path / "m.json", **outside)
+    flags = " ".join(result["context"]["flags"])
+    assert result["metrics"]["memorized_share"] == 1 and "near-duplicates" not in flags and "no memorized" not in flags
+
+
 def test_without_a_selection_the_baseline_is_leave_one_out(folders):
     root, real, made, _ = folders
     result = diffprune.evaluate(root / "made", root / "real", root / "a.json", device="cpu")

@@ -199,3 +199,29 @@ def test_pruning_goes_on_beside_what_export_wrote(data, pruned):
     for name, format in (("index.json", "wids"), ("_info.json", "timm"), (".nv-meta/split.yaml", "energon")):
         export(data / "kept.parquet", pruned / name, format=format, shards=pruned)
     assert prune(data / "kept.parquet", data / "in", pruned, shard_size=3)["present"] == 2
+
+
+def test_shards_that_are_links_go_by_the_links_names(data, pruned):
+    """As in Hugging Face's cache, where each file is a link to a blob; the folder may be one too."""
+    blobs, linked = data / "blobs", data / "linked"
+    for source, name in ((data / "in", "all"), (pruned, "few")):
+        (linked / name).mkdir(parents=True)
+        for number, path in enumerate(list_shards(source)):
+            blob = blobs / name / f"{number:x}"
+            blob.parent.mkdir(parents=True, exist_ok=True)
+            blob.write_bytes(path.read_bytes())
+            (linked / name / path.name).symlink_to(blob)
+    (data / "short").symlink_to(linked / "all")
+    kept = data / "kept.parquet"
+    for out in (linked / "all/.nv-meta/split.yaml", data / "short/.nv-meta/split.yaml"):
+        export(kept, out, format="energon", shards=data / "short")
+        text = out.read_text()
+        assert '- "t-0000.tar"' in text and '"t-0001.tar"' in text and "blobs" not in text
+    export(kept, linked / "few/index.json", format="wids", shards=linked / "few")
+    urls = [shard["url"] for shard in json.loads((linked / "few/index.json").read_text())["shardlist"]]
+    assert urls == [path.name for path in list_shards(pruned)]
+    export(kept, linked / "few/_info.json", format="timm", shards=linked / "few")
+    info = json.loads((linked / "few/_info.json").read_text())["splits"]["train"]
+    assert info["filenames"] == urls
+    with pytest.raises(InputError, match="timm looks for its shards beside this file"):
+        export(kept, blobs / "few/_info.json", format="timm", shards=linked / "few")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import tarfile
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from diffprune.errors import InputError, ResumeError
+from diffprune.errors import InputError, ResumeError, short
 from diffprune.pruning import prune
 from diffprune.shards import index_shard, list_shards
 
@@ -312,7 +313,9 @@ def test_selections_that_cannot_be_used_are_refused(tmp_path, kept):
         "found none": table.slice(0, 0),
         "stands in it twice": pa.concat_tables([table, table.slice(3, 1)]),
         "1 rows have no key": table.set_column(0, "key", pa.array([None, *table["key"].to_pylist()[1:]])),
-        "found nulls": table.set_column(2, "offset", pa.array([None, *table["offset"].to_pylist()[1:]], pa.int64())),
+        "1 of 9 rows have no shard, offset and size.*clip-retrieval:FOLDER": table.set_column(
+            2, "offset", pa.array([None, *table["offset"].to_pylist()[1:]], pa.int64())
+        ),
         "'offset'": table.drop_columns(["offset"]),
     }
     for message, content in broken.items():
@@ -324,6 +327,24 @@ def test_selections_that_cannot_be_used_are_refused(tmp_path, kept):
     with pytest.raises(InputError, match="prefix"):
         prune(tmp_path / "kept.parquet", tmp_path / "in", tmp_path / "out", prefix="a/b")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_table_of_another_stage_is_no_selection_and_one_made_by_hand_is(tmp_path, kept):
+    from diffprune.exporting import export
+    from diffprune.tables import kept_keys, write_table
+
+    table = pq.read_table(tmp_path / "kept.parquet")
+    write_table(tmp_path / "train-0000.parquet", table, {"stage": "cluster"})
+    for use in (
+        lambda path: prune(path, tmp_path / "in", tmp_path / "out"),
+        lambda path: export(path, tmp_path / "keys.txt", format="keys"),
+        kept_keys,
+    ):
+        with pytest.raises(InputError, match=r"train-0000.parquet: expected a selection, found a table of `cluster`"):
+            use(tmp_path / "train-0000.parquet")
+    pandas = pytest.importorskip("pandas")
+    pandas.read_parquet(tmp_path / "train-0000.parquet").to_parquet(tmp_path / "hand.parquet")
+    assert prune(tmp_path / "hand.parquet", tmp_path / "in", tmp_path / "out")["count"] == 9
 
 
 def test_a_shard_that_shrinks_while_it_is_copied_leaves_nothing_half_written(tmp_path, kept, monkeypatch):
@@ -421,6 +442,49 @@ def test_a_new_shard_that_was_changed_is_refused(tmp_path, kept):
         prune(tmp_path / "kept.parquet", tmp_path / "in", tmp_path / "out", shard_size=4)
     path.unlink()
     assert prune(tmp_path / "kept.parquet", tmp_path / "in", tmp_path / "out", shard_size=4)["written"] == 1
+
+
+def test_verify_finds_any_byte_that_was_changed_and_names_its_key(tmp_path, kept):
+    given = [tmp_path / "kept.parquet", tmp_path / "in", tmp_path / "out"]
+    assert "verified" not in prune(*given, shard_size=4)
+    assert prune(*given, shard_size=4, verify=True)["verified"] == 3
+    path = tmp_path / "out/train-0001.tar"
+    whole = path.read_bytes()
+    samples = index_shard(path).samples
+    places = {s.offset: s.key for s in samples} | {s.offset + s.size - 1: s.key for s in samples}
+    for at, key in {**places, len(whole) - 1: None}.items():
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        before = folder_bytes(tmp_path / "out")
+        assert prune(*given, shard_size=4)["present"] == 3, "sizes alone are compared"
+        told = f"train-0001.tar: byte {at}{'' if key is None else re.escape(f' (key {short(key)})')} is not as in"
+        with pytest.raises(InputError, match=told):
+            prune(*given, shard_size=4, verify=True)
+        assert folder_bytes(tmp_path / "out") == before
+    path.unlink()
+    assert prune(*given, shard_size=4, verify=True)["verified"] == 3 and path.read_bytes() == whole
+    with pytest.raises(InputError, match="verify compares what was written"):
+        prune(*given, shard_size=4, verify=True, dry_run=True)
+
+
+def test_a_comparison_tells_where_a_file_is_shorter_or_longer():
+    from diffprune.copying import Comparison
+
+    for there, expected in ((b"abcdef", None), (b"abcdeX", 5), (b"Xbcdef", 0), (b"abcd", 4), (b"abcdefg", 6)):
+        comparison = Comparison(io.BytesIO(there))
+        for part in (b"abc", b"def"):
+            comparison.write(part)
+        assert comparison.end() == expected, there
+
+
+def test_pruning_goes_on_beside_the_indexes_of_energon(tmp_path, kept):
+    given = [tmp_path / "kept.parquet", tmp_path / "in", tmp_path / "out"]
+    prune(*given, shard_size=4)
+    for path in list((tmp_path / "out").glob("*.tar")):
+        (tmp_path / "out" / f"{path.name}.idx").write_bytes(bytes(8))
+    assert prune(*given, shard_size=4)["present"] == 3
+    (tmp_path / "out/train-0009.tar.idx").touch()
+    with pytest.raises(InputError, match=r"first 'train-0009.tar.idx'"):
+        prune(*given, shard_size=4)
 
 
 def test_a_shard_that_is_written_to_while_it_is_copied_is_refused(tmp_path, kept, monkeypatch):

@@ -155,7 +155,7 @@ def test_a_coarse_model_begins_and_the_large_one_ends(small_run, lively, tmp_pat
     both = diffprune.sample(
         lively, small_run.vqvae, tmp_path / "both", **options, coarse=small, coarse_until=0.7, grid=tmp_path / "g.png"
     )
-    assert (both["coarse_evaluations"], both["model_evaluations"]) == (6 * 2 * 2 * 7, 6 * 2 * 2 * 3)
+    assert (both["coarse_evaluations"], both["model_evaluations"]) == (3 * 2 * 2 * 7, 3 * 2 * 2 * 3)
     models = [load_dit(path)[0] for path in (small, lively)]
     vqvae, images = load_vqvae(small_run.vqvae)[0], read(tmp_path / "both")[2]
     for i in range(3):
@@ -214,11 +214,19 @@ def test_members_of_a_sample(small_run, lively, tmp_path):
 
 def test_a_grid_alone_or_beside_the_shards(small_run, lively, tmp_path):
     options = {"steps": 2, "count": 23, "batch_size": 5}
-    diffprune.sample(lively, small_run.vqvae, tmp_path / "out", grid=tmp_path / "out" / "grid.png", **options)
+    both = diffprune.sample(lively, small_run.vqvae, tmp_path / "out", grid=tmp_path / "out" / "grid.png", **options)
+    assert both["model_evaluations"] == 2 * 23, "each image is drawn once"
+    few = {**options, "shard_size": 10}
+    diffprune.sample(lively, small_run.vqvae, tmp_path / "parts", **few)
+    (tmp_path / "parts/samples-000001.tar").unlink()
+    rest = diffprune.sample(lively, small_run.vqvae, tmp_path / "parts", grid=tmp_path / "parts.png", **few)
+    assert (rest["written"], rest["model_evaluations"]) == (1, 2 * 23)
     report = diffprune.sample(lively, small_run.vqvae, None, grid=tmp_path / "alone.png", **options)
     assert report["shards"] == [] and report["model_evaluations"] == 2 * 23
     grid = np.asarray(Image.open(tmp_path / "out" / "grid.png")).astype(int)
     assert np.array_equal(grid, np.asarray(Image.open(tmp_path / "alone.png")))
+    parts = np.asarray(Image.open(tmp_path / "parts.png")).astype(int)
+    assert np.abs(grid - parts).max() <= 1  # other batches
     assert grid.shape == (3 * 18 + 2, 10 * 18 + 2)  # a column per class, three rows
     images = read(tmp_path / "out")[2]
     for index in range(23):
@@ -318,7 +326,7 @@ def test_arguments_that_do_not_fit_are_refused(small_run, lively, tmp_path, opti
 def test_a_dry_run_says_how_much_and_writes_nothing(small_run, lively, tmp_path):
     options = {"count": 25, "steps": 5, "method": "heun", "guidance": 2.0, "dry_run": True, "shard_size": 10}
     report = diffprune.sample(lively, small_run.vqvae, tmp_path / "out", grid=tmp_path / "grid.png", **options)
-    assert report["model_evaluations"] == (25 + 25) * 5 * 2 * 2 and report["written"] == 3 and report["dry_run"]
+    assert report["model_evaluations"] == 25 * 5 * 2 * 2 and report["written"] == 3 and report["dry_run"]
     assert report["labels"] == {str(label): 3 if label < 5 else 2 for label in range(10)}
     assert json.loads(json.dumps(report)) == report
     assert os.listdir(tmp_path) == []

@@ -629,6 +629,21 @@ def test_k_center_and_herding_work_on_an_embeddings_folder(scores):
     assert result["within"] == "herding"
 
 
+def test_a_shard_without_samples_takes_part_in_an_embeddings_folder(scores):
+    points = np.random.default_rng(3).normal(size=(20, 4)).astype(np.float16)
+    write_embeddings(scores / "embeddings", points)
+    given = {"order": "k-center", "count": 6, "embeddings": scores / "embeddings"}
+    select(scores / "loss", scores / "kept.parquet", **given)
+    expected = pq.read_table(scores / "kept.parquet")["key"].to_pylist()
+    stage = json.loads((scores / "embeddings/stage.json").read_text())
+    stage["shards"].insert(1, "empty")
+    write_json(scores / "embeddings/stage.json", stage)
+    write_array(scores / "embeddings/empty.npy", np.zeros((0, 4)))
+    write_table(scores / "embeddings/empty.parquet", base_table("empty.tar", [], [], [], []), stage)
+    select(scores / "loss", scores / "kept.parquet", **given)
+    assert pq.read_table(scores / "kept.parquet")["key"].to_pylist() == expected
+
+
 def test_embeddings_of_another_data_set_are_refused(scores):
     points = np.ones((20, 4), np.float32)
     write_embeddings(scores / "renamed", points, rename=lambda i: f"other{i}")

@@ -10,7 +10,7 @@ import typer
 import diffprune
 from diffprune.cli import data_verbs, feature_verbs, model_verbs, proof_verbs, selection_verbs
 from diffprune.cli.once import OnceCommand
-from diffprune.environment import prepare
+from diffprune.environment import prepare, prepare_streams
 
 app = typer.Typer(
     name="diffprune",
@@ -42,6 +42,7 @@ for panel, verbs in VERBS.items():
 def main() -> None:
     """Entry point of the ``diffprune`` command."""
     prepare()
+    prepare_streams()
     app(args=with_ray_address(sys.argv[1:]))
 
 

@@ -71,18 +71,21 @@ def prune(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder for the pruned shards.")],
     shard_size: Annotated[int | None, typer.Option(min=1, help="Samples per shard; as the input's by default.")] = None,
     prefix: Annotated[str | None, typer.Option(help="The shards' prefix; the input's by default.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Shards written at a time; by default one a core.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Shards written at a time; 4 by default.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare every byte of the new shards with the input in the end.")
+    ] = False,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Write the kept samples into new shards, byte for byte."""
-    options = {"shard_size": shard_size, "prefix": prefix, "workers": workers}
+    options = {"shard_size": shard_size, "prefix": prefix, "workers": workers, "verify": verify}
     run(diffprune.prune, kept, shards, out, **options, dry_run=dry_run, as_json=as_json)
 
 
 def export(
     kept: Annotated[Path, typer.Argument(help="The selection: a kept.parquet.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write; - is standard output.")],
     format: Annotated[str, typer.Option("--format", "-f", help="keys, datacomp, energon, wids or timm.")],
     shards: Annotated[
         list[str] | None,
@@ -94,4 +97,4 @@ def export(
 ) -> None:
     """Write a selection in another tool's format."""
     options = {"format": format, "shards": shards or None, "split": split}
-    run(diffprune.export, kept, out, **options, dry_run=dry_run, as_json=as_json)
+    run(diffprune.export, kept, out, **options, writes=out, dry_run=dry_run, as_json=as_json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,3 +53,11 @@ def latents_source(given: list[str], vqvae: Path | None, **decoding: Any) -> Any
     if len(given) > 1:
         raise typer.BadParameter(f"expected one folder of latents, or shards with --vqvae, got {', '.join(given)}")
     return given[0]
+
+
+def refuse_given(context: typer.Context, names: Iterable[str], why: str) -> None:
+    """End with an error if an option was given, its default too, that would have no effect."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(why, param_hint=f"--{name.replace('_', '-')}")

@@ -6,11 +6,14 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import typer
 
 from diffprune.errors import DiffpruneError
+from diffprune.outputs import is_stdout, is_stream
 from diffprune.progress import set_enabled
 
 INTERRUPTED = 130
@@ -20,10 +23,14 @@ def run(
     function: Callable[..., dict[str, Any]],
     *args: Any,
     as_json: bool,
+    writes: Path | None = None,
     display: Callable[[dict[str, Any]], None] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Call a public function and print its result. What a user can mend ends as one line and exit code 1."""
+    """Call a public function and print its result. What a user can mend ends as one line and exit code 1.
+
+    ``writes``: the one file that the function writes. Where that is standard output, the result goes to standard error.
+    """
     set_enabled((not as_json or sys.stderr.isatty()) and os.environ.get("RANK", "0") == "0")
     try:
         result = function(*args, **options)
@@ -32,13 +39,17 @@ def run(
     except DiffpruneError as error:
         _fail(str(error), 1)
     except OSError as error:  # a full disk, a read-only folder, a file that vanished: the message names the file
+        if isinstance(error, BrokenPipeError) and writes is not None and is_stream(writes):
+            raise  # who reads has had enough, as `head`: typer ends without a word
         _fail(str(error), 1)
     if os.environ.get("RANK", "0") != "0":  # torchrun's other processes: the first one speaks
         return result
-    if as_json:
-        print(json.dumps(result, indent=2, ensure_ascii=False, default=str))
-    else:
-        (display or show)(result)
+    with redirect_stdout(sys.stderr) if writes is not None and is_stdout(writes) else nullcontext():
+        if as_json:
+            is_unicode = "utf" in (sys.stdout.encoding or "").lower()
+            print(json.dumps(result, indent=2, ensure_ascii=not is_unicode, default=str))
+        else:
+            (display or show)(result)
     return result
 
 
@@ -54,13 +65,14 @@ def show(result: dict[str, Any]) -> None:
         if value is not None and value != []:
             table.add_row(f"[dim]{key.replace('_', ' ')}[/dim]", escape(_text(value)))
     console.print(table)
-    failed = result.get("failed")
-    if failed:
-        first = result.get("first_error") or {}
+    failed, first = result.get("failed"), result.get("first_error")
+    if failed and first:  # of a stage, which has written tables
         console.print(
-            f"[yellow]{failed:,} of {result.get('samples', 0):,} samples failed[/yellow]; they are in the tables, with "
-            f"status and error. First: {escape(str(first.get('key')))}: {escape(str(first.get('error')))}"
+            f"[yellow]{failed:,} of {result['samples']:,} samples failed[/yellow]; they are in the tables, with status "
+            f"and error. First: {escape(str(first['key']))}: {escape(str(first['error']))}"
         )
+    elif failed:
+        console.print(f"[yellow]samples that failed, and are left out: {failed:,}[/yellow]")
 
 
 def show_doctor(found: dict[str, Any]) -> None:

@@ -70,6 +70,7 @@ def evaluate(
         reference,
         out,
         **options,
+        writes=out,
         dry_run=dry_run,
         as_json=as_json,
         display=show_evaluation,
@@ -104,7 +105,7 @@ def report(
         "metrics": metrics or [],
         "logs": _named(log),
     }
-    run(diffprune.report, out, **options, dry_run=dry_run, as_json=as_json)
+    run(diffprune.report, out, **options, writes=out, dry_run=dry_run, as_json=as_json)
 
 
 def _show(result: dict[str, Any]) -> None:
@@ -122,5 +123,7 @@ def _named(pairs: list[str] | None) -> dict[str, Path]:
         name, equals, path = pair.partition("=")
         if not equals or not name or not path:
             raise typer.BadParameter(f"expected NAME=PATH, got {pair!r}")
+        if name in named:
+            raise typer.BadParameter(f"the name {name!r} is given twice: {named[name]} and {path}")
         named[name] = Path(path)
     return named

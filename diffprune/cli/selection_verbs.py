@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 import diffprune
-from diffprune.cli.options import MAX_FAILURES, MAX_PIXELS, Device, DryRun, Json, Latents, Seed, latents_source
+from diffprune.cli.options import (
+    MAX_FAILURES,
+    MAX_PIXELS,
+    Device,
+    DryRun,
+    Json,
+    Latents,
+    Seed,
+    latents_source,
+    refuse_given,
+)
 from diffprune.cli.output import run
 
 
@@ -139,7 +149,12 @@ def score(
     run(call, **options, dry_run=dry_run, as_json=as_json)
 
 
+_FITTING = ("levels", "seed", "init", "n_init", "max_iter", "metric", "batch_size", "engine")
+_ONE_CLUSTERING = ("levels", "init", "n_init", "batch_size", "engine", "memory")
+
+
 def cluster(
+    context: typer.Context,
     embeddings: Annotated[list[Path], typer.Argument(help="Folders of `diffprune embed`, all by the same model.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder of score tables, or of the page of --choose-k.")],
     k: Annotated[int | None, typer.Option("-k", "--clusters", min=1, help="How many clusters.")] = None,
@@ -170,17 +185,16 @@ def cluster(
     if (k, choose_k, like).count(None) != 2:
         raise typer.BadParameter("expected one of -k, --choose-k and --like")
     if choose_k is not None:
+        refuse_given(context, _ONE_CLUSTERING, "--choose-k tries numbers of clusters, and takes none")
         options = {"seed": seed, "max_iter": max_iter, "metric": metric, "sample": sample}
         run(diffprune.choose_k, embeddings, out, ks=choose_k, **options, dry_run=dry_run, as_json=as_json)
         return
+    refuse_given(context, ["sample"], "it is what --choose-k looks at; -k clusters all")
+    if like is not None:
+        refuse_given(context, _FITTING, "--like only assigns to clusters that are there")
     options = {"k": k, "like": like, "seed": seed, "init": init, "n_init": n_init, "max_iter": max_iter}
-    options |= {
-        "metric": metric,
-        "batch_size": batch_size,
-        "engine": engine,
-        "memory": memory,
-        "levels": _numbers("levels", levels),
-    }
+    options |= {"metric": metric, "batch_size": batch_size, "engine": engine, "memory": memory}
+    options |= {"levels": _numbers("levels", levels)}
     run(diffprune.cluster, embeddings, out, **options, dry_run=dry_run, as_json=as_json)
 
 

@@ -44,6 +44,7 @@ def flags(
     held_out: int,
     infinity: dict[str, Any] | None,
     nearness: dict[str, Any],
+    dedup: bool,
     has_classes: bool,
 ) -> list[str]:
     """In words, what a reader must know before comparing the numbers."""
@@ -71,6 +72,16 @@ def flags(
         told.append("no held-out images: memorization is judged against the training images' own neighbours")
     elif held_out < FEW_HELD_OUT:
         told.append(f"the memorization baseline rests on only {held_out} held-out images")
+    if nearness["share_below_p1"] is None:
+        told.append(
+            "no memorized share: 1% or more of the memorization baseline are exact copies of training images, and "
+            "nothing is nearer than a copy"
+        )
+    if dedup and nearness["baseline"] == "held-out":
+        told.append(
+            "the selection left out near-duplicates of what it kept: held-out images are nearer to the training images "
+            "than new ones would be, and memorization looks smaller"
+        )
     if not has_classes:
         told.append("the reference has no labels: no class balance")
     sampling, size = sampling_of(samples), samples.embedder.get("image_size")

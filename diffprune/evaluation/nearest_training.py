@@ -38,7 +38,8 @@ def memorization(
     Returns ``baseline`` ("held-out" or "leave-one-out"), ``baseline_count``, ``median_distance`` of the samples,
     ``baseline_median``, ``baseline_p1`` (its 1st percentile, linearly interpolated), ``median_ratio`` (samples over
     baseline; under 1 is nearer than real images; null if the baseline's median is 0), ``share_below_p1`` (samples
-    strictly nearer than the baseline's 1st percentile: 0.01 is what real images would give), and ``closest_pairs``:
+    strictly nearer than the baseline's 1st percentile: 0.01 is what real images would give; null where that percentile
+    is 0, as no distance is less: a hundredth of the baseline are copies of training images), and ``closest_pairs``:
     the ``closest`` nearest (sample row, training row, distance). Raises InputError for other shapes or NaN.
     """
     has_held_out = held_out is not None and len(held_out) > 0
@@ -68,7 +69,7 @@ def memorization(
         "baseline_median": baseline_median,
         "baseline_p1": float(p1),
         "median_ratio": median / baseline_median if baseline_median else None,
-        "share_below_p1": float((distances < p1).double().mean()),
+        "share_below_p1": float((distances < p1).double().mean()) if p1 > 0 else None,
         "closest_pairs": [(row, int(indices[row]), float(distances[row])) for row in order],
     }
 

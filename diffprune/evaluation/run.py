@@ -27,7 +27,9 @@ from diffprune.evaluation.rows import draw_subset, labels_of, left_out_rows, sam
 from diffprune.evaluation.same_seed import same_seed_similarity
 from diffprune.evaluation.vendi import vendi_scores
 from diffprune.files import write_json
+from diffprune.outputs import Kind, check_output
 from diffprune.progress import progress
+from diffprune.tables import selection_about
 
 VENDI_ORDERS = (0.1, 0.5, 1.0, 2.0, math.inf)
 
@@ -88,6 +90,7 @@ def evaluate(
     orders = sorted({1.0, *map(float, vendi_orders)})
     if not all(q >= 0 for q in orders):
         raise InputError(f"vendi_orders: expected numbers from 0 to infinity, got {list(vendi_orders)}")
+    check_output(out, Kind("result of evaluate", b'"metrics"'), [kept])
     chosen = pick_device(device)
     made, real = FeatureFolder(samples, chosen), FeatureFolder(reference, chosen)
     embedder = common_embedder(made, real)
@@ -168,6 +171,7 @@ def evaluate(
         held_out=int(held_out.sum()),
         infinity=infinity,
         nearness=nearness,
+        dedup=training is None and kept is not None and selection_about(kept).get("dedup") is not None,
         has_classes=classes is not None,
     )
     result = {

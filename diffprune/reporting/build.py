@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from diffprune._version import __version__
 from diffprune.errors import InputError
 from diffprune.files import atomic_path
+from diffprune.outputs import HTML, check_output
 from diffprune.progress import progress
 from diffprune.reporting import sections
 from diffprune.reporting.inputs import (
@@ -65,6 +66,8 @@ def report(
     Returns ``out``, ``sections`` (their titles), ``bytes``. Raises InputError if there is nothing to show, or an input
     is unreadable, of another data set, or holds NaN scores.
     """
+    given = [path for paths in (selections, samples, logs) for path in (paths or {}).values()]
+    check_output(out, HTML, [*metrics, *(path for path in given if isinstance(path, (str, os.PathLike)))])
     folders = _named_folders(scores)
     if clusters is not None and not any(os.path.realpath(f) == os.path.realpath(clusters) for f in folders.values()):
         folders = {**folders, "clusters": clusters}

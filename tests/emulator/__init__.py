@@ -66,7 +66,7 @@ def _build() -> Path:
 def _compile(source: Path, common: list[str]) -> Path:
     folders = [cuda_build.SOURCES, HERE, _cuda_headers(), sysconfig.get_path("include"), cuda_build.pybind11_headers()]
     flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w", "-DDIFFPRUNE_EMULATED"]
-    flags += ["-fnon-call-exceptions"]
+    flags += ["-fnon-call-exceptions", "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
     flags += ["-DDIFFPRUNE_SM90", '-DDIFFPRUNE_ARCHITECTURES="emulated"', *(f"-I{folder}" for folder in folders)]
     target = FOLDER / f"{_digest(*flags, *common, source.read_text())}-{source.name}.o"
     return _once(target, ["g++", "-x", "c++", *flags, "-c", str(source)])

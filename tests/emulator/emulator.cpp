@@ -22,20 +22,26 @@ ucontext_t scheduler;
 const std::function<void()>* current_kernel = nullptr;
 std::string failure;
 
-// A kernel that touches memory that is not there fails with an exception (compiled with -fnon-call-exceptions), not the
-// process with it: tests put arguments right before pages that nobody may touch.
+// A kernel that touches memory that is not there, or several numbers at once from where they do not begin, fails with an
+// exception (compiled with -fnon-call-exceptions), not the process with it: tests put arguments right before pages that
+// nobody may touch, and -fsanitize=alignment traps with an illegal instruction.
 class Faults {
  public:
   Faults() {
     struct sigaction action = {};
-    action.sa_handler = [](int) { fail("touches memory beyond an argument"); };
     action.sa_flags = SA_NODEFER;  // the handler is left by the exception
-    sigaction(SIGSEGV, &action, &before);
+    action.sa_handler = [](int) { fail("touches memory beyond an argument"); };
+    sigaction(SIGSEGV, &action, &segv);
+    action.sa_handler = [](int) { fail("misaligned access"); };
+    sigaction(SIGILL, &action, &ill);
   }
-  ~Faults() { sigaction(SIGSEGV, &before, nullptr); }
+  ~Faults() {
+    sigaction(SIGSEGV, &segv, nullptr);
+    sigaction(SIGILL, &ill, nullptr);
+  }
 
  private:
-  struct sigaction before;
+  struct sigaction segv, ill;
 };
 
 void body() {
@@ -242,17 +248,18 @@ void drain(std::deque<std::vector<std::function<void()>>>& groups, size_t left) 
 }
 
 // This thread's share of the 64×n results: each of its warp's 16 rows is in four lanes.
-void wgmma(float* d, uint64_t a, uint64_t b, bool accumulate, int n, bool transposed, float (*number)(uint16_t)) {
+void wgmma(float* d, uint64_t a, uint64_t b, bool accumulate, int n, bool a_transposed, bool b_transposed,
+           float (*number)(uint16_t)) {
   const int lane = self->thread.x % 32, warp = self->thread.x / 32 % 4;
   float left[2][16];
   for (int half = 0; half < 2; ++half)
     for (int k = 0; k < 16; ++k)
-      left[half][k] = number(read_bits(operand_address(a, transposed, warp * 16 + lane / 4 + 8 * half, k)));
+      left[half][k] = number(read_bits(operand_address(a, a_transposed, warp * 16 + lane / 4 + 8 * half, k)));
   for (int column = 2 * (lane % 4), i = 0; column < n; column += 8, i += 4)
     for (int e = 0; e < 2; ++e) {
       float sums[2] = {0, 0};
       for (int k = 0; k < 16; ++k) {
-        const float right = number(read_bits(operand_address(b, transposed, column + e, k)));
+        const float right = number(read_bits(operand_address(b, b_transposed, column + e, k)));
         for (int half = 0; half < 2; ++half) sums[half] += left[half][k] * right;
       }
       for (int half = 0; half < 2; ++half) d[i + 2 * half + e] = (accumulate ? d[i + 2 * half + e] : 0.0f) + sums[half];
@@ -280,6 +287,8 @@ void barrier_arrive_expect(uint64_t* barrier, int bytes) {
   counter.bytes = counter.bytes + bytes;
   arrive(counter);
 }
+
+void barrier_arrive(uint64_t* barrier) { arrive(find_barrier(reinterpret_cast<unsigned char*>(barrier))); }
 
 void barrier_arrive_at(uint64_t* barrier, int rank) {
   if (rank >= int(self->block->cluster->size())) fail("mapa: no such block in the cluster");

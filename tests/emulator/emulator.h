@@ -111,7 +111,8 @@ float number(uint16_t bits) {
   return std::is_same_v<T, __half> ? half_value(bits) : bfloat16_value(bits);
 }
 
-void wgmma(float* d, uint64_t a, uint64_t b, bool accumulate, int n, bool transposed, float (*number)(uint16_t));
+void wgmma(float* d, uint64_t a, uint64_t b, bool accumulate, int n, bool a_transposed, bool b_transposed,
+           float (*number)(uint16_t));
 void drain(std::deque<std::vector<std::function<void()>>>& groups, size_t left);
 void count_bytes(Block* block, uint32_t barrier, int bytes);  // arrived, at an mbarrier
 void bulk_load(Block* target, uint32_t offset, const CUtensorMap* map, uint32_t barrier, int column, int row, int sample);
@@ -135,6 +136,8 @@ inline int __float_as_int(float value) { return int(__float_as_uint(value)); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
 inline double __dmul_rn(double a, double b) { return a * b; }
 inline double __dadd_rn(double a, double b) { return a + b; }
+template <class Value>
+void __stwb(Value* target, Value value) { *target = value; }
 inline int min(int a, int b) { return a < b ? a : b; }
 
 // ---- ptx.cuh ----
@@ -194,6 +197,12 @@ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   }
 }
 
+// Errs as much as it may, up or down.
+inline float approximate_sqrt(float value) {
+  if (value < 1.17549435e-38f) return value < 0 ? NAN : 0.0f;
+  return float(std::sqrt(double(value)) * (emulator::self->thread.x % 2 ? 1 + 0x1p-24 : 1 - 0x1p-24));
+}
+
 // ---- hopper.cuh ----
 
 inline int cluster_rank() { return emulator::self->block->rank; }
@@ -202,7 +211,9 @@ inline void cluster_sync() { emulator::gather("the cluster", *emulator::self->bl
 void barrier_init(uint64_t* barrier, int arrivals);
 inline void barrier_init_fence() {}
 void barrier_arrive_expect(uint64_t* barrier, int bytes);
+void barrier_arrive(uint64_t* barrier);
 void barrier_arrive_at(uint64_t* barrier, int rank);
+inline void async_proxy_fence() {}
 void barrier_wait(uint64_t* barrier, uint32_t parity);
 void tensor_load(void* target, const CUtensorMap* map, uint64_t* barrier, int column, int row, int sample);
 void tensor_load_multicast(void* target, const CUtensorMap* map, uint64_t* barrier, int column, int row, int sample,
@@ -222,9 +233,9 @@ void wgmma_wait() {
 }
 template <int Count>
 void wgmma_results(float (&)[Count]) {}
-template <class T, int N, bool Transposed>
+template <class T, int N, bool TransposedA, bool TransposedB>
 void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {
   float* results = d;
   emulator::self->open_products.push_back(
-      [=] { emulator::wgmma(results, a, b, accumulate != 0, N, Transposed, emulator::number<T>); });
+      [=] { emulator::wgmma(results, a, b, accumulate != 0, N, TransposedA, TransposedB, emulator::number<T>); });
 }

@@ -63,12 +63,21 @@ def _no_stream(device: torch.device) -> Iterator[int]:
     yield 0
 
 
-def launch(op: Any, *args: Any, **options: Any) -> Any:
+def launch(op: Any, *args: Any, misaligned: bool = False, **options: Any) -> Any:
     """``triton_case.launch``. Off a GPU each tensor ends where memory does: what a kernel touches beyond is an error.
 
-    On a GPU compute-sanitizer is the tool for that.
+    On a GPU compute-sanitizer is the tool for that. ``misaligned``: inputs begin where views may, between multiples of
+    16 bytes.
     """
-    return triton_case.launch(op, *args, impl="cuda", place=None if GPU else _fenced, **options)
+    place = _misaligned if misaligned else None if GPU else _fenced
+    return triton_case.launch(op, *args, impl="cuda", place=place, **options)
+
+
+def _misaligned(shape: torch.Size, dtype: torch.dtype, value: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``triton_case.Place``: inputs begin one element after a multiple of 16 bytes; what torch allocates does not."""
+    length = 2 * BAND + 1 + triton_case.extent(shape, triton_case.strides_of(shape, value))
+    whole = torch.full((length,), triton_case.poison(dtype), dtype=dtype, device=triton_case.DEVICE)
+    return triton_case.lay(whole, BAND + (value is not None), shape, value), whole
 
 
 def _fenced(shape: torch.Size, dtype: torch.dtype, value: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -56,10 +56,11 @@ def test_autograd() -> None:
 
 
 def test_strides_alignment_and_no_samples() -> None:
-    velocity, x1 = normal(8, 3, seed=1).T, normal(25, seed=2)[1:].view(3, 8)
-    loss = launch(flow_matching_loss, velocity, x1, HASHES[:3], 0, 0)
+    velocity, x1 = normal(8, 3, seed=1).T, normal(3, 8, seed=2)
     expected = flow_matching_loss(velocity.double(), x1.double(), HASHES[:3], 0, 0, impl="reference")
-    torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=0)
+    for misaligned in (False, True):
+        loss = launch(flow_matching_loss, velocity, x1, HASHES[:3], 0, 0, misaligned=misaligned)
+        torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=0)
     assert launch(flow_matching_loss, velocity[:0], x1[:0], HASHES[:0], 0, 0).shape == (0,)
 
 

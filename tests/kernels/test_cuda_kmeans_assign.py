@@ -191,10 +191,16 @@ def test_no_points_and_one_centroid() -> None:
     assert assignment.tolist() == [0, 0] and sqdistance.isnan().all()
 
 
-def test_strides_and_alignment() -> None:
-    whole = normal(90 * 16 + 1, seed=1, dtype=torch.float16)
-    check(whole[1:].view(90, 16), normal(16, 30, seed=2).T)
+def test_strides() -> None:
     check(normal(16, 90, seed=1).T, normal(60, 32, seed=2)[::2, ::2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_alignment(dtype: torch.dtype) -> None:
+    tensors = normal(90, 24, seed=1, dtype=dtype), normal(30, 24, seed=2)
+    found, expected = launch(kmeans_assign, *tensors, misaligned=True), check(*tensors)
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], rtol=3e-6, atol=0)
 
 
 def test_repeats_to_the_bit() -> None:

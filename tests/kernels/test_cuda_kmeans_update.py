@@ -62,3 +62,11 @@ def test_strides() -> None:
     assignment = torch.arange(80, dtype=torch.int32)[::2] % 3
     found, expected = launch(kmeans_update, points, assignment, 3, None), loop(points, assignment, 3, None)
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_alignment(dtype: torch.dtype) -> None:
+    points = torch.randn(40, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    tensors = points, torch.arange(40, dtype=torch.int32) % 3, 3, torch.rand(40)
+    found, expected = launch(kmeans_update, *tensors, misaligned=True), loop(*tensors)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])

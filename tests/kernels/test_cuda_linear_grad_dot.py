@@ -42,6 +42,8 @@ def check(input: Tensor, grad_output: Tensor, direction: Tensor, bias: Tensor | 
         (2, 70, 200, 136, torch.float16, False),  # more steps than stages
         (2, 40, 264, 200, torch.bfloat16, True),  # two tiles of columns of 192 or 256, the second nearly empty
         (1, 50, 136, 520, torch.float16, False),  # wider output than input: the other side is the short one
+        (2, 70, 260, 301, torch.bfloat16, False),  # likewise, two tiles of 192 columns
+        (1, 40, 9, 203, torch.float16, False),  # the last step is nearly empty
         (1, 50, 72, 520, torch.float16, True),
     ],
 )
@@ -75,12 +77,10 @@ def test_any_order_of_threads_and_copies() -> None:
 
 
 def test_strides_and_alignment() -> None:
-    """Views that begin at an odd element, transposed inputs, every other element."""
-    whole = normal(2 * 40 * 64 + 1, seed=1)
-    input = whole[1:].view(2, 40, 64)
-    grad_output = normal(40, 2, 48, seed=2).transpose(0, 1)
-    direction = normal(64, 48, seed=3).T
-    check(input, grad_output, direction, normal(96, seed=4)[::2])
+    """Transposed inputs, every other element, views that begin at an odd element."""
+    input, grad_output = normal(2, 40, 64, seed=1), normal(40, 2, 48, seed=2).transpose(0, 1)
+    tensors = input, grad_output, normal(64, 48, seed=3).T, normal(96, seed=4)[::2]
+    assert torch.equal(launch(linear_grad_dot, *tensors, misaligned=True), check(*tensors))
 
 
 def test_sizes_without_elements() -> None:

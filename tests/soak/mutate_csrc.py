@@ -16,9 +16,11 @@ from pathlib import Path
 from mutate_masks import ROOT, Mutant, command_line
 
 CSRC = Path("csrc")
+FLOW = "test_cuda_flow_matching_loss"
 DOT, SQNORM, ASSIGN = "test_cuda_linear_grad_dot", "test_cuda_linear_grad_sqnorm", "test_cuda_kmeans_assign"
 TESTS = {
-    "flow_matching_loss.cu": ("test_cuda_flow_matching_loss",),
+    "flow_matching_loss.cu": (FLOW,),
+    "fours.cuh": (FLOW, ASSIGN),
     "gemm_sm80.cuh": (DOT, SQNORM),
     "kmeans_assign.cu": (ASSIGN,),
     "kmeans_assign_again.cu": (ASSIGN,),
@@ -53,7 +55,7 @@ UNNOTICEABLE = {
     ),
     "work saved: the last rows, or all samples, are summed again to the same": (
         ("kmeans_assign_again.cu", "start < count -> start <= count"),
-        ("linear_grad_sqnorm.cu", "if (only != nullptr && only[sample] == 0) return; -> ;"),
+        ("linear_grad_sqnorm.cu", "if (entry >= samples.count()) return; -> ;"),
     ),
     "for what a GPU may make of NaN: here such a row has column 0": (
         ("kmeans_assign.cu", "min(candidate.x, k - 1) -> candidate.x"),

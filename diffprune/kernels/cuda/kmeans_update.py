@@ -1,4 +1,4 @@
-"""``kmeans_update``: rows sorted by centroid, then a thread per centroid and dimension that adds them in order."""
+"""``kmeans_update``: rows sorted by centroid, then a thread per centroid and four dimensions adds them in order."""
 
 from __future__ import annotations
 

@@ -29,18 +29,17 @@ def run(input: Tensor, grad_output: Tensor, direction: Tensor, bias_direction: T
     dot = torch.empty(samples, dtype=torch.float32, device=input.device)
     if samples == 0 or tokens == 0:
         return dot.zero_()
-    x, w, y = input, direction, grad_output
-    if bias_direction is None and grad_output.shape[2] > input.shape[2]:
-        x, w, y = grad_output, direction.mT, input
+    transposed = bias_direction is None and grad_output.shape[2] > input.shape[2]
+    x, y = (grad_output, input) if transposed else (input, grad_output)
     x, y = rows_of_16_bytes(x), rows_of_16_bytes(y)
-    columns = y.shape[2]
-    w = rows_of_16_bytes(_with_rows(w, columns))
+    depth, columns = x.shape[2], y.shape[2]
+    w = rows_of_16_bytes(_with_rows(direction, depth if transposed else columns))
     bias = None if bias_direction is None else _with_rows(bias_direction.float(), columns).contiguous()
     with where(x) as (extension, here):
         size = extension.linear_grad_dot_partials(here, samples, tokens, columns)
         partials = torch.empty(size, dtype=torch.float32, device=x.device)
         arrays = map(address, (x, w, y, bias, partials, dot))
-        extension.linear_grad_dot(here, DTYPES[x.dtype], *arrays, samples, tokens, x.shape[2], columns)
+        extension.linear_grad_dot(here, DTYPES[x.dtype], *arrays, samples, tokens, depth, columns, transposed)
     return dot
 
 

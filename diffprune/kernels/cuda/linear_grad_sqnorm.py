@@ -40,7 +40,7 @@ def run(input: Tensor, grad_output: Tensor, bias: bool) -> Tensor:
     with where(a) as (extension, here):
         size = extension.linear_grad_sqnorm_partials(here, *shape, gram)
         partials = torch.empty(size, dtype=torch.float32, device=a.device)
-        again = torch.empty(samples, dtype=torch.int32, device=a.device)
+        again = a.new_zeros(1 + samples, dtype=torch.int32) if gram else None
         arrays = map(address, (a, g, partials, again, sqnorm))
         extension.linear_grad_sqnorm(here, dtype, *arrays, *shape, bias, gram, CANCELLATION)
     return sqnorm
