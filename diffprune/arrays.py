@@ -14,15 +14,35 @@ import pyarrow.compute as pc
 from diffprune.errors import InputError
 from diffprune.files import atomic_path
 from diffprune.storage import AnyPath, RemotePath, as_path
-from diffprune.tables import kept_keys, read_folder, read_stage, read_table, table_metadata
+from diffprune.tables import (
+    check_finished,
+    input_of,
+    kept_keys,
+    read_folder,
+    read_stage,
+    read_table,
+    reading_pool,
+    table_metadata,
+)
 
 TWIN_SUFFIX = ".flip.npy"
 
 
-def write_array(path: str | Path, array: np.ndarray) -> None:
-    """Write a float16 ``.npy`` atomically."""
+def write_array(path: str | Path, array: np.ndarray) -> str:
+    """Write a float16 ``.npy`` atomically; returns its ``array_digest``."""
+    array = np.ascontiguousarray(array, np.float16)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, array.astype(np.float16), allow_pickle=False)
+        # As np.save does, whose errors say neither that a disk is full nor which file it was.
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data.cast("B") if array.size else b"")
+    return array_digest(array)
+
+
+def array_digest(array: np.ndarray) -> str:
+    """32 hex digits that identify a float16 array's shape and values."""
+    found = hashlib.sha256(str(array.shape).encode())
+    found.update(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
+    return found.hexdigest()[:32]
 
 
 class ArrayFolder:
@@ -64,6 +84,16 @@ class ArrayFolder:
                 f"maybe by another model; embed its shard again"
             )
         return read_table(path, ["key", "status"])
+
+    def identity(self, stem: str) -> dict[str, Any]:
+        """What tells one shard's rows from others, of the images and of the array, as far as its table says so."""
+        return input_of(table_metadata(self.folder / f"{stem}.parquet"))
+
+    def identities(self) -> dict[str, dict[str, Any]]:
+        """The same of all shards, some read at a time; InputError where one is not done."""
+        check_finished(self.folder, self.stems)
+        with reading_pool(self.folder) as pool:
+            return dict(zip(self.stems, pool.map(self.identity, self.stems), strict=True))
 
     def array(self, stem: str, *, by_rows: bool = False) -> np.ndarray:
         """float16 [n, ...], memory-mapped, row-aligned with ``table(stem)``.

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 
 from diffprune.arrays import ArrayFolder, load_array, write_array
 from diffprune.decode import read_all_annotations
-from diffprune.engines import Engine, run_stage
+from diffprune.engines import Engine, Made, run_stage
 from diffprune.errors import InputError
 from diffprune.failures import MAX_FAILURES
 from diffprune.files import fingerprint, sha256_file
@@ -73,6 +73,12 @@ class ClipRetrievalFolder(ArrayFolder):
         """Of the content of all its files."""
         paths = [path for stem in self.stems for path in (self._array_path(stem), self._metadata_path(stem))]
         return fingerprint({path.name: sha256_file(path) for path in paths})
+
+    def identity(self, stem: str) -> dict[str, Any]:
+        return {}  # the fingerprint is of all content
+
+    def identities(self) -> dict[str, dict[str, Any]]:
+        return {stem: {} for stem in self.stems}
 
     def table(self, stem: str) -> pa.Table:
         path = self._metadata_path(stem)
@@ -190,7 +196,7 @@ def bind_embeddings(
             f"they are such as {example!r}; were these embeddings made from other shards?"
         )
 
-    def work(stem: str, bar: Progress) -> tuple[pa.Table, list[bool]]:
+    def work(stem: str, bar: Progress) -> Made:
         index = indexes[stem]
         array = np.full((len(index.samples), *folder.metadata["shape"]), np.nan, dtype=np.float16)
         labels, uids, errors = read_all_annotations(index)
@@ -204,15 +210,16 @@ def bind_embeddings(
             array[place] = arrays[part][row - starts[part]]
             if not np.isfinite(array[place]).all():
                 errors[place], array[place] = f"its embedding in {source} is NaN or infinite", np.nan
-        write_array(as_path(out) / f"{stem}.npy", array)
+        digest = write_array(as_path(out) / f"{stem}.npy", array)
         bar.advance(len(index.samples))
-        return base_table(index.path.name, index.samples, labels, uids, errors), (rows[stem] >= 0).tolist()
+        table = base_table(index.path.name, index.samples, labels, uids, errors)
+        return Made(table, (rows[stem] >= 0).tolist(), {"array": digest})
 
     total = sum(len(index.samples) for index in indexes.values())
-    inputs = {index.path.name: index.size for index in indexes.values()}  # as ``ImageMap``
-    config = {**folder.metadata, "embeddings": folder.fingerprint, "inputs": inputs}
+    config = {**folder.metadata, "embeddings": folder.fingerprint}
+    inputs = {stem: index.identity for stem, index in indexes.items()}
     options = {"beside": [".npy"], "metadata": {"model_path": str(source)}, "engine": Engine(max_failures=max_failures)}
-    return run_stage("embed", out, config, list(indexes), work, total=total, **options, dry_run=dry_run)
+    return run_stage("embed", out, config, list(indexes), work, total=total, inputs=inputs, **options, dry_run=dry_run)
 
 
 def _rows_of(index: ShardIndex, keys: pa.Array) -> np.ndarray:

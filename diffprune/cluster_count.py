@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffprune.clustering import EmbeddingRows
+from diffprune.embedding_rows import EmbeddingRows
 from diffprune.errors import InputError
 from diffprune.files import write_json
 from diffprune.kmeans import KMeans

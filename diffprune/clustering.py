@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,43 +9,38 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from diffprune.arrays import ArrayFolder
+from diffprune.cluster_assigning import assign_like
+from diffprune.cluster_files import (
+    CENTROIDS_FILE,
+    CLUSTER_FIELD,
+    DISTANCE_FIELD,
+    cluster_sizes,
+    load_centroids,
+    save_centroids,
+)
+from diffprune.embedding_rows import EmbeddingRows
 from diffprune.engines import Engine, run_stage
 from diffprune.errors import InputError
-from diffprune.files import atomic_path, fingerprint
+from diffprune.files import fingerprint
 from diffprune.hierarchical_kmeans import HierarchicalKMeans
 from diffprune.kmeans import KMeans
 from diffprune.kmeans_faiss import faiss_centroids
-from diffprune.kmeans_points import Part
 from diffprune.progress import Progress
-from diffprune.quantities import parse_bytes
-from diffprune.rank_talk import ALONE, RankTalk
-from diffprune.storage import AnyPath, as_path
+from diffprune.rank_talk import RankTalk
+from diffprune.storage import as_path
 from diffprune.storage.folders import partials_folder
-from diffprune.storage.spool import local_file
-from diffprune.tables import BASE_COLUMNS, STAGE_FILE, read_folder
-from diffprune.unique_keys import told_twice
+from diffprune.tables import BASE_COLUMNS, STAGE_FILE
 
-CENTROIDS_FILE = "centroids.safetensors"
 ENGINES = ("diffprune", "faiss")
-
-CLUSTER_FIELD = pa.field("cluster", pa.int32(), metadata={"meaning": "k-means label over the embeddings"})
-DISTANCE_FIELD = pa.field(
-    "distance",
-    pa.float64(),
-    metadata={"keep": "lowest", "meaning": "Euclidean distance of the embedding to its cluster's centroid"},
-)
 
 
 def cluster(
     embeddings: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
-    k: int,
+    k: int | None = None,
+    like: str | Path | None = None,
     levels: Sequence[int] = (),
     seed: int = 0,
     init: str = "k-means||",
@@ -67,6 +61,9 @@ def cluster(
 
     Args:
         embeddings: a folder that ``embed`` wrote, or several by the same model.
+        k: how many clusters.
+        like: instead of k, a folder that this function wrote: its centroids, metric and cluster numbers stay, and
+            embeddings are only assigned. More embeddings may then join ``out``.
         levels: falling numbers of clusters of the clusters, see ``HierarchicalKMeans``: columns ``cluster_2``, ....
         init, n_init, max_iter, tol, metric, batch_size: as ``KMeans``; "split" is the start for many clusters.
         engine: "diffprune", or "faiss": centroids by faiss's own Lloyd, float32 and in memory, to compare with; labels
@@ -77,12 +74,18 @@ def cluster(
     Returns counts, ``inertia``, ``iterations`` and the cluster sizes' range. Raises InputError if there are fewer
     distinct embeddings than ``k``, if one is not finite (naming its key), or if they are of different models.
     """
+    if (k is None) == (like is None):
+        raise InputError("cluster: expected k, or the folder of an earlier run for like")
     if engine not in ENGINES:
         raise InputError(f"cluster: expected engine to be one of {', '.join(ENGINES)}, got {engine!r}")
     if engine == "faiss" and (levels or batch_size or n_init > 1):
         raise InputError("cluster: engine 'faiss' takes no levels, batch_size or n_init; use 'diffprune'")
     if levels and (batch_size or n_init > 1):
         raise InputError("cluster: levels take no batch_size or n_init")
+    if like is not None:
+        if levels or batch_size or n_init > 1 or engine != "diffprune":
+            raise InputError("cluster: like only assigns: it takes no levels, batch_size, n_init or engine")
+        return assign_like(like, embeddings, out, memory=memory, dry_run=dry_run)
     talk = RankTalk.of_torchrun()
     if talk.size > 1 and (engine == "faiss" or batch_size or init == "split"):
         raise InputError("cluster: under torchrun it takes no engine faiss, batch_size or init split")
@@ -103,17 +106,17 @@ def cluster(
     }
     unusual = {"levels": list(levels), "batch_size": batch_size, "engine": engine if engine != "diffprune" else None}
     config |= {name: value for name, value in unusual.items() if value}
-    options["memory"] = parse_bytes(memory)
+    options["memory"] = source.memory(memory)
     fitted: dict[str, np.ndarray] = {}
 
-    partials = partials_folder(out, fingerprint(config))
+    partials = partials_folder(out, fingerprint([config, source.identities]))
     saved, latest = out / CENTROIDS_FILE, partials / "rounds.safetensors"
     about: dict[str, Any] = {}
 
     def fit() -> None:
         # of a run that was stopped among its tables; all processes have to go the same way
         if not levels and metric == "euclidean" and talk.first([saved.is_file()])[0]:
-            given = {**options, "init": load_centroids(saved), "max_iter": 0}
+            given = {**options, "init": load_centroids(saved)[0], "max_iter": 0}
             kmeans = KMeans(k, **given).fit(source.parts, keys=source.keys, talk=talk)
             fitted.update(cluster=kmeans.assignment_, distance=kmeans.distance_)
             return
@@ -144,10 +147,7 @@ def cluster(
             raise
         if talk.rank or "centroids" not in fitted:
             return
-        with atomic_path(saved) as temporary:
-            # one entry: safetensors writes several in no fixed order
-            arrays = {"centroids": np.ascontiguousarray(fitted["centroids"], np.float32)}
-            save_file(arrays, temporary, metadata={"fit": json.dumps(about)})
+        save_centroids(saved, fitted["centroids"], about)
 
     def work(stem: str, bar: Progress) -> pa.Table:
         base = source.table(stem).select(BASE_COLUMNS)
@@ -165,6 +165,8 @@ def cluster(
         source.stems,
         work,
         total=sum(rows for _, _, rows in source.spans.values()) * talk.size,  # failed ones too
+        inputs=source.identities,
+        whole=True,
         begin=begin,
         dry_run=dry_run,
         engine=Engine(ranks=talk),
@@ -173,89 +175,4 @@ def cluster(
         return {**summary, "k": k, "dimensions": source.dimensions}
     if not talk.rank:
         shutil.rmtree(partials, ignore_errors=True)
-    return {**summary, "k": k, **_sizes(out), **_fit_summary(saved)}
-
-
-class EmbeddingRows:
-    """The embeddings of one or several folders of the same model: the rows that are ok, in shard order, on disk.
-
-    With several processes, ``talk``, each has the rows of its share of the shards: ``parts``, ``keys``, ``rows``.
-    """
-
-    def __init__(self, folders: str | Path | Sequence[str | Path], talk: RankTalk = ALONE) -> None:
-        paths = [folders] if isinstance(folders, (str, Path)) else list(folders)
-        if not paths:
-            raise InputError("cluster: expected at least one folder of embeddings, got none")
-        opened = [ArrayFolder(path, kind="embeddings") for path in paths]
-        self.metadata = opened[0].metadata
-        for folder in opened:
-            _same_model(opened[0], folder)
-        self.folders = {stem: folder for folder in opened for stem in folder.stems}
-        self.stems = [stem for folder in opened for stem in folder.stems]
-        if len(self.folders) != len(self.stems):
-            twice = next(stem for stem in self.stems if self.stems.count(stem) > 1)
-            raise InputError(f"cluster: shard {twice!r} is in two of the folders; names of shards must be unique")
-        self.parts: list[Part] = []
-        self.spans: dict[str, tuple[int, np.ndarray, int]] = {}  # its first row here, which rows are ok, of how many
-        self.rows, keys = 0, []
-        for stem in Engine(ranks=talk).mine(self.stems):
-            folder = self.folders[stem]
-            table = folder.keys(stem)
-            ok = pc.equal(table["status"], "ok")
-            rows = np.flatnonzero(ok.to_numpy())
-            array = folder.array(stem, by_rows=True)
-            self.parts.append(Part(array, None if len(rows) == len(array) else rows))
-            self.spans[stem] = (self.rows, rows, len(array))
-            keys.append(table["key"].filter(ok))
-            self.rows += len(rows)
-        self.keys = pa.chunked_array([chunk for column in keys for chunk in column.chunks], pa.large_string())
-        if not self.parts and self.stems:  # more processes than shards: this one has none of their rows
-            array = self.folders[self.stems[0]].array(self.stems[0], by_rows=True)
-            self.parts.append(Part(array, np.zeros(0, dtype=np.int64)))
-        self.dimensions = self.parts[0].array.shape[1] if self.parts else 0
-        self.fingerprint = opened[0].fingerprint if len(opened) == 1 else [folder.fingerprint for folder in opened]
-        where = ", ".join(map(str, paths))
-        if talk.max(self.rows) == 0:
-            raise InputError(f"{where}: no sample has an embedding")
-        if twice := told_twice(self.keys, talk):
-            raise InputError(f"{where}: {twice}; keys must be unique")
-
-    def table(self, stem: str) -> pa.Table:
-        """The base columns of one shard's samples, failed ones too."""
-        return self.folders[stem].table(stem)
-
-    def column(self, stem: str, values: np.ndarray, dtype: pa.DataType) -> pa.Array:
-        """The part of ``values`` [rows] that is of one shard, null for failed samples."""
-        first, rows, total = self.spans[stem]
-        column, missing = np.zeros(total, values.dtype), np.ones(total, bool)
-        column[rows], missing[rows] = values[first : first + len(rows)], False
-        return pa.array(column.astype(dtype.to_pandas_dtype()), dtype, mask=missing)
-
-
-def _same_model(first: ArrayFolder, other: ArrayFolder) -> None:
-    for name in ("model", "model_sha256", "shape"):
-        one, another = first.metadata.get(name), other.metadata.get(name)
-        if one != another:
-            raise InputError(
-                f"{other.folder}: expected embeddings of the same model as {first.folder}, found {name} {another!r}, "
-                f"not {one!r}; distances between them mean nothing"
-            )
-
-
-def load_centroids(path: AnyPath) -> np.ndarray:
-    """float32 [k, D] of a file that ``cluster`` wrote; InputError if it is damaged."""
-    try:
-        with local_file(path) as local, safe_open(local, framework="numpy") as file:
-            return file.get_tensor("centroids")
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error}); delete it and run again") from error
-
-
-def _fit_summary(centroids: AnyPath) -> dict[str, float]:
-    with local_file(centroids) as local, safe_open(local, framework="numpy") as file:
-        return json.loads(file.metadata()["fit"])
-
-
-def _sizes(out: AnyPath) -> dict[str, int]:
-    counts = pc.value_counts(pc.drop_null(read_folder(out, ["cluster"])["cluster"])).field("counts").to_numpy(False)
-    return {"smallest_cluster": int(counts.min()), "largest_cluster": int(counts.max())}
+    return {**summary, "k": k, **cluster_sizes(out, k), **load_centroids(saved)[1]}

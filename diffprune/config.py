@@ -17,8 +17,10 @@ import math
 import sys
 import typing
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal
 
 from diffprune.config_autoencoder import LossConfig, VqvaeConfig
@@ -354,10 +356,15 @@ def _convert(value: Any, expected: Any, where: str) -> Any:
         return value
     if typing.get_origin(expected) is tuple and isinstance(value, list):
         return tuple(_convert(item, typing.get_args(expected)[0], where) for item in value)
+    for one in typing.get_args(expected) if typing.get_origin(expected) is UnionType else ():
+        with suppress(InputError):
+            return _convert(value, one, where)
     raise InputError(f"{where}: expected {_described(expected)}, found {value!r}")
 
 
 def _described(expected: Any) -> str:
+    if typing.get_origin(expected) is UnionType:
+        return " or ".join(map(_described, typing.get_args(expected)))
     if typing.get_origin(expected) is Literal:
         return " or ".join(map(repr, typing.get_args(expected)))
     if typing.get_origin(expected) is tuple:

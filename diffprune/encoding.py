@@ -17,7 +17,7 @@ from diffprune.clip_retrieval import bind_embeddings
 from diffprune.decode import MAX_PIXELS, Batch
 from diffprune.device import full_float32, pick_device
 from diffprune.draws import draw_noise
-from diffprune.engines import Engine, TableWriter, open_workers, run_stage
+from diffprune.engines import Engine, Made, TableWriter, open_workers, run_stage
 from diffprune.errors import InputError
 from diffprune.failures import MAX_FAILURES, Tally
 from diffprune.files import read_json
@@ -209,20 +209,20 @@ class _Worker:
         """Do one shard that another process has indexed."""
         stem = self.images.take(shard)
 
-        def work() -> pa.Table:
+        def work() -> Made:
             with Prefetch(self.images.batches, [stem]) as batches:
                 return self.done(stem, batches.parts(stem), Relay(advance))
 
         return writer.run(stem, work)
 
-    def done(self, stem: str, batches: Iterable[Batch], bar: Progress) -> pa.Table:
+    def done(self, stem: str, batches: Iterable[Batch], bar: Progress) -> Made:
         """The table of one shard, its array being written."""
         table, array = self.images.run(stem, batches, bar)
         if self.twins:
             write_array(self.out / f"{stem}{TWIN_SUFFIX}", array[:, 1])
             array = array[:, 0]
-        write_array(self.out / f"{stem}.npy", array)  # before the table, whose presence means that the shard is done
-        return table
+        digest = write_array(self.out / f"{stem}.npy", array)  # before the table, which means that the shard is done
+        return Made(table, about={"array": digest})
 
 
 def _map_images(recipe: _Images, shards: ShardSpec, dry_run: bool, **how: Any) -> dict[str, Any]:
@@ -231,7 +231,7 @@ def _map_images(recipe: _Images, shards: ShardSpec, dry_run: bool, **how: Any) -
         worker = engine.ranks.together(lambda: recipe(shards, engine))
         images, out, stems = worker.images, recipe.out, worker.images.stems
         _refuse_twice(images, engine)
-        rows = {stem: len(index.samples) for stem, index in images.indexes.items()}
+        rows = sum(len(index.samples) for index in images.indexes.values())
         if worker.twins:
             images.config["shape"] = list(images.row_shape[1:])
         asked_for: set[str] = set()
@@ -242,8 +242,8 @@ def _map_images(recipe: _Images, shards: ShardSpec, dry_run: bool, **how: Any) -
                 images.config,
                 stems,
                 lambda stem, bar: worker.done(stem, batches.parts(stem), bar),
-                total=engine.ranks.count(sum(rows.values())),
-                rows=rows,
+                total=engine.ranks.count(rows),
+                inputs=images.inputs,
                 beside=[".npy", *([TWIN_SUFFIX] if worker.twins else [])],
                 begin=asked_for.update,
                 metadata={"model_path": images.network.path, "sampled": _how_sampled(images.paths)},

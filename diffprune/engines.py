@@ -8,12 +8,11 @@ torchrun started (``rank_talk``), or in several runs of a part each; the files a
 
 from __future__ import annotations
 
-import errno
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -23,16 +22,38 @@ import pyarrow.compute as pc
 from diffprune._version import __version__
 from diffprune.errors import DiskFullError, InputError, ResumeError
 from diffprune.failures import MAX_FAILURES, Streaks, Tally
-from diffprune.files import TEMPORARY_PREFIX, fingerprint, is_begun, write_json
+from diffprune.files import TEMPORARY_PREFIX, fingerprint, is_begun, is_disk_full, write_json
 from diffprune.local_workers import LocalWorkers, Task
 from diffprune.locks import folder_lock, is_lock, shard_claim
 from diffprune.progress import Progress, progress
 from diffprune.rank_talk import ALONE, RankTalk
 from diffprune.storage import AnyPath, as_path, existing
-from diffprune.tables import STAGE_FILE, read_each, read_stage, read_table, write_table
+from diffprune.tables import (
+    STAGE_FILE,
+    how_other,
+    input_changes,
+    input_of,
+    read_each,
+    read_stage,
+    read_table,
+    table_metadata,
+    write_table,
+)
 
-Found = pa.Table | tuple[pa.Table, list[bool]]
-"""A shard's table; and which of its rows count where failures in a row are counted, if not all do."""
+
+@dataclass(frozen=True)
+class Made:
+    """A shard's table, with more to say of it.
+
+    ``counts``: which of its rows count where failures in a row are counted, if not all do. ``about``: for its metadata.
+    """
+
+    table: pa.Table
+    counts: list[bool] | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+Found = pa.Table | Made
 
 Work = Callable[[str, Progress], Found]
 
@@ -93,6 +114,10 @@ class TableWriter:
     max_failures: int
     claim: bool  # other runs may be at work in the folder
 
+    def about_input(self, identity: Mapping[str, Any]) -> TableWriter:
+        """The same for tables of the shard that this identifies."""
+        return replace(self, about={**self.about, "input": dict(identity)})
+
     def run(self, stem: str, work: Callable[[], Found], streaks: Streaks | None = None) -> Tally:
         """Do the shard, unless it is done."""
         path = self.out / f"{stem}.parquet"
@@ -102,12 +127,12 @@ class TableWriter:
             if self.claim:
                 sweep(self.out, stem)
             found = work()
-            table, counts = found if isinstance(found, tuple) else (found, None)
-            tally = Tally.of(table, counts)
+            made = found if isinstance(found, Made) else Made(found)
+            tally = Tally.of(made.table, made.counts)
             if path.is_file():  # a copy of this shard came first
                 return tally
             (streaks or Streaks([stem], self.max_failures)).add(stem, tally)
-            write_table(path, table, self.about)
+            write_table(path, made.table, {**self.about, **made.about})
             return tally
 
 
@@ -120,7 +145,8 @@ def run_stage(
     *,
     total: int,
     unit: str = "images",
-    rows: Mapping[str, int] | None = None,
+    inputs: Mapping[str, Mapping[str, Any]] | None = None,
+    whole: bool = False,
     beside: Sequence[str] = (),
     metadata: dict[str, Any] | None = None,
     begin: Callable[[list[str]], object] | None = None,
@@ -131,20 +157,22 @@ def run_stage(
 ) -> dict[str, Any]:
     """Run ``work(stem, progress)`` for every shard that has no table in ``out`` yet, and write the tables.
 
-    ``config`` is everything that the result depends on (inputs included, JSON-able): its fingerprint goes into the
+    ``config`` is everything that the result depends on beside the shards, JSON-able: its fingerprint goes into the
     folder and into each table, and a folder with another one is refused with a ResumeError that names what differs.
+    ``inputs``: what identifies each shard, of those that this process knows, see ``tables.input_of``; it goes into the
+    shard's table, and a table of another shard of that name is refused. Other shards may join those of the folder,
+    unless the result of each depends on all of them: ``whole``; other shards than before are refused then.
     ``metadata`` is told to readers but not compared. ``begin`` runs once, if any shard is to be done, when ``out`` is
     there and this stage's, and is told which this process is to do; it may keep files of its own in ``out``.
-    ``work`` advances the progress itself; ``total`` counts ``unit``s to do here. ``rows``: how many samples shards
-    have, if that is known; a table with another number is refused with a ResumeError. ``beside``: ends of the names of
-    files that lie beside each table; a table without them is refused likewise. With the engine's ``workers``
-    they do ``task(stem, writer)`` instead, which has to end in ``writer.run``. ``told`` hears how each shard fared.
+    ``work`` advances the progress itself; ``total`` counts ``unit``s to do here. ``beside``: ends of the names of files
+    that lie beside each table; a table without them is refused with a ResumeError. With the engine's ``workers`` they
+    do ``task(stem, writer)`` instead, which has to end in ``writer.run``. ``told`` hears how each shard fared.
     Returns counts: shards, shards_done_before, samples, failed, first_error, out; of a part, where there is one.
 
     Raises: BusyError where another run is at work in ``out``; StoppedError after too many failures in a row;
     WorkerError; DiskFullError; InputError for a folder that cannot be written to. What is finished is kept.
     """
-    out, engine = as_path(out), engine or Engine()
+    out, engine, inputs = as_path(out), engine or Engine(), inputs or {}
     stage = {
         "stage": name,
         "version": __version__,
@@ -155,88 +183,126 @@ def run_stage(
     }
     # A table says nothing of the other shards: their names in each would grow with the square of their number.
     about = {key: value for key, value in stage.items() if key != "shards"}
-    about["config"] = {key: value for key, value in config.items() if key != "inputs"}
-    whole = engine.whole(shards)
+    if whole:
+        stage["inputs"] = {stem: dict(inputs.get(stem, {})) for stem in shards}
+    ours = engine.whole(shards)
     if dry_run:
         check_resume(out, stage)
-        there = existing(out / f"{stem}.parquet" for stem in whole)
+        there = existing(out / f"{stem}.parquet" for stem in ours)
         _check_beside(out, there, beside)
-        done = len(there)
-        plan = {"stage": name, "shards": len(whole), "shards_done_before": done, "out": str(out)}
+        _done_rows(out, [stem for stem in ours if out / f"{stem}.parquet" in there], inputs)
+        plan = {"stage": name, "shards": len(ours), "shards_done_before": len(there), "out": str(out)}
         return {**plan, "dry_run": True, f"{unit}_in_all": total}
     check_resume(out, stage)  # before a folder is made
-    with _explained(out, whole), engine.lock(out) as lock, _swept(out, engine, whole):
-        todo = _claimed(out, stage, whole, engine, beside)
-        plan = {"stage": name, "shards": len(whole), "shards_done_before": len(whole) - len(todo), "out": str(out)}
+    with _explained(out, ours), engine.lock(out) as lock, _swept(out, engine, ours):
+        todo = _claimed(out, stage, ours, engine, beside)
+        plan = {"stage": name, "shards": len(ours), "shards_done_before": len(ours) - len(todo), "out": str(out)}
         if engine.workers and lock is not None:
             engine.workers.hold(lock)
+        mine = set(engine.mine(shards))
+        done = sorted(mine.difference(todo))
+        # Where nothing is to be done and nothing to compare, ``count_rows`` reads the tables soon enough.
+        done_rows = engine.ranks.together(lambda: _done_rows(out, done, inputs) if todo or inputs else 0)
         if not engine.ranks.rank:
             with shard_claim(out, STAGE_FILE) if engine.part else nullcontext():
-                if not (out / STAGE_FILE).is_file():
-                    write_json(out / STAGE_FILE, stage)
+                _write_stage(out, stage, engine)
         engine.ranks.wait()
-        mine = set(engine.mine(shards))
-        # Where nothing is to be done and nothing to compare, ``count_rows`` reads the tables soon enough.
-        done_rows = _done_rows(out, sorted(mine.difference(todo)), rows or {}) if todo or rows else 0
         if todo:
-            ours = [stem for stem in todo if stem in mine]
+            wanted = [stem for stem in todo if stem in mine]
             if begin:
-                begin(ours)
+                begin(wanted)
             with progress(name, total=total // engine.ranks.size, unit=unit) as bar:
                 if done_rows:
                     bar.advance(min(done_rows, total))
                 writer = TableWriter(out, about, engine.max_failures, claim=engine.part is not None)
                 streaks = Streaks(shards, engine.max_failures)
-                for stem, tally in _map(writer, ours, streaks, work, bar, engine, task):
+                for stem, tally in _map(writer, wanted, inputs, streaks, work, bar, engine, task):
                     if told:
                         told(stem, tally)
         engine.ranks.wait()
-    return {**plan, **count_rows(out, whole)}
+    return {**plan, **count_rows(out, ours)}
 
 
-def _done_rows(out: AnyPath, done: list[str], rows: Mapping[str, int]) -> int:
-    """How many rows the tables of these shards have together."""
-    total = 0
+def _write_stage(out: AnyPath, stage: dict[str, Any], engine: Engine) -> None:
+    """Write the folder's stage.json, or put new shards into it."""
+    if not (out / STAGE_FILE).is_file():
+        write_json(out / STAGE_FILE, stage)
+        return
+    before, given = read_stage(out)["shards"], stage["shards"]
+    if not set(before) < set(given):  # else as if all had been given at first
+        there = existing(out / f"{stem}.parquet" for stem in set(before).difference(given))
+        # One that was never done and is not given any more would be missed for ever; not so the one of another part.
+        kept = [stem for stem in before if stem in given or engine.part or out / f"{stem}.parquet" in there]
+        given = [*kept, *(stem for stem in given if stem not in before)]
+    if given != before:
+        write_json(out / STAGE_FILE, {**stage, "shards": given})
+
+
+def _done_rows(out: AnyPath, done: list[str], inputs: Mapping[str, Mapping[str, Any]]) -> int:
+    """How many rows the tables of these shards have together; ResumeError where one is of another shard."""
+    total, changed = 0, []
     for stem, table in zip(done, read_each(out, done, ["status"]), strict=True):
         total += table.num_rows
-        if table.num_rows != rows.get(stem, table.num_rows):
-            raise ResumeError(
-                f"{out / stem}.parquet: has {table.num_rows} rows, but the shard {stem} has {rows[stem]} samples: it "
-                f"is of another shard of that name and size. Give another --out, or delete that folder"
-            )
+        if stem in inputs and (other := how_other(input_of(table_metadata(table)), inputs[stem])):
+            changed.append(f"{stem} (now {other})")
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise ResumeError(
+            f"{out}: made of other shards than there are now: {', '.join(changed[:3])}{more}. Give another --out, or "
+            "delete that folder; to do these shards alone again, delete their files in it"
+        )
     return total
 
 
 def _map(
     writer: TableWriter,
     todo: list[str],
+    inputs: Mapping[str, Mapping[str, Any]],
     streaks: Streaks,
     work: Work,
     bar: Progress,
     engine: Engine,
     task: Callable[[str, TableWriter], Task] | None,
 ) -> Iterator[tuple[str, Tally]]:
+    writers = {stem: writer.about_input(inputs[stem]) if stem in inputs else writer for stem in todo}
     if engine.workers and task:
-        for done, tally in engine.workers.map([task(stem, writer) for stem in todo], bar.advance):
+        for done, tally in engine.workers.map([task(stem, writers[stem]) for stem in todo], bar.advance):
             streaks.add(done.shard, tally)
             yield done.shard, tally
         return
     for stem in todo:
-        yield stem, writer.run(stem, lambda stem=stem: work(stem, bar), streaks)
+        yield stem, writers[stem].run(stem, lambda stem=stem: work(stem, bar), streaks)
 
 
 def check_resume(out: AnyPath, stage: dict[str, Any]) -> None:
-    """Raise ResumeError if ``out`` holds the work of another stage, config or data set."""
+    """Raise ResumeError if ``out`` holds the work of another stage or config, or of other shards that count."""
     if not is_begun(out, STAGE_FILE):
         return
     found = read_stage(out)
     if found.get("fingerprint") == stage["fingerprint"] and found.get("stage") == stage["stage"]:
+        if "inputs" in stage:
+            _check_inputs(out, found, stage["inputs"])
         return
+    if "inputs" in found.get("config", {}) and "inputs" not in stage["config"]:
+        raise ResumeError(
+            f"{out}: made by a version of diffprune whose tables did not say which shards they were of: nothing can be "
+            "added to it. Give another --out, or delete that folder"
+        )
     differences = _differences(found.get("config") or {}, stage["config"])
     raise ResumeError(
         f"{out}: holds a run of `{found.get('stage')}` with another config, refusing to mix them. "
         f"Different: {'; '.join(differences[:5]) or 'the stage'}. Give another --out, or delete that folder"
     )
+
+
+def _check_inputs(out: AnyPath, found: dict[str, Any], inputs: Mapping[str, Mapping[str, Any]]) -> None:
+    there = found.get("inputs")
+    there = there if isinstance(there, dict) else {stem: {} for stem in found["shards"]}
+    if changes := input_changes(there, inputs):
+        raise ResumeError(
+            f"{out}: holds a run of `{found.get('stage')}` over other shards, and its result depends on all of them. "
+            f"Different: {changes}. Give another --out, or delete that folder"
+        )
 
 
 def count_rows(out: AnyPath, shards: Sequence[str]) -> dict[str, Any]:
@@ -351,7 +417,7 @@ def _explained(out: AnyPath, shards: list[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_disk_full(error):
             raise
         done = len(existing(out / f"{stem}.parquet" for stem in shards))
         raise DiskFullError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -59,6 +60,9 @@ def atomic_path(path: str | Path, *, sync_folder: bool = True) -> Iterator[Path]
         os.replace(temporary, path)
         if sync_folder:
             _fsync(path.parent)
+    except OSError as error:
+        _raise_named(error, path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -104,6 +108,9 @@ def atomic_dir(path: str | Path, *, last: str | None = None) -> Iterator[Path]:
             shutil.rmtree(path)
         os.replace(temporary, path)
         _fsync(path.parent)
+    except OSError as error:
+        _raise_named(error, path)
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -175,6 +182,17 @@ def fingerprint(value: Any) -> str:
     """16 hex digits that identify a JSON-able value: equal values, equal fingerprints."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _raise_named(error: OSError, path: Path) -> None:
+    """Name ``path`` where a disk is full: a write to an open file says that without a name."""
+    if is_disk_full(error) and error.filename is None:
+        raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Whether a disk, or a user's share of it, is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _linked(path: Path) -> Path:

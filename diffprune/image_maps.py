@@ -16,7 +16,7 @@ from diffprune.errors import InputError
 from diffprune.pieces import PieceSize, in_pieces
 from diffprune.progress import Progress
 from diffprune.shards import ShardIndex, ShardSpec, find_shards, index_found
-from diffprune.storage import AnyPath, Stat
+from diffprune.storage import AnyPath
 from diffprune.tables import base_table
 
 Indexed = tuple[ShardIndex, tuple[int, int] | None]
@@ -25,7 +25,7 @@ Indexed = tuple[ShardIndex, tuple[int, int] | None]
 class ImageMap:
     """The images of shards, and a network's values of them. Without ``shards``, of those that are taken later.
 
-    ``own``: of all shards those that are indexed, as for a part of a run; of the others only the size is looked at.
+    ``own``: of all shards those that are indexed, as for a part of a run.
     """
 
     def __init__(
@@ -53,20 +53,14 @@ class ImageMap:
             **network.head,
             "shape": list(self.row_shape),
             "image_size": height if height == width else [height, width],
-            "inputs": self._inputs(found),
             **reading.config,
         }
+        self.inputs = {stem: index.identity for stem, index in self.indexes.items()}
 
     @property
     def stems(self) -> list[str]:
         """Of all shards, indexed or not."""
         return [path.stem for path in self.paths]
-
-    def _inputs(self, found: dict[AnyPath, Stat]) -> dict[str, int]:
-        """What identifies the shards in a fingerprint: name -> bytes."""
-        sizes = {path: about.st_size for path, about in found.items()}
-        sizes |= {index.path: index.size for index in self.indexes.values()}
-        return {path.name: size for path, size in sizes.items()}
 
     def indexed(self, stem: str) -> Indexed:
         """One shard, for `take` in another process."""

@@ -45,7 +45,7 @@ class KMeans(Clusterer):
             passes), "random" (k different rows), "split" (for many clusters: √k of them, each split on its own), or the
             first centroids [k, D].
         max_iter: rounds of assignment and update at most; with ``batch_size``, passes over the points. 0 with given
-            centroids: only assign to them.
+            centroids: assign to them, but for those nearest to no point, which restart; see ``of_centroids``.
         tol: stop when the squared shifts of all centroids sum to at most ``tol`` times the mean variance of the
             dimensions (scikit-learn's meaning). 0 runs until no label changes.
         metric: "euclidean", or "cosine": points and centroids are scaled to length 1 (spherical k-means, Dhillon and
@@ -114,6 +114,18 @@ class KMeans(Clusterer):
         self.metric, self.weights, self.seed, self.n_init = metric, weights, seed, n_init
         self.algorithm, self.batch_size, self.memory = algorithm, batch_size, memory
 
+    @classmethod
+    def of_centroids(cls, centroids: Any, *, metric: str = "euclidean", memory: int | None = None) -> KMeans:
+        """A k-means that is fitted already: ``centroids`` [k, D] of an earlier one, for ``predict`` and ``transform``.
+
+        Unlike ``centroids_`` that are set, they stay as they are, with "cosine" too: labels and distances are its own.
+        """
+        given = open_points(centroids, metric="euclidean", name="centroids")
+        given.check("centroids")
+        fitted = cls(given.rows, metric=metric, memory=memory)
+        fitted._centroids = given.like(given.take(torch.arange(given.rows)))
+        return fitted
+
     def fit(
         self,
         points: Any,
@@ -170,12 +182,20 @@ class KMeans(Clusterer):
 
     def predict(self, points: Any) -> Any:
         """The nearest centroid of each of ``points`` [M, D], of any kind that ``fit`` takes: [M] int32."""
-        data, centroids = self._fitted("predict", points)
+        return self.nearest(points)[0]
+
+    def nearest(self, points: Any, *, keys: Sequence[str] | None = None) -> tuple[Any, Any]:
+        """The same, and the distance to it, [M] float32; ``keys`` [M] name the points in errors.
+
+        A centroid that is nearest to none stays where it is.
+        """
+        data, centroids = self._fitted("predict", points, keys)
         assignment = torch.empty(data.rows, dtype=torch.int32, device=data.device)
+        sqdistance = torch.empty(data.rows, device=data.device)
         nearest_of = NearestOf(centroids)
         for own, block in data.blocks():
-            assignment[own] = nearest_of(block)[0]
-        return data.like(assignment)
+            assignment[own], sqdistance[own] = nearest_of(block)
+        return data.like(assignment), data.like(sqdistance.sqrt())
 
     def transform(self, points: Any) -> Any:
         """The distance of each of ``points`` [M, D] to each centroid: [M, k] float32."""
@@ -210,11 +230,11 @@ class KMeans(Clusterer):
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "centroids_")
 
-    def _fitted(self, what: str, points: Any) -> tuple[Points, Tensor]:
+    def _fitted(self, what: str, points: Any, keys: Sequence[str] | None = None) -> tuple[Points, Tensor]:
         if not hasattr(self, "centroids_"):
             raise InputError(f"k-means: {what} needs centroids; call fit first")
         data = open_points(points, metric=self.metric, memory=self.memory)
-        data.check()
+        data.check(keys=keys)
         centroids = as_tensor("centroids_", self._centroids).to(data.device)
         if data.dimensions != centroids.shape[1]:
             raise InputError(f"k-means: expected points [M, {centroids.shape[1]}], got {(data.rows, data.dimensions)}")

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from diffprune.errors import InputError
-from diffprune.files import atomic_path
 from diffprune.rank_talk import ALONE, RankTalk
+from diffprune.tensor_files import load_tensors, save_tensors
 
 COMMIT_EVERY = 20  # times as long as a commit takes: at most 5% of the time goes into them
 
@@ -42,11 +40,9 @@ class Rounds:
     def load(self, device: torch.device) -> Round:
         """Raises InputError for a file that is damaged."""
         try:
-            with safe_open(self.path, framework="pt", device=str(device)) as file:
-                return Round(
-                    file.get_tensor("last"), file.get_tensor("following"), json.loads(file.metadata()["moved"])
-                )
-        except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+            found, about = load_tensors(self.path, device=str(device))
+            return Round(found["last"], found["following"], json.loads(about["moved"]))
+        except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"{self.path}: not a readable round ({error}); delete it and run again") from error
 
     def keep(self, last: Tensor, following: Tensor, moved: list[int]) -> None:
@@ -54,8 +50,7 @@ class Rounds:
         began = time.monotonic()
         if self.talk.rank or began - self._committed < COMMIT_EVERY * self._took:
             return
-        with atomic_path(self.path) as temporary:
-            tensors = {"last": last.cpu().contiguous(), "following": following.cpu().contiguous()}
-            save_file(tensors, temporary, metadata={"moved": json.dumps(moved)})
+        tensors = {"last": last.cpu(), "following": following.cpu()}
+        save_tensors(self.path, tensors, {"moved": json.dumps(moved)})
         self._committed = time.monotonic()
         self._took = self._committed - began

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from diffprune.arrays import array_digest
 from diffprune.decode import MAX_PIXELS, read_all_annotations
 from diffprune.device import pick_device
 from diffprune.encoding import vqvae_network, with_twins
@@ -61,6 +62,7 @@ class LiveLatents:
         self.fingerprint: str = fingerprint(self._images.config)
         self.stems: list[str] = list(self._images.indexes)
         self.samples: int = sum(len(index.samples) for index in self._images.indexes.values())
+        self._digests: dict[str, str] = {}  # of arrays that were made
         self._kept: OrderedDict[str, tuple[pa.Table, np.ndarray]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -75,6 +77,15 @@ class LiveLatents:
     def array(self, stem: str) -> np.ndarray:
         """float16 [n, C, H, W], row-aligned with ``table(stem)``, NaN where a sample failed."""
         return self._shard(stem)[1]
+
+    def identity(self, stem: str) -> dict[str, Any]:
+        """As ``ArrayFolder.identity``; of the array only once it was made."""
+        known = {"array": self._digests[stem]} if stem in self._digests else {}
+        return {**self._images.inputs[stem], **known}
+
+    def identities(self) -> dict[str, dict[str, Any]]:
+        """As ``ArrayFolder.identities``."""
+        return {stem: self.identity(stem) for stem in self.stems}
 
     def load(
         self, kept: str | Path | None = None, *, twins: bool = False
@@ -113,6 +124,7 @@ class LiveLatents:
         with self._lock:  # who asks for a shard that is being encoded waits for it
             if stem not in self._kept:
                 self._kept[stem] = self._images.run(stem, self._images.batches(stem))
+                self._digests[stem] = array_digest(self._kept[stem][1])
             self._kept.move_to_end(stem)
             while len(self._kept) > _SHARDS_KEPT:
                 self._kept.popitem(last=False)

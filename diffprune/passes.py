@@ -8,6 +8,7 @@ all: a run that is stopped anywhere goes on from its last piece to the same byte
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -31,7 +32,7 @@ from diffprune.memory import BatchSize, find_batch_size, free_bytes, resident_by
 from diffprune.prefetch import Prefetch
 from diffprune.progress import progress
 from diffprune.scores.batches import Draws, Samples
-from diffprune.scores.mean_gradients import GradientSum, Mean, MeanGradient, load_tensors, save_tensors
+from diffprune.scores.mean_gradients import GradientSum, Mean, MeanGradient
 from diffprune.scores.monotonicity import monotonicity
 from diffprune.scores.moso import SUM_ROWS, gradient_sum, group_products, in_group, moso, whole_set
 from diffprune.scores.normalise import normalised, strata, strata_count, stratum_sums
@@ -39,7 +40,8 @@ from diffprune.scores.random import random_scores
 from diffprune.scores.support import Support
 from diffprune.scores.visit import visit
 from diffprune.surrogates import Surrogate
-from diffprune.tables import BASE_COLUMNS
+from diffprune.tables import BASE_COLUMNS, how_other
+from diffprune.tensor_files import load_tensors, save_tensors
 
 BY_DRAW = ("loss", "el2n", "grand")  # of the last checkpoint; the others are of all
 MOST_ROWS = 4096
@@ -62,6 +64,11 @@ _Rows = tuple[pa.Table, list[int], list[str], list[int | None], np.ndarray | Non
 """Base columns, and of the rows that are ok: their places, keys, labels and float32 latents."""
 
 
+def identity_of(source: Latents, stem: str) -> dict[str, Any]:
+    """As ``ArrayFolder.identity``; of a source without that method, its fingerprint has to say all."""
+    return source.identity(stem) if hasattr(source, "identity") else {}
+
+
 def unread_table(source: Latents, stem: str) -> pa.Table:
     """The base columns of one shard; where images are encoded on the fly, those of samples that may yet fail."""
     return getattr(source, "unread_table", source.table)(stem)
@@ -81,6 +88,11 @@ class Plan:
     @property
     def of_all_checkpoints(self) -> bool:
         return bool({"moso", "monotonicity"} & set(self.methods))
+
+    @property
+    def of_all_samples(self) -> bool:
+        """Whether a sample's scores depend on the other samples."""
+        return "moso" in self.methods or self.normalise_t
 
     @property
     def two_passes(self) -> bool:
@@ -130,12 +142,14 @@ class Passes:
 
     def begin(self, wanted: list[str]) -> None:
         """All that has to be done before the first of the scores of the shards that are ``wanted``."""
-        self._begin()
+        self._begin(self.engine.mine(self.source.stems) if self.plan.of_all_samples else wanted)
         self._wanted = set(wanted)
 
-    def _begin(self) -> None:
+    def _begin(self, needed: list[str]) -> None:
+        """``needed``: the shards of this process whose findings the scores take."""
         if self.surrogate is None:
             return
+        self._forget_others(needed)
         last, ranks = len(self.surrogate.paths) - 1, self.engine.ranks
         if self._finds_batch_size:
             if ranks.rank:
@@ -145,8 +159,7 @@ class Passes:
                 ranks.wait()
         for number in range(last + 1):
             keep = number < last or self.plan.normalise_t
-            stems = self.engine.mine(self.source.stems) if keep else []
-            todo = [stem for stem in stems if not self._findings_path(number, stem).is_file()]
+            todo = [stem for stem in (needed if keep else []) if not self._findings_path(number, stem).is_file()]
             if self.plan.two_passes and (ranks.max(len(todo)) or not keep):
                 self._first_pass(number)
             if todo:
@@ -170,7 +183,8 @@ class Passes:
         """Visit one shard at a checkpoint and keep what was found, unless it is there."""
         path = self._findings_path(number, stem)
         if not path.is_file():
-            save_tensors(path, self._visit(number, self.read(stem)[2], advance))
+            found = self._visit(number, self.read(stem)[2], advance)
+            save_tensors(path, found, {"input": json.dumps(identity_of(self.source, stem))})
 
     def shard_sum(self, number: int, trial: int, stem: str, advance: Callable[[int], None]) -> GradientSum:
         """MoSo's gradient sum over one shard's samples of a trial."""
@@ -375,6 +389,16 @@ class Passes:
 
     def _read_mean(self, number: int, trial: int) -> Mean:
         return self._mean_gradient(number, trial).read(self.surrogate.device)
+
+    def _forget_others(self, needed: list[str]) -> None:
+        """Remove what a run that was stopped found in shards of these names that were others."""
+        for number in range(len(self.surrogate.paths)):
+            for stem in needed:
+                path = self._findings_path(number, stem)
+                if path.is_file():
+                    known = load_tensors(path, only_metadata=True)[1].get("input", "{}")
+                    if how_other(json.loads(known), identity_of(self.source, stem)):
+                        path.unlink()
 
     def _findings_path(self, number: int, stem: str) -> Path:
         return self.folder / f"findings-{number}" / f"{stem}.safetensors"

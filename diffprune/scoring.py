@@ -19,12 +19,12 @@ from torch import Tensor
 from diffprune.arrays import ArrayFolder
 from diffprune.device import full_float32, pick_device
 from diffprune.draws import MASK
-from diffprune.engines import Engine, TableWriter, open_workers, run_stage
+from diffprune.engines import Engine, Made, TableWriter, open_workers, run_stage
 from diffprune.errors import InputError
 from diffprune.failures import MAX_FAILURES, Tally
 from diffprune.files import fingerprint
 from diffprune.local_workers import Advance, Relay, Task
-from diffprune.passes import BY_DRAW, Latents, Passes, Plan, unread_table
+from diffprune.passes import BY_DRAW, Latents, Passes, Plan, identity_of, unread_table
 from diffprune.progress import Progress
 from diffprune.scores.batches import Draws
 from diffprune.scores.grand import GRAND
@@ -128,6 +128,7 @@ def score(
     plan = Plan(names, Draws(seed, draws, antithetic), moso_mode, support, group, normalise_t)
 
     source = latents if hasattr(latents, "stems") else ArrayFolder(latents, kind="latents")
+    where = str(getattr(source, "folder", latents))  # for messages
     config: dict[str, Any] = {"methods": names, "seed": seed, "latents": source.fingerprint}
     surrogate, load_surrogate = None, None
     if names != ["random"]:
@@ -144,8 +145,8 @@ def score(
         surrogate = load_surrogate()
         shape = source.metadata.get("shape")
         if not isinstance(shape, (list, tuple)) or not all(isinstance(side, int) for side in shape):
-            raise InputError(f"{latents}: expected the shape of a latent in its stage.json, found {shape!r}")
-        surrogate.check(shape, source.metadata.get("model_sha256"), str(latents))
+            raise InputError(f"{where}: expected the shape of a latent in its stage.json, found {shape!r}")
+        surrogate.check(shape, source.metadata.get("model_sha256"), where)
         if "monotonicity" in names:
             monotonicity(torch.zeros(len(surrogate.paths), 0))  # refuses too few
         config |= {"draws": draws, "weights": weights, **surrogate.describe()}
@@ -157,14 +158,15 @@ def score(
         config |= {"one_pass_group_size": group} if group else {}
         config |= {"learning_rates": surrogate.rates} if learning_rates else {}
         config |= {"training": training} if (training := surrogate.training()) else {}
-    shard_rows, failed_before = _checked_tables(source, surrogate, plan, str(latents))
+    inputs = source.identities() if hasattr(source, "identities") else {}
+    shard_rows, failed_before = _checked_tables(source, surrogate, plan, where)
     rows = sum(shard_rows.values())
     paths = [] if surrogate is None else [str(path) for path in surrogate.paths]
     recipe = _Passes(
         source,
         load_surrogate,
         plan,
-        partials_folder(as_path(out), fingerprint(config)),
+        partials_folder(as_path(out), fingerprint([config, inputs] if plan.of_all_samples else config)),
         batch_size,
         None if memory is None else int(memory * 2**30),
         rows - failed_before,
@@ -182,6 +184,8 @@ def score(
             source.stems,
             lambda stem, bar: _table(passes, fields, stem, bar),
             total=sum(shard_rows[stem] for stem in engine.whole(source.stems)),
+            inputs=inputs,
+            whole=plan.of_all_samples,
             metadata={"checkpoint_paths": paths},
             begin=passes.begin,
             dry_run=dry_run,
@@ -244,7 +248,7 @@ def _surrogate(checkpoints: Any, weights: str, device: str, **options: Any) -> S
     return Surrogate(checkpoints, weights, pick_device(device), **options)
 
 
-def _table(passes: Passes, fields: dict[str, pa.Field], stem: str, bar: Progress) -> tuple[pa.Table, list[bool]]:
+def _table(passes: Passes, fields: dict[str, pa.Field], stem: str, bar: Progress) -> Made:
     """Base columns and scores of one shard; null where a sample failed, before or now. And which failed not before."""
     base, ok, samples = passes.read(stem)
     scores = passes.scores(stem, samples, bar.advance)
@@ -265,7 +269,8 @@ def _table(passes: Passes, fields: dict[str, pa.Field], stem: str, bar: Progress
     bar.advance(base.num_rows - len(ok))
     was_ok = np.zeros(base.num_rows, dtype=bool)
     was_ok[ok] = True
-    return base, was_ok.tolist()
+    # now that the latents were read: what is encoded on the fly has an identity only then
+    return Made(base, was_ok.tolist(), {"input": identity_of(passes.source, stem)})
 
 
 def _fields(plan: Plan, surrogate: Surrogate | None) -> dict[str, pa.Field]:

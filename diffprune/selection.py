@@ -16,9 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from diffprune._version import __version__
-from diffprune.arrays import ArrayFolder
 from diffprune.choosing import choose_rows
+from diffprune.embedding_folders import EmbeddingFolders
 from diffprune.errors import InputError
+from diffprune.extra_columns import add_columns, has_extra_columns
 from diffprune.files import fingerprint
 from diffprune.outputs import PARQUET, check_output, is_stream
 from diffprune.requests import NEEDS, Request, read_quota
@@ -45,7 +46,7 @@ def select(
     quota: str | Path | Mapping[str, int] | None = None,
     dedup: float | None = None,
     dedup_keep: str = "farthest",
-    embeddings: str | Path | None = None,
+    embeddings: str | Path | Sequence[str | Path] | None = None,
     device: str = "auto",
     dry_run: bool = False,
 ) -> dict[str, Any]:
@@ -53,7 +54,9 @@ def select(
 
     Args:
         scores: a folder of score tables, or several, which are joined by key; also folders of ``embed`` and, without
-            a score column or a shard, of clip-retrieval, for orders that need none.
+            a score column or a shard, of clip-retrieval, for orders that need none; and parquet files with a column
+            ``key``, or folders of them such as img2dataset's, whose other columns ``by``, ``within`` and ``per`` may
+            name.
         out: the file to write (kept.parquet); an earlier selection there is replaced.
         keep, prune, count: how much to keep; exactly one of them, unless ``quota`` says it, or ``dedup`` alone is to
             decide. ``keep`` is a fraction of the samples that did not fail, ``prune`` the fraction to leave out; keep·N
@@ -61,7 +64,7 @@ def select(
         quota: how many of each group of ``per``, by name, "*" for all others: a mapping, the text "0=100,1=50,*=20",
             or a JSON file with an object.
         by, order, seed, within, per, shares, dedup, dedup_keep, device: see ``choose``.
-        embeddings: the embeddings folder that k-center, herding and ``dedup`` work on.
+        embeddings: the folder, or folders of one model, that k-center, herding and ``dedup`` work on.
         dry_run: write nothing; say how many would be kept, where that does not take embeddings to know.
 
     Samples that failed are never kept; ``failed`` in the result says how many there are. ``out`` is sorted by shard
@@ -78,14 +81,18 @@ def select(
             none, or an ``out`` that is no selection.
     """
     out = as_path(out)
-    folders = [scores] if isinstance(scores, (str, Path)) else list(scores)
+    given = [scores] if isinstance(scores, (str, Path)) else list(scores)
+    extra = [path for path in given if has_extra_columns(path)]
+    folders = [path for path in given if path not in extra]
     table = read_tables(folders)
     quota = None if quota is None else read_quota(quota)
     request = Request(order, by, seed, within, per, shares, quota, dedup, dedup_keep)
+    table, extra_inputs = add_columns(table, extra, request.columns() if order in NEEDS else frozenset())
     request.check(table)
     total = int(pc.sum(pc.equal(table["status"], "ok")).as_py() or 0)
     count = _resolve_count(total, keep, prune, count, request)
     inputs = [stage_fingerprint(folder) for folder in folders]
+    inputs += extra_inputs
     points_folder = _open_embeddings(embeddings, request)
     if points_folder is not None:
         inputs.append(points_folder.fingerprint)
@@ -184,18 +191,18 @@ def _resolve_count(
     return count
 
 
-def _open_embeddings(folder: str | Path | None, request: Request) -> ArrayFolder | None:
+def _open_embeddings(folders: str | Path | Sequence[str | Path] | None, request: Request) -> EmbeddingFolders | None:
     needed = request.needs_embeddings
-    if folder is not None:
+    if folders is not None:
         if needed is None:
-            raise InputError(f"order {request.order!r} works on no embeddings, got {folder}; leave `embeddings` out")
-        return ArrayFolder(folder, kind="embeddings")
+            raise InputError(f"order {request.order!r} works on no embeddings, got {folders}; leave `embeddings` out")
+        return EmbeddingFolders(folders)
     if needed is not None:
         raise InputError(f"{needed}: works on embeddings: give the folder that `diffprune embed` wrote")
     return None
 
 
-def _aligned(table: pa.Table, folder: ArrayFolder) -> np.ndarray:
+def _aligned(table: pa.Table, folder: EmbeddingFolders) -> np.ndarray:
     """Embeddings row-aligned with the table: [N, D] of the dtype on disk, NaN where a row failed and has none."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         theirs = pa.concat_tables(pool.map(folder.table, folder.stems))
@@ -221,7 +228,7 @@ def _aligned(table: pa.Table, folder: ArrayFolder) -> np.ndarray:
     return points
 
 
-def _rows_of(table: pa.Table, theirs: pa.Table, folder: ArrayFolder) -> np.ndarray:
+def _rows_of(table: pa.Table, theirs: pa.Table, folder: EmbeddingFolders) -> np.ndarray:
     """The row of each key of ``table`` in ``theirs``, -1 where a sample that failed is not there."""
     if theirs["key"].equals(table["key"]):
         rows = np.arange(table.num_rows)

@@ -64,6 +64,14 @@ class ShardIndex:
     size: int
     version: str | None = field(default=None, compare=False)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells this shard from another one of its name, JSON-able: the same for a copy of it elsewhere.
+
+        Images of the same sizes under the same names and times of change are not told apart, see docs/reliability.md.
+        """
+        return {"bytes": self.size, "index": self.samples.digest()}
+
     def only(self, keys: Set[str]) -> ShardIndex:
         """The index of these samples alone, with the numbers that they have in the shard."""
         return replace(self, samples=self.samples.only(keys))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from diffprune.errors import InputError
-from diffprune.files import atomic_path, open_file, read_json
+from diffprune.files import atomic_path, fingerprint, open_file, read_json
 from diffprune.shards import Sample
 from diffprune.storage import THREADS, AnyPath, as_path, existing
 from diffprune.unique_keys import repeated_key
@@ -108,8 +108,12 @@ def _in_file(table: pa.Table) -> pa.Table:
 
 def table_metadata(table: pa.Table | str | Path) -> dict[str, Any]:
     """The metadata that ``write_table`` stored; InputError if there is none."""
-    schema = table.schema if isinstance(table, pa.Table) else _schema(table)
-    where = "table" if isinstance(table, pa.Table) else table
+    if isinstance(table, pa.Table):
+        return _metadata(table.schema, "table")
+    return _metadata(_schema(table), table)
+
+
+def _metadata(schema: pa.Schema, where: str | Path) -> dict[str, Any]:
     raw = (schema.metadata or {}).get(METADATA_KEY)
     if raw is None:
         raise InputError(f"{where}: not a table of diffprune's (its schema metadata has no 'diffprune')")
@@ -169,8 +173,74 @@ def read_folder(folder: str | Path, columns: list[str] | None = None) -> pa.Tabl
 
 def read_each(folder: AnyPath, stems: Sequence[str], columns: list[str] | None = None) -> Iterator[pa.Table]:
     """The tables of these shards, in order; several are read at a time."""
-    with ThreadPoolExecutor(os.cpu_count() if isinstance(folder, Path) else THREADS) as pool:
+    with reading_pool(folder) as pool:
         yield from pool.map(lambda stem: read_table(folder / f"{stem}.parquet", columns, threads=False), stems)
+
+
+def input_changes(found: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]) -> str:
+    """What became of shards, name -> identity, in words; empty if they are the same."""
+    lines = [f"{name} is new" for name in now if name not in found]
+    lines += [f"{name} is gone" for name in found if name not in now]
+    for name in found.keys() & now.keys():
+        if other := how_other(found[name], now[name]):
+            lines.append(f"{name} is now {other}")
+    more = [f"and {len(lines) - 5} more"] if len(lines) > 5 else []
+    return "; ".join(sorted(lines)[:5] + more)
+
+
+def check_finished(folder: AnyPath, stems: Sequence[str]) -> None:
+    """Raise InputError where one of these shards has no table yet."""
+    there = existing(folder / f"{stem}.parquet" for stem in stems)
+    missing = [stem for stem in stems if folder / f"{stem}.parquet" not in there]
+    if missing:
+        raise InputError(
+            f"{folder}: {len(stems) - len(missing)} of {len(stems)} shards are done, {missing[0]} is not; "
+            f"run the command that made it again to finish the rest"
+        )
+
+
+def stage_fingerprint(folder: str | Path) -> str | None:
+    """What tells a folder of tables from others: its run's fingerprint, and what its shards were, if the tables say so.
+
+    Of a folder of clip-retrieval its content; None where it says nothing of itself.
+    """
+    if (foreign := _clip_retrieval(folder)) is not None:
+        return foreign.fingerprint
+    folder, stage = as_path(folder), read_stage(folder)
+
+    def input_at(stem: str) -> dict[str, Any]:
+        path = folder / f"{stem}.parquet"
+        schema = _schema(path)
+        return input_of(_metadata(schema, path)) if METADATA_KEY in (schema.metadata or {}) else {}
+
+    with reading_pool(folder) as pool:
+        inputs = list(pool.map(input_at, stage["shards"]))
+    return fingerprint([stage.get("fingerprint"), inputs]) if any(inputs) else stage.get("fingerprint")
+
+
+def reading_pool(folder: AnyPath) -> ThreadPoolExecutor:
+    """Threads to read many files of a folder."""
+    return ThreadPoolExecutor(os.cpu_count() if isinstance(folder, Path) else THREADS)
+
+
+def input_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What a table's metadata say of the shard that it was made of, and of the array beside it: name -> a digest."""
+    found = metadata.get("input")
+    found = dict(found) if isinstance(found, dict) else {}
+    return {**found, "array": metadata["array"]} if "array" in metadata else found
+
+
+_OTHERS = {
+    "bytes": "of another size",
+    "index": "with other names, sizes, times or labels",
+    "array": "with other values",
+}
+
+
+def how_other(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    """How the shard of one identity differs from that of the other, by what both know; empty if it does not."""
+    names = [name for name in _OTHERS if name in found and name in expected and found[name] != expected[name]]
+    return " and ".join(_OTHERS[name] for name in names)
 
 
 def _read_shards(folder: AnyPath, columns: list[str] | None = None) -> pa.Table:
@@ -180,13 +250,7 @@ def _read_shards(folder: AnyPath, columns: list[str] | None = None) -> pa.Table:
         table = foreign.whole_table()
         return table if columns is None else table.select(columns)
     stems = read_stage(folder)["shards"]
-    there = existing(folder / f"{stem}.parquet" for stem in stems)
-    missing = [stem for stem in stems if folder / f"{stem}.parquet" not in there]
-    if missing:
-        raise InputError(
-            f"{folder}: {len(stems) - len(missing)} of {len(stems)} shards are done, {missing[0]} is not; "
-            f"run the command that made it again to finish the rest"
-        )
+    check_finished(folder, stems)
     tables = list(read_each(folder, stems, columns))
     try:
         table = pa.concat_tables(tables)
@@ -242,12 +306,6 @@ def read_stage(folder: str | Path) -> dict[str, Any]:
         if not isinstance(stage.get(name, kind()), kind):
             raise InputError(f"{path}: {name}: expected {kind.__name__}, found {type(stage[name]).__name__}")
     return stage
-
-
-def stage_fingerprint(folder: str | Path) -> str | None:
-    """What identifies a folder's inputs and config; of a folder of clip-retrieval, its content."""
-    foreign = _clip_retrieval(folder)
-    return read_stage(folder).get("fingerprint") if foreign is None else foreign.fingerprint
 
 
 def selection_about(path: str | Path) -> dict[str, Any]:

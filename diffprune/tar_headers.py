@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from zlib import adler32
+from zlib import adler32, crc32
 
 SPARSE = ord("S")
+SMALL = 512  # data of so many bytes, such as a label, are part of a member's stamp
 _NO_SUM = -(1 << 30)  # that no header has
 _OCTAL = re.compile(rb"\s*[0-7]*\s*")
 
@@ -65,6 +66,15 @@ def pax_fields(body: bytes) -> dict[str, str] | None:
         fields[key.decode("latin-1")] = text
         position = end
     return fields
+
+
+def stamp_of(header: bytes, data: bytes, extended: int = 0) -> int:
+    """What tells a member from another one of its name and place: a CRC of its time of change and its data if SMALL.
+
+    ``extended``: the CRC of what extended headers say of it. Relabelled samples keep all sizes, and many programs write
+    the time 0 into every header.
+    """
+    return crc32(data, crc32(header[136:148], extended))
 
 
 def checksum_is_right(header: bytes, sums: dict[bytes, int]) -> bool:

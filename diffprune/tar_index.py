@@ -9,10 +9,21 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from zlib import crc32
 
 import numpy as np
 
-from diffprune.tar_headers import SPARSE, checksum_is_right, is_number, name_of, number_of, pax_fields, text_of
+from diffprune.tar_headers import (
+    SMALL,
+    SPARSE,
+    checksum_is_right,
+    is_number,
+    name_of,
+    number_of,
+    pax_fields,
+    stamp_of,
+    text_of,
+)
 from diffprune.tar_members import Members, RawMember, new_members
 from diffprune.tar_samples import BLOCK, SampleList, padded
 
@@ -68,6 +79,7 @@ class _Extended:
     name: str | None = None
     size: int | None = None
     sparse: bool = False
+    crc: int = 0  # of all that they say
 
     def take(self, name: str | None, size: int | None) -> None:
         """Of several that say it the first counts, as for tarfile."""
@@ -92,7 +104,8 @@ class _Scan:
         near, far, apart = self.windows
         sums: dict[bytes, int] = {}
         while True:
-            if offset + BLOCK > base + len(window):
+            known = base + len(window)
+            if offset + BLOCK > known or offset + BLOCK + SMALL > known < self.size:  # a header, and data for its stamp
                 base, window, widest = offset, self.read(offset, far if widest > apart else near), 0
                 if len(window) < BLOCK:
                     self._tell(offset, None, "the file ends where a header or the closing zero blocks should be: cut")
@@ -151,7 +164,8 @@ class _Scan:
         elif is_folder:
             pass
         elif kind in (_REGULAR, _OLD_REGULAR, _CONTIGUOUS):
-            self.members.add(name, extended.offset, body, length)
+            data = self.read(body, length) if length <= SMALL else b""
+            self.members.add(name, extended.offset, body, length, stamp_of(header, data, extended.crc))
         else:
             self.ignored.append(f"{name} (tar type {chr(kind)!r}, not a regular file)")
         return body + padded(length)
@@ -166,6 +180,7 @@ class _Scan:
             self._tell(offset, None, f"an extended header of {length:,} bytes: damaged or cut")
             return 0
         data, padding = data[:length], data[length:]
+        self.extended.crc = crc32(data, self.extended.crc)
         if padding.strip(b"\0"):  # which tarfile reads too, and stops at
             self._tell(offset, None, "an extended header whose padding is not zeros: damaged")
             return 0
@@ -232,8 +247,8 @@ def _group(members: list[RawMember], ignored: list[str]) -> tuple[SampleList, li
     keys: list[str] = []
     first: list[int] = []
     spelt: dict[str, tuple[int, str]] = {}  # extension -> its number, and it in lower case
-    kept: list[tuple[int, int, int, int]] = []
-    for name, header_offset, data_offset, length in members:
+    kept: list[tuple[int, int, int, int, int]] = []
+    for name, header_offset, data_offset, length, stamp in members:
         if name.startswith("__") and _WEBDATASET_META.match(name):
             ignored.append(f"{name} (webdataset skips what is below a folder named like this)")
             continue
@@ -264,7 +279,7 @@ def _group(members: list[RawMember], ignored: list[str]) -> tuple[SampleList, li
             continue
         elif end != header_offset:
             damage.append(Damage(header_offset, key, "its members do not follow each other"))
-        kept.append((code, header_offset, data_offset, length))
+        kept.append((code, header_offset, data_offset, length, stamp))
         extensions.append(extension)
         end = data_offset + length + -length % BLOCK
-    return SampleList(keys, first, list(spelt), np.array(kept, np.int64).reshape(-1, 4).T), damage
+    return SampleList(keys, first, list(spelt), np.array(kept, np.int64).reshape(-1, 5).T), damage

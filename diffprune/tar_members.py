@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from diffprune.tar_headers import checksum_is_right
+from diffprune.tar_headers import SMALL, checksum_is_right, stamp_of
 from diffprune.tar_samples import BLOCK, SampleList, padded
 
-RawMember = tuple[str, int, int, int]  # name, header offset, data offset, size
+RawMember = tuple[str, int, int, int, int]  # name, header offset, data offset, size, stamp
 
 _REGULAR = ord("0")
 _MOST_OWNERS = 10_000
@@ -33,8 +33,8 @@ class Members(Protocol):
         """
         ...
 
-    def add(self, name: str, header_offset: int, data_offset: int, size: int) -> None:
-        """A member whose header was looked at elsewhere."""
+    def add(self, name: str, header_offset: int, data_offset: int, size: int, stamp: int) -> None:
+        """A member whose header was looked at elsewhere; ``stamp``: see ``tar_headers.stamp_of``."""
         ...
 
     def trust(self, header: bytes) -> None:
@@ -61,7 +61,10 @@ def _compiled() -> type | None:
     if find_spec("diffprune._cpu") is None:
         return None
     try:
-        return import_module("diffprune._cpu").TarMembers
+        found = import_module("diffprune._cpu").TarMembers
+        if "stamp" not in (found.add.__doc__ or ""):
+            raise ImportError("its tar members have no stamps")
+        return found
     except (ImportError, AttributeError) as error:
         message = (
             f"diffprune._cpu was built for another machine or version ({error}): install again; tars are read slowly"
@@ -101,16 +104,17 @@ class PythonMembers:
             except ValueError:  # no UTF-8, or an 8 or 9
                 break
             body = base + start + BLOCK
-            if body + length > size:
+            data = window[start + BLOCK : start + BLOCK + length] if length <= SMALL else b""
+            if body + length > size or (length <= SMALL and len(data) < length):
                 break
-            self._members.append((name, base + start, body, length))
+            self._members.append((name, base + start, body, length, stamp_of(header, data)))
             step = BLOCK + padded(length)
             widest = max(widest, step)
             start += step
         return base + start, widest
 
-    def add(self, name: str, header_offset: int, data_offset: int, size: int) -> None:
-        self._members.append((name, header_offset, data_offset, size))
+    def add(self, name: str, header_offset: int, data_offset: int, size: int, stamp: int) -> None:
+        self._members.append((name, header_offset, data_offset, size, stamp))
 
     def trust(self, header: bytes) -> None:
         if len(self._owners) < _MOST_OWNERS:
@@ -140,5 +144,7 @@ class _CppMembers:
         keys, ends, first, extensions, codes, places = found
         offsets = np.concatenate([[0], np.frombuffer(ends, np.int64)])
         keys = pa.LargeStringArray.from_buffers(len(offsets) - 1, pa.py_buffer(offsets), pa.py_buffer(keys))
+        *places, stamps = places
         members = [np.frombuffer(codes, np.int32), *(np.frombuffer(column, np.int64) for column in places)]
+        members.append(np.frombuffer(stamps, np.uint32))
         return SampleList(keys, np.frombuffer(first, np.int64), extensions, members)

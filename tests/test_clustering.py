@@ -17,10 +17,11 @@ from diffprune import cluster_count
 from diffprune.arrays import ArrayFolder, write_array
 from diffprune.cli.app import app
 from diffprune.cluster_count import adjusted_rand, advise, knee, parse_ks, silhouette
-from diffprune.clustering import CENTROIDS_FILE, parse_bytes
+from diffprune.cluster_files import CENTROIDS_FILE
 from diffprune.engines import Engine, run_stage
 from diffprune.errors import InputError
 from diffprune.hierarchical_kmeans import HierarchicalKMeans
+from diffprune.quantities import parse_bytes
 from diffprune.shards import Member, Sample
 from diffprune.tables import base_table, read_folder
 
@@ -162,6 +163,7 @@ def test_what_cannot_be_clustered_is_told(small_run, tmp_path, values):
         ({"engine": "faiss", "n_init": 2}, "takes no levels"),
         ({"levels": [2], "n_init": 2}, "levels take no"),
         ({"memory": "lots"}, "bytes such as 500MB or 2GiB, got 'lots'"),
+        ({"memory": "1"}, "memory: expected at least the 12 bytes of an embedding, got 1; write 500MB or 2GiB"),
     ):
         with pytest.raises(InputError, match=message):
             diffprune.cluster(same, tmp_path / "c", k=3, **options)
@@ -303,4 +305,4 @@ def test_choose_k_finds_the_clusters_and_says_so(tmp_path):
     with pytest.raises(InputError, match="at least 3 numbers"):
         diffprune.choose_k(folder, tmp_path / "c", ks=[8, 16])
     neither = CliRunner().invoke(app, ["cluster", str(folder), "-o", str(tmp_path / "c")])
-    assert neither.exit_code == 2 and "either -k or --choose-k" in neither.stderr
+    assert neither.exit_code == 2 and "expected one of -k, --choose-k and --like" in neither.stderr

@@ -25,11 +25,12 @@ from diffprune.errors import DiskFullError, InputError
 from diffprune.files import TEMPORARY_PREFIX
 from diffprune.memory import BatchSize, OutOfMemory, find_batch_size, rows_that_fit
 from diffprune.scores.batches import Draws, Network, Samples
-from diffprune.scores.mean_gradients import GradientSum, MeanGradient, load_tensors
+from diffprune.scores.mean_gradients import GradientSum, MeanGradient
 from diffprune.scores.moso import in_group, moso
 from diffprune.scores.normalise import strata, strata_count
 from diffprune.scores.visit import visit
 from diffprune.tables import read_folder, table_metadata
+from diffprune.tensor_files import load_tensors
 
 
 @pytest.fixture

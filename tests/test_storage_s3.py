@@ -685,7 +685,7 @@ def test_expired_credentials_are_told_at_once_and_new_ones_go_on(s3, small_run, 
 
     def expiring(path, array):
         s3.faults.expired = path.name == "images-000001.npy"
-        writes(path, array)
+        return writes(path, array)
 
     monkeypatch.setattr(encoding, "write_array", expiring)
     with pytest.raises(RemoteError, match="the credentials have expired") as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import tarfile
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -58,6 +60,18 @@ def test_an_extension_that_does_not_fit_is_told(monkeypatch, nothing_loaded, err
         assert isinstance(new_members(), PythonMembers)
 
 
+def test_an_extension_without_stamps_is_told(monkeypatch, nothing_loaded):
+    class TarMembers:
+        def add(self, name, header_offset, data_offset, size):
+            """add(self, name, header_offset, data_offset, size)"""
+
+    module = ModuleType("_cpu")
+    module.TarMembers = TarMembers
+    monkeypatch.setattr(tar_members, "import_module", lambda name: module)
+    with pytest.warns(UserWarning, match="no stamps.*: install again"):
+        assert isinstance(new_members(), PythonMembers)
+
+
 def kind_trusting(kind, header: bytes):
     members = kind()
     members.trust(header)
@@ -81,7 +95,9 @@ def test_plain_headers_are_taken_up_to_the_end_of_the_window(kind):
     first = places[1]
     small = data[first.header_offset : first.header_offset + 2 * BLOCK] + data[:BLOCK]  # a wide gap, then a narrow one
     assert kind_trusting(kind, data).take(small, 0, 0, WHOLE) == (3 * BLOCK, 2 * BLOCK)
-    assert members.all() == [(m.name, m.header_offset, m.data_offset, m.size) for m in places]
+    assert [member[:4] for member in members.all()] == [
+        (m.name, m.header_offset, m.data_offset, m.size) for m in places
+    ]
 
 
 NAMES = {
@@ -108,8 +124,30 @@ def test_names(names, fmt):
     data = build(entries(*names), fmt)
     found = index(data, new_members())
     for windows in itertools.product((512, 1500, WHOLE), (512, 3000), (100, WHOLE)):
-        assert index(data, PythonMembers(), windows) == found
-        assert index(data, new_members(), windows) == found
+        for members in (PythonMembers(), new_members()):
+            again = index(data, members, windows)
+            assert again == found and again[0].digest() == found[0].digest()
+
+
+@pytest.mark.parametrize("fmt", ["ustar", "gnu", "pax"])
+@pytest.mark.parametrize("kind", [new_members, PythonMembers])
+def test_a_digest_tells_labels_and_times_apart(kind, fmt):
+    def digest(label: bytes = b"3", image: bytes = bytes(700), mtime: float = 0, name: str = "a.png") -> str:
+        file = io.BytesIO()
+        formats = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+        with tarfile.open(fileobj=file, mode="w", format=formats[fmt]) as tar:
+            for member, data in ((name, image), ("a.cls", label), ("b.png", bytes(100))):
+                info = tarfile.TarInfo(member)
+                info.size, info.mtime = len(data), mtime if fmt == "pax" else int(mtime)
+                tar.addfile(info, io.BytesIO(data))
+        return index(file.getvalue(), kind())[0].digest()
+
+    first = digest()
+    assert digest(b"3") == first and len(first) == 32
+    others = [digest(b"7"), digest(mtime=1), digest(image=bytes(701)), digest(name="A.png"), digest(name="a.PNG")]
+    others += [digest(mtime=0.2), digest(mtime=0.3)] if fmt == "pax" else []  # the header alone says 0
+    assert len({first, *others}) == 1 + len(others)
+    assert digest(image=b"x" * 700) == first, "larger data of one size and time are not looked at, as the docs say"
 
 
 FIELDS = {

@@ -12,14 +12,16 @@ pybind11::bytes bytes_of(const std::vector<Value>& values) {
   return pybind11::bytes(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(Value));
 }
 
-// (keys, where each ends, first members, extensions, their numbers, three columns of places), numbers as bytes; or None.
+// (keys, where each ends, first members, extensions, their numbers, three columns of places and one of
+// stamps), numbers as bytes; or None.
 pybind11::object grouped(const diffprune::cpu::TarMembers& members) {
   const auto found = members.grouped();
   if (!found) return pybind11::none();
   const auto& [header_offset, data_offset, size] = found->places;
   return pybind11::make_tuple(pybind11::bytes(found->keys), bytes_of(found->key_ends), bytes_of(found->first),
                               found->extensions, bytes_of(found->codes),
-                              pybind11::make_tuple(bytes_of(header_offset), bytes_of(data_offset), bytes_of(size)));
+                              pybind11::make_tuple(bytes_of(header_offset), bytes_of(data_offset), bytes_of(size),
+                                                     bytes_of(found->stamps)));
 }
 
 }  // namespace
@@ -40,7 +42,8 @@ PYBIND11_MODULE(_cpu, module) {
   py::class_<TarMembers>(module, "TarMembers")
       .def(py::init<>())
       .def("take", &TarMembers::take)
-      .def("add", &TarMembers::add)
+      .def("add", &TarMembers::add, py::arg("name"), py::arg("header_offset"), py::arg("data_offset"), py::arg("size"),
+           py::arg("stamp"))
       .def("trust", &TarMembers::trust)
       .def("members", &TarMembers::members)
       .def("grouped", &grouped);

@@ -9,6 +9,7 @@ namespace diffprune::cpu {
 namespace {
 
 constexpr int64_t kBlock = 512;
+constexpr int64_t kSmall = kBlock;       // data of so many bytes are part of a stamp
 constexpr size_t kMostTrusted = 10'000;  // or a hostile tar would fill the memory
 
 // The number that `digits` octal digits at `text` and a NUL or space after them make, or -1.
@@ -32,6 +33,24 @@ int64_t sum_of(const char* header) {
 // Six digits and two NULs or spaces, as tar writes it; anything else is for Python to look at.
 bool sum_is_right(const char* header) {
   return (header[155] == ' ' || header[155] == '\0') && octal(header + 148, 6) == sum_of(header);
+}
+
+constexpr std::array<uint32_t, 256> crc_table() {
+  std::array<uint32_t, 256> table{};
+  for (uint32_t byte = 0; byte < 256; ++byte) {
+    uint32_t value = byte;
+    for (int bit = 0; bit < 8; ++bit) value = value & 1 ? 0xEDB88320u ^ (value >> 1) : value >> 1;
+    table[byte] = value;
+  }
+  return table;
+}
+
+// zlib's CRC-32 of what `before` is the CRC of, and then this text.
+uint32_t crc32(std::string_view text, uint32_t before = 0) {
+  static constexpr std::array<uint32_t, 256> table = crc_table();
+  uint32_t value = ~before;
+  for (const unsigned char c : text) value = table[(value ^ c) & 255] ^ (value >> 8);
+  return ~value;
 }
 
 bool is_ascii(std::string_view text) {
@@ -73,7 +92,13 @@ std::pair<int64_t, int64_t> TarMembers::take(std::string_view window, int64_t ba
     }
     const std::string_view name = header.substr(0, name_end);
     if (!is_ascii(name)) break;
-    add(name, offset, body, length);
+    uint32_t stamp = crc32(header.substr(136, 12));
+    if (length <= kSmall) {
+      const std::string_view data = window.substr(static_cast<size_t>(body - base), static_cast<size_t>(length));
+      if (static_cast<int64_t>(data.size()) < length) break;
+      stamp = crc32(data, stamp);
+    }
+    add(name, offset, body, length, stamp);
     const int64_t next = body + padded(length);
     widest = std::max(widest, next - offset);
     offset = next;
@@ -81,11 +106,12 @@ std::pair<int64_t, int64_t> TarMembers::take(std::string_view window, int64_t ba
   return {offset, widest};
 }
 
-void TarMembers::add(std::string_view name, int64_t header_offset, int64_t data_offset, int64_t size) {
+void TarMembers::add(std::string_view name, int64_t header_offset, int64_t data_offset, int64_t size, uint32_t stamp) {
   names_.append(name);
   name_ends_.push_back(names_.size());
   const int64_t values[] = {header_offset, data_offset, size};
   for (size_t i = 0; i < 3; ++i) places_[i].push_back(values[i]);
+  stamps_.push_back(stamp);
 }
 
 void TarMembers::trust(std::string_view header) {
@@ -95,6 +121,7 @@ void TarMembers::trust(std::string_view header) {
 std::optional<Samples> TarMembers::grouped() const {
   Samples found;
   found.places = places_;
+  found.stamps = stamps_;
   found.codes.reserve(name_ends_.size());
   std::unordered_map<std::string_view, int32_t> codes;      // of extensions as they are spelt
   std::unordered_map<std::string, int32_t> lowered_codes;   // and in lower case
@@ -133,10 +160,10 @@ std::optional<Samples> TarMembers::grouped() const {
   return found;
 }
 
-std::vector<std::tuple<std::string_view, int64_t, int64_t, int64_t>> TarMembers::members() const {
-  std::vector<std::tuple<std::string_view, int64_t, int64_t, int64_t>> all;
+std::vector<std::tuple<std::string_view, int64_t, int64_t, int64_t, uint32_t>> TarMembers::members() const {
+  std::vector<std::tuple<std::string_view, int64_t, int64_t, int64_t, uint32_t>> all;
   for (size_t i = 0; i < name_ends_.size(); ++i) {
-    all.emplace_back(name(i), places_[0][i], places_[1][i], places_[2][i]);
+    all.emplace_back(name(i), places_[0][i], places_[1][i], places_[2][i], stamps_[i]);
   }
   return all;
 }

@@ -9,6 +9,7 @@ import typer
 
 import diffprune
 from diffprune.cli import data_verbs, feature_verbs, model_verbs, proof_verbs, selection_verbs
+from diffprune.cli.once import OnceCommand
 from diffprune.environment import prepare, prepare_streams
 
 app = typer.Typer(
@@ -28,14 +29,14 @@ VERBS = {
     "Models": (train, model_verbs.convert, model_verbs.reconstruct, model_verbs.sample),
     "Proof": (proof_verbs.evaluate, proof_verbs.sweep, proof_verbs.report, proof_verbs.doctor),
 }
-train.command("vqvae")(model_verbs.train_vqvae)
-train.command("dit")(model_verbs.train_dit)
+train.command("vqvae", cls=OnceCommand)(model_verbs.train_vqvae)
+train.command("dit", cls=OnceCommand)(model_verbs.train_dit)
 for panel, verbs in VERBS.items():
     for verb in verbs:
         if isinstance(verb, typer.Typer):
             app.add_typer(verb, name="train", rich_help_panel=panel)
         else:
-            app.command(rich_help_panel=panel)(verb)
+            app.command(rich_help_panel=panel, cls=OnceCommand)(verb)
 
 
 def main() -> None:

@@ -16,12 +16,14 @@ from diffprune.cli.options import (
     DryRun,
     Json,
     Kept,
+    Latents,
     MaxPixels,
     Resume,
     Seed,
     Set,
     Shards,
     StrictDecode,
+    latents_source,
 )
 from diffprune.cli.output import run
 
@@ -55,9 +57,7 @@ def train_vqvae(
 
 
 def train_dit(
-    latents: Annotated[
-        Path, typer.Argument(help="The latents: a folder of `diffprune encode`; or shards, with --vqvae.")
-    ],
+    latents: Latents,
     out: Annotated[Path, typer.Option("--out", "-o", help="The run folder: checkpoints, log.jsonl and loss.png.")],
     config: Config = None,
     overrides: Set = None,
@@ -91,11 +91,12 @@ def train_dit(
         from diffprune.config import load_config
 
         settings = load_config(config, "dit", overrides or [])
-        source: object = latents
+        decoding = {}
         if vqvae is not None:
             from diffprune.ranks import local_device
 
-            source = diffprune.LiveLatents(str(latents), vqvae, device=local_device(settings.train.device))
+            decoding["device"] = local_device(settings.train.device)
+        source = latents_source(latents, vqvae, **decoding)
         return diffprune.train_dit(settings, source, out, **options)
 
     options = {"oversample_balanced": oversample_balanced, "group_weights": group_weights}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,6 +25,10 @@ MaxPixels = Annotated[int, typer.Option(min=1, help="Refuse an image whose heade
 Shards = Annotated[
     list[str], typer.Argument(help="Brace pattern, glob, folder, .tar or list file; several may be given.")
 ]
+Latents = Annotated[
+    list[str],
+    typer.Argument(help="The latents: a folder of `diffprune encode`; or, with --vqvae, shards, as encode takes them."),
+]
 Kept = Annotated[Path | None, typer.Option(help="A kept.parquet: use only the samples that it keeps.")]
 Config = Annotated[Path | None, typer.Option("--config", "-c", help="A TOML config; see configs/.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a config key: train.steps=1000. Repeatable.")]
@@ -38,6 +42,17 @@ Ray = Annotated[
 ]
 MaxFailures = Annotated[int, typer.Option(min=0, help="Stop after so many failures in a row; 0: never.")]
 Resume = Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")]
+
+
+def latents_source(given: list[str], vqvae: Path | None, **decoding: Any) -> Any:
+    """What ``Latents`` means: a folder, or shards whose images are encoded on the fly."""
+    if vqvae is not None:
+        import diffprune
+
+        return diffprune.LiveLatents(given, vqvae, **decoding)
+    if len(given) > 1:
+        raise typer.BadParameter(f"expected one folder of latents, or shards with --vqvae, got {', '.join(given)}")
+    return given[0]
 
 
 def refuse_given(context: typer.Context, names: Iterable[str], why: str) -> None:

@@ -8,14 +8,22 @@ from typing import Annotated
 import typer
 
 import diffprune
-from diffprune.cli.options import MAX_FAILURES, MAX_PIXELS, Device, DryRun, Json, Seed, refuse_given
+from diffprune.cli.options import (
+    MAX_FAILURES,
+    MAX_PIXELS,
+    Device,
+    DryRun,
+    Json,
+    Latents,
+    Seed,
+    latents_source,
+    refuse_given,
+)
 from diffprune.cli.output import run
 
 
 def score(
-    latents: Annotated[
-        Path, typer.Argument(help="The latents: a folder of `diffprune encode`; or shards, with --vqvae.")
-    ],
+    latents: Latents,
     checkpoint: Annotated[
         list[Path], typer.Option(help="The surrogate: checkpoints, or a run folder with all of its.")
     ],
@@ -136,12 +144,12 @@ def score(
 
     def call(**options: object) -> dict:
         decoding = {"device": device, "strict_decode": strict_decode, "max_pixels": max_pixels}
-        source = latents if vqvae is None else diffprune.LiveLatents(str(latents), vqvae, **decoding)
-        return diffprune.score(source, checkpoint, out, **options)
+        return diffprune.score(latents_source(latents, vqvae, **decoding), checkpoint, out, **options)
 
     run(call, **options, dry_run=dry_run, as_json=as_json)
 
 
+_FITTING = ("levels", "seed", "init", "n_init", "max_iter", "metric", "batch_size", "engine")
 _ONE_CLUSTERING = ("levels", "init", "n_init", "batch_size", "engine", "memory")
 
 
@@ -150,6 +158,10 @@ def cluster(
     embeddings: Annotated[list[Path], typer.Argument(help="Folders of `diffprune embed`, all by the same model.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder of score tables, or of the page of --choose-k.")],
     k: Annotated[int | None, typer.Option("-k", "--clusters", min=1, help="How many clusters.")] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(help="Instead: assign to the clusters of this earlier run, whose numbers stay."),
+    ] = None,
     choose_k: Annotated[
         str | None,
         typer.Option(help="Instead: try these numbers, such as 8,16,...,4096, and write a page that helps to choose."),
@@ -170,21 +182,27 @@ def cluster(
     as_json: Json = False,
 ) -> None:
     """k-means over embeddings: the columns cluster and distance; or, which number of clusters to take."""
-    if (k is None) == (choose_k is None):
-        raise typer.BadParameter("expected either -k or --choose-k")
+    if (k, choose_k, like).count(None) != 2:
+        raise typer.BadParameter("expected one of -k, --choose-k and --like")
     if choose_k is not None:
         refuse_given(context, _ONE_CLUSTERING, "--choose-k tries numbers of clusters, and takes none")
         options = {"seed": seed, "max_iter": max_iter, "metric": metric, "sample": sample}
         run(diffprune.choose_k, embeddings, out, ks=choose_k, **options, dry_run=dry_run, as_json=as_json)
         return
     refuse_given(context, ["sample"], "it is what --choose-k looks at; -k clusters all")
-    options = {"k": k, "seed": seed, "init": init, "n_init": n_init, "max_iter": max_iter, "metric": metric}
-    options |= {"batch_size": batch_size, "engine": engine, "memory": memory, "levels": _numbers("levels", levels)}
+    if like is not None:
+        refuse_given(context, _FITTING, "--like only assigns to clusters that are there")
+    options = {"k": k, "like": like, "seed": seed, "init": init, "n_init": n_init, "max_iter": max_iter}
+    options |= {"metric": metric, "batch_size": batch_size, "engine": engine, "memory": memory}
+    options |= {"levels": _numbers("levels", levels)}
     run(diffprune.cluster, embeddings, out, **options, dry_run=dry_run, as_json=as_json)
 
 
 def select(
-    scores: Annotated[list[Path], typer.Argument(help="Folders of score tables; several are joined by key.")],
+    scores: Annotated[
+        list[Path],
+        typer.Argument(help="Folders of score tables, and parquet files with a column key; joined by that."),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The selection to write, kept.parquet.")],
     order: Annotated[
         str,
@@ -225,7 +243,7 @@ def select(
         str, typer.Option(help="Which of them to keep: farthest from the centroid, nearest or random.")
     ] = "farthest",
     embeddings: Annotated[
-        Path | None, typer.Option(help="The embeddings folder, for k-center, herding and --dedup.")
+        list[Path] | None, typer.Option(help="The embeddings, for k-center, herding and --dedup. Repeatable.")
     ] = None,
     device: Device = "auto",
     seed: Seed = 0,

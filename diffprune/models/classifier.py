@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,6 +25,7 @@ from diffprune.errors import InputError
 from diffprune.files import atomic_dir, read_json, sha256_file, write_json
 from diffprune.progress import progress
 from diffprune.shards import ShardSpec, index_shards
+from diffprune.tensor_files import write_tensors
 from diffprune.training_order import batch_rows, step_generator
 
 WEIGHTS_FILE, ABOUT_FILE = "classifier.safetensors", "classifier.json"
@@ -107,8 +108,7 @@ def train_classifier(
     about = {"version": __version__, "image_size": size, "channels": channels, "classes": classes, "seed": seed}
     about |= {"images": len(labels), "accuracy": float((found == target).double().mean())}
     with atomic_dir(out) as temporary:
-        weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
-        save_file(weights, temporary / WEIGHTS_FILE)
+        write_tensors(temporary / WEIGHTS_FILE, {name: value.cpu() for name, value in model.state_dict().items()})
         write_json(temporary / ABOUT_FILE, about)
     return {**about, "out": str(out)}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from diffprune.errors import InputError
-from diffprune.files import atomic_path
 from diffprune.rank_talk import ALONE, RankTalk
+from diffprune.tensor_files import load_tensors, save_tensors
 
 COMMIT_EVERY = 20  # times as long as a commit takes: at most 5% of the time goes into them
 MOST_PARTS = 8  # sums of other processes that wait on disk for a commit
@@ -169,27 +166,6 @@ def _receive(like: Mapping[str, Tensor], rank: int, talk: RankTalk) -> GradientS
         received = talk.receive(torch.empty(like[name].shape, dtype=torch.float64), rank)
         sums[name] = received.to(like[name].device)
     return GradientSum(sums, samples, population)
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write safetensors atomically; an OSError where the disk is full, which safetensors has another class for."""
-    with atomic_path(path) as temporary:
-        try:
-            save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, temporary, metadata=metadata)
-        except SafetensorError as error:
-            if f"os error {errno.ENOSPC}" in str(error):
-                raise OSError(errno.ENOSPC, "no space left on the disk", str(path)) from error
-            raise
-
-
-def load_tensors(path: Path, *, only_metadata: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and metadata of a file that `save_tensors` wrote; InputError if it is damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = [] if only_metadata else file.keys()
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error}); delete it and run again") from error
 
 
 def _save(path: Path, total: GradientSum, shards: int) -> None:

@@ -20,11 +20,13 @@ from diffprune.errors import DiffpruneError, InputError, ResumeError
 from diffprune.files import is_begun, read_json, write_json
 from diffprune.locks import folder_lock
 from diffprune.progress import progress, quiet
+from diffprune.shards import index_shards
 from diffprune.sweeping.cells import Cell, find_cell, list_cells, read_result, run_cell
 from diffprune.sweeping.estimates import estimate
 from diffprune.sweeping.results import write_results
 from diffprune.sweeping.settings import SweepConfig, differences, load_sweep
 from diffprune.sweeping.shared import Shared, prepare
+from diffprune.tables import input_changes
 
 SWEEP_FILE = "sweep.json"
 
@@ -66,7 +68,7 @@ def sweep(
 
     Raises:
         InputError: a config that cannot be used (it names the key; an unknown method lists the known ones).
-        ResumeError: ``out`` holds a sweep with another config, or files that are no sweep's.
+        ResumeError: ``out`` holds a sweep with another config or over other shards, or files that are no sweep's.
         DiffpruneError: cells that failed, or a process that died; the others are done all the same.
     """
     settings = config if isinstance(config, SweepConfig) else load_sweep(config)
@@ -86,9 +88,10 @@ def sweep(
         ]
         return {**report, "cells": rows}
     todo = [cell for cell in dict.fromkeys(chosen) if cell not in done]
+    shards = _checked_shards(settings, out)
     if dry_run:
         return {**report, **estimate(settings, len(todo), jobs, device), "dry_run": True}
-    write_json(out / SWEEP_FILE, {"version": __version__, "config": settings.identity()})
+    write_json(out / SWEEP_FILE, {"version": __version__, "config": settings.identity(), **shards})
     begin = time.monotonic()
     with _threads(settings.sweep.threads):
         shared = Shared(settings, out / "shared")
@@ -202,6 +205,23 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _checked_shards(settings: SweepConfig, out: Path) -> dict[str, dict[str, Any]]:
+    """What identifies the config's shards, for ``sweep.json``; ResumeError where that knows other ones."""
+    path = out / SWEEP_FILE
+    found = read_json(path) if path.is_file() else {}
+    here = {}
+    for name in ("shards", "held_out_shards"):
+        if spec := getattr(settings.data, name):
+            here[name] = {index.path.name: index.identity for index in index_shards(spec)}
+            before = found.get(name)
+            if isinstance(before, dict) and (changes := input_changes(before, here[name])):
+                raise ResumeError(
+                    f"{out}: holds a sweep over other images: of data.{name} {changes}. Its cells can only be compared "
+                    "over the same ones: bring these back, or give another --out"
+                )
+    return here
 
 
 def _check_folder(settings: SweepConfig, out: Path) -> None:

@@ -34,11 +34,11 @@ class DataConfig:
     """What `diffprune pack` takes: a folder of class folders, a parquet, or mnist5k."""
     resize: int = 0
     """As for `diffprune pack`; 0 keeps the images as they are."""
-    shards: str = ""
-    """Shards that are there already, instead of a source."""
+    shards: str | tuple[str, ...] = ""
+    """Shards that are there already, instead of a source: a pattern, folder, tar or list file, or several of them."""
     held_out: float = 0.0
     """Share of each class that nothing is trained on. It is drawn first, by key."""
-    held_out_shards: str = ""
+    held_out_shards: str | tuple[str, ...] = ""
     """Shards of such images, instead of a share."""
     skew: float = 1.0
     """Make a long tail: how many times as many images the most frequent class keeps as the rarest, in equal steps of a
@@ -137,6 +137,7 @@ class SweepConfig:
     def identity(self) -> dict[str, Any]:
         """Everything that a cell's result depends on beside its method, ratio and seed; JSON-able."""
         told = {name: asdict(getattr(self, name)) for name in ("data", "score", "cluster", "sample", "evaluate")}
+        told["data"] = {key: list(value) if isinstance(value, tuple) else value for key, value in told["data"].items()}
         for name in ("vqvae", "dit", "surrogate"):
             run = getattr(self, name)
             told[name] = run if isinstance(run, str) else to_dict(run)

@@ -17,6 +17,7 @@ from diffprune.models.classifier import train_classifier
 from diffprune.packing import pack
 from diffprune.pruning import prune
 from diffprune.scoring import score
+from diffprune.shards import ShardSpec
 from diffprune.sweeping.settings import SweepConfig, with_device
 from diffprune.sweeping.splits import split_samples
 from diffprune.training import train_dit, train_vqvae
@@ -35,7 +36,7 @@ class Shared:
     root: Path
 
     @property
-    def packed(self) -> str | Path:
+    def packed(self) -> ShardSpec:
         return self.config.data.shards or self.root / "packed"
 
     @property
@@ -43,12 +44,12 @@ class Shared:
         return bool(self.config.data.held_out) or self.config.data.skew > 1
 
     @property
-    def train_shards(self) -> str | Path:
+    def train_shards(self) -> ShardSpec:
         """The images that selections are made from."""
         return self.root / "train" if self.is_split else self.packed
 
     @property
-    def held_out_shards(self) -> str | Path | None:
+    def held_out_shards(self) -> ShardSpec | None:
         """The images that nothing is trained on."""
         if self.config.data.held_out:
             return self.root / "held-out"
@@ -164,7 +165,7 @@ def _split(shared: Shared) -> None:
         prune(held_out, shared.packed, root / "held-out")
 
 
-def _features(shared: Shared, split: str, shards: str | Path | None, device: str) -> Callable[[], Any]:
+def _features(shared: Shared, split: str, shards: ShardSpec | None, device: str) -> Callable[[], Any]:
     model = shared.embedder(shared.config.evaluate.model)
     return lambda: embed(shards, shared.features(split), model=model, device=device)
 

@@ -1,0 +1,67 @@
+"""Embeddings of one or several folders, as one folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from diffprune.arrays import ArrayFolder
+from diffprune.errors import InputError
+
+
+class EmbeddingFolders:
+    """One or several folders that ``embed`` wrote, by the same model, with ``ArrayFolder``'s methods.
+
+    Raises InputError for folders of different models, and for a shard that is in two of them.
+    """
+
+    def __init__(self, folders: str | Path | Sequence[str | Path]) -> None:
+        paths = [folders] if isinstance(folders, (str, Path)) else list(folders)
+        if not paths:
+            raise InputError("expected at least one folder of embeddings, got none")
+        self.opened = [ArrayFolder(path, kind="embeddings") for path in paths]
+        self.folder = ", ".join(map(str, paths))  # for messages
+        self.metadata: dict[str, Any] = self.opened[0].metadata
+        for folder in self.opened:
+            _same_model(self.opened[0], folder)
+        self.of_stem = {stem: folder for folder in self.opened for stem in folder.stems}
+        self.stems = [stem for folder in self.opened for stem in folder.stems]
+        if len(self.of_stem) != len(self.stems):
+            twice = next(stem for stem in self.stems if self.stems.count(stem) > 1)
+            raise InputError(f"{self.folder}: shard {twice!r} is in two of the folders; names of shards must be unique")
+
+    @property
+    def fingerprint(self) -> str | list[str]:
+        """Of one folder, or of each."""
+        each = [folder.fingerprint for folder in self.opened]
+        return each[0] if len(each) == 1 else each
+
+    def identities(self) -> dict[str, dict[str, Any]]:
+        """As ``ArrayFolder.identities``."""
+        return {stem: about for folder in self.opened for stem, about in folder.identities().items()}
+
+    def table(self, stem: str) -> pa.Table:
+        """The base columns of one shard's samples, failed ones too."""
+        return self.of_stem[stem].table(stem)
+
+    def keys(self, stem: str) -> pa.Table:
+        """As ``ArrayFolder.keys``."""
+        return self.of_stem[stem].keys(stem)
+
+    def array(self, stem: str, *, by_rows: bool = False) -> np.ndarray:
+        """As ``ArrayFolder.array``."""
+        return self.of_stem[stem].array(stem, by_rows=by_rows)
+
+
+def _same_model(first: ArrayFolder, other: ArrayFolder) -> None:
+    for name in ("model", "model_sha256", "shape"):
+        one, another = first.metadata.get(name), other.metadata.get(name)
+        if one != another:
+            raise InputError(
+                f"{other.folder}: expected embeddings of the same model as {first.folder}, found {name} {another!r}, "
+                f"not {one!r}; distances between them mean nothing"
+            )
