@@ -136,7 +136,7 @@ def test_dot_of_an_expanded_input() -> None:
     tensors = [x.half().to(DEVICE) for x in (input, grad_output, direction)]
     dot = linear_grad_dot(tensors[0].expand(3, 5, 64), *tensors[1:], impl="triton").cpu()
     whole = launch(linear_grad_dot, input.half().expand(3, 5, 64).contiguous(), grad_output.half(), direction.half())
-    assert torch.equal(dot, whole)
+    torch.testing.assert_close(dot, whole, rtol=3e-6, atol=0)  # by pointers and by descriptors: another order of sums
 
 
 @pytest.mark.parametrize(("b", "t", "i", "o"), [(0, 4, 3, 2), (2, 0, 3, 2), (2, 4, 3, 0), (2, 4, 0, 3)])
