@@ -55,7 +55,7 @@ def check(impl: str, *args: Tensor, atol: float = 1e-5) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("b", "t", "d"), [(1, 1, 1), (2, 1, 37), (2, 5, 16), (1, 37, 20), (2, 9, 300), (1, 2, 1152)])
 def test_odd_sizes(impl: str, b: int, t: int, d: int) -> None:
-    # Of one feature, (h - mean(h))/√1e-6 = 0, a GPU may leave what was rounded off the mean: see test_adaln_modulate.py.
+    # Of one feature's gradient, (h - mean(h))/√1e-6, a GPU may leave the mean's rounding: see test_adaln_modulate.py.
     check(impl, *inputs(b, t, d), atol=1e-5 if d > 1 else 3e-4)
 
 
