@@ -71,8 +71,8 @@ def layer_norm(x, mask, features, EPS: tl.constexpr):
 def layer_norm_backward(x, h, mask, features, EPS: tl.constexpr):
     """Normalised tokens as ``layer_norm`` has them, and the gradient of x, given ``h`` with respect to its output.
 
-    Both are 0 where masked, as ``x`` and ``h`` are. A sum over a token goes through all warps of the program, which wait
-    for one another: two sums at a time, so twice and not four times.
+    Both are 0 where masked, as ``x`` and ``h`` are. A sum over a token goes through all warps of the program, and they
+    wait for one another: two sums at a time, so twice and not four times.
     """
     mean, h_mean = _sums(x, h)
     mean, h_mean = mean * (1.0 / features), h_mean * (1.0 / features)
