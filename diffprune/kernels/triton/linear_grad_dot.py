@@ -126,8 +126,10 @@ def aot_cases() -> Iterator[Case]:
             a, g, m = tensors(sizes, dtype, dtype, other)
             named = label(name, dtype, other)
             yield Case(named, (a, g, m, m.new_empty(len(m))), quick=named in QUICK)
-            if dtype == brain and name in ("S/2 proj", "XL/2 proj", "XL/2 fc1", "XL/2 fc2"):
-                yield Case(f"{named} no bias", (a, g, m, None), quick=f"{named} no bias" in QUICK)
+    for other in (brain, full):
+        for name in ("S/2 proj", "XL/2 proj", "XL/2 fc1", "XL/2 fc2"):
+            named = f"{label(name, brain, other)} no bias"
+            yield Case(named, (*tensors(layers()[name], brain, brain, other), None), quick=named in QUICK)
 
 
 @triton.jit
