@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -140,7 +143,11 @@ def attention_cases(scale: Scale) -> Iterator[Case]:
                 backends = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
                             SDPBackend.MATH)  # fmt: skip
                 sdpa = [Way(f"SDPA {x.name.lower()}", _sdpa(x), False, check, 2e-2) for x in backends]
-                return [*ours(scale, "attention", run, check, 2e-2), *sdpa]
+                own = list(ours(scale, "attention", run, check, 2e-2))
+                if "DIFFPRUNE_TRY" in os.environ:  # python -m benchmarks.gpu --only attention
+                    own += [Way("triton, smaller tiles", smaller_tiles(way.run), False, check, 2e-2, way.missing)
+                            for way in own if way.name == "triton"]  # fmt: skip
+                return [*own, *sdpa]
 
             goal = Goal("as fast as the best SDPA backend", "faster", 1.0, ("SDPA",))
             products = 7 if backward else 2  # forward 2; backward 5, one of them the forward's again
@@ -149,6 +156,25 @@ def attention_cases(scale: Scale) -> Iterator[Case]:
             operations, moved = products * 2 * b * h * t * t * d, (12 if backward else 4) * 2 * b * h * t * d
             goals = (goal,) if backward else ()
             yield Case("attention", label, shape, "bfloat16", make, ways, moved, operations, goals)
+
+
+def smaller_tiles(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run`` with tiles half as high and 4 warps. No GPU has measured these, nor those that run by default."""
+
+    def forward(tokens: int, size: int, itemsize: int, gpu: object) -> tuple[dict[str, int], dict[str, int]]:
+        return {"ROWS": 64, "COLUMNS": 64}, {"num_warps": 4, "num_stages": 3}
+
+    def backward(own: str, size: int, itemsize: int, gpu: object) -> tuple[dict[str, int], dict[str, int]]:
+        other = "COLUMNS" if own == "ROWS" else "ROWS"
+        return {own: 64, other: 64 if size > 64 else 32}, {"num_warps": 4, "num_stages": 2}
+
+    def tried(*inputs: Any) -> Any:
+        kernels = "diffprune.kernels.triton."
+        both = import_module(f"{kernels}attention"), import_module(f"{kernels}attention_backward")
+        with patch.object(both[0], "config", forward), patch.object(both[1], "config", backward):
+            return run(*inputs)
+
+    return tried
 
 
 def adaln_modulate_cases(scale: Scale) -> Iterator[Case]:

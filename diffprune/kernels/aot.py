@@ -18,9 +18,10 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
 from pkgutil import iter_modules
@@ -51,6 +52,8 @@ class Compiled:
     """PTX matrix instruction, "tf32" behind it if it is one of that -> how often it is in the code."""
     products: bool
     """Whether the kernel multiplies matrices of 8- or 16-bit elements."""
+    losses: tuple[str, ...] = ()
+    """What ptxas says it made slow."""
     error: str = ""
     """Why a case did not compile; the row has no kernel then."""
 
@@ -71,7 +74,7 @@ class Compiled:
                 f"multiplies matrices with {', '.join(self.matrix) or 'no matrix instruction'}, "
                 f"expected {' or '.join(fitting)}"
             )
-        return faults
+        return faults + [f"ptxas: {loss}" for loss in self.losses]
 
 
 def ops() -> list[str]:
@@ -95,7 +98,7 @@ def compile_op(op: str, target: int, quick: bool = False) -> list[Compiled]:
         except Exception as error:  # whatever Triton, LLVM or ptxas raise: the table goes on and shows it as a fault
             reason = error.__cause__ or error  # Triton's own message ends with the line of code
             message = (str(reason).strip() or repr(reason)).splitlines()[-1]
-            failed.append(Compiled(op, "-", target, (case.label,), {}, 0, 0, 0, 0, 0, {}, False, message))
+            failed.append(Compiled(op, "-", target, (case.label,), {}, 0, 0, 0, 0, 0, {}, False, error=message))
             continue
         for kernel, compiled in launches:
             found.setdefault(compiled.hash, (kernel, compiled, []))[2].append(case.label)
@@ -250,7 +253,27 @@ def _describe(op: str, target: int, kernel, compiled, cases: list[str]) -> Compi
         shared=compiled.metadata.shared,
         matrix={name: instructions.count(name) for name in dict.fromkeys(instructions)},
         products=bool(re.search(r"tt\.dot\b.*: tensor<\d+x\d+x(f16|bf16|i8|f8\w*)>", compiled.asm["ttir"])),
+        losses=_losses(compiled) if "wgmma.mma_async" in instructions else (),
     )
+
+
+def _losses(compiled) -> tuple[str, ...]:
+    """What ptxas loses when it makes machine code of the PTX, as Triton makes it: Triton itself drops what it says.
+
+    "wgmma.mma_async instructions are serialized" is the one known: each then waits for the one before.
+    """
+    from triton import knobs
+    from triton.compiler.compiler import make_backend
+
+    target, log = compiled.metadata.target, StringIO()
+    before, knobs.nvidia.dump_ptxas_log = knobs.nvidia.dump_ptxas_log, True
+    try:
+        with redirect_stdout(log):
+            make_backend(target).make_cubin(compiled.asm["ptx"], {}, compiled.metadata, target.arch)
+    finally:
+        knobs.nvidia.dump_ptxas_log = before
+    found = re.findall(r"Potential Performance Loss: (.*?)(?: in (?:the )?function .*)?$", log.getvalue(), re.MULTILINE)
+    return tuple(dict.fromkeys(found))
 
 
 def _resources(cubin: bytes) -> dict[str, int]:

@@ -32,26 +32,32 @@ def round_columns(
     ``whole``: the rows keep the centre, and the offset makes up for it: x·Ĉ = (x − μ)·Ĉ + μ·Ĉ. By Ĉ and not by C, so
     that C − Ĉ is multiplied by x − μ alone, which for embeddings with a common direction is much shorter than x.
     """
-    (m, depth), middle, device = columns.shape, centre.double(), columns.device
-    lowest, highest = (extreme.double() for extreme in columns.aminmax(dim=0))
-    largest = torch.maximum(highest - middle, middle - lowest).amax().clamp(min=2.0**-100)
+    (m, depth), middle = columns.shape, centre.double()
+    # Each operation is a launch on a GPU, longer than it works: mixed dtypes are converted by the operation itself.
+    extremes = torch.stack(columns.aminmax(dim=0))
+    largest = torch.linalg.vector_norm(extremes - middle, ord=torch.inf).clamp(min=2.0**-100)
     per_unit = torch.frexp(largest).mantissa * 2**14 / largest  # a power of two
-    integers = rounded.dtype == torch.int8
+    origin, integers = middle * per_unit, rounded.dtype == torch.int8
     step = torch.ceil(largest * per_unit / 127) if integers else torch.ones_like(largest)
-    norm, error, offset = torch.empty(3, m, dtype=torch.float64, device=device)
+    norm, error, shift = torch.empty(3, m, dtype=torch.float64, device=columns.device)
     height = max(1, BLOCK // depth)
     for start in range(0, m, height):
         own = slice(start, start + height)
-        exact = (columns[own].double() - middle) * per_unit
+        exact = (columns[own] - middle) * per_unit
         rounded[own] = (exact / step).round() if integers else exact
-        multiplied = rounded[own].double() * step
-        norm[own] = torch.linalg.vector_norm(exact, dim=1)
-        error[own] = torch.linalg.vector_norm(exact - multiplied, dim=1)
-        offset[own] = norm[own].square() / 2
+        multiplied = rounded[own] * step if integers else rounded[own]
+        torch.linalg.vector_norm(exact, dim=1, out=norm[own])
+        torch.linalg.vector_norm(exact - multiplied, dim=1, out=error[own])
         if whole:
-            offset[own] += multiplied @ (middle * per_unit)
+            torch.mv(multiplied.double(), origin, out=shift[own])
+    offset = norm.square() / 2
+    if whole:
+        offset += shift
     ratio = (error / (norm + 2.0**-14 * depth**0.5)).amax()
-    kept = torch.linalg.vector_norm(middle * per_unit) if whole else torch.zeros_like(ratio)
-    smallest = norm.topk(min(neighbours, m), largest=False).values.amax()
-    bounds = torch.stack([smallest, norm.amax(), ratio, kept]) * (1 + 2**-20)  # not below after rounding
-    return offset.float(), torch.cat([per_unit.view(1), bounds, step.view(1)]).float()
+    kept = torch.linalg.vector_norm(origin) if whole else torch.zeros_like(ratio)
+    smallest, longest = norm.aminmax()
+    if neighbours > 1:
+        smallest = norm.topk(min(neighbours, m), largest=False).values.amax()
+    limits = torch.stack([per_unit, smallest, longest, ratio, kept, step])
+    limits[1:5] *= 1 + 2**-20  # not below after rounding
+    return offset.float(), limits.float()

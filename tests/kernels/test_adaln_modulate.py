@@ -50,7 +50,9 @@ def check(x: Tensor, shift: Tensor, scale: Tensor, grad_y: Tensor, impl: str, at
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("b", "t", "d"), [(1, 1, 1), (2, 1, 37), (2, 5, 16), (1, 37, 20), (2, 9, 300), (1, 2, 1152)])
 def test_odd_sizes(impl: str, b: int, t: int, d: int) -> None:
-    check(*inputs(b, t, d), impl, atol=1e-5)
+    # The gradient of one feature is 0 = (h - mean(h))/√1e-6. Where a GPU fuses h's product into that difference, what
+    # was rounded off the mean is left: 2^-24 of h.
+    check(*inputs(b, t, d), impl, atol=1e-5 if d > 1 else 3e-4)
 
 
 def test_a_program_adds_up_several_tiles() -> None:
@@ -90,8 +92,9 @@ def test_gradcheck(impl: str) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 def test_autograd_of_chunks(impl: str) -> None:
     """Shift and scale as DiT has them: chunks of one modulation, and tokens with strides."""
-    x, _, _, grad_y = (tensor.to(DEVICE) for tensor in inputs(2, 7, 12))
-    modulation = normal(2, 36, seed=5).to(DEVICE).requires_grad_()
+    device = torch.device("cpu") if impl == "cpu" else DEVICE
+    x, _, _, grad_y = (tensor.to(device) for tensor in inputs(2, 7, 12))
+    modulation = normal(2, 36, seed=5).to(device).requires_grad_()
     tokens = x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
     shift, _, scale = modulation.chunk(3, dim=1)
     y = adaln_modulate(tokens, shift, scale, impl=impl)

@@ -101,7 +101,8 @@ def test_large_scores(impl: str) -> None:
     """
     query, key, value, grad_out = inputs(1, 1, 40, 18)
     # What is left is the rounding of scores up to ±2000·log2(e), half of 2^-12: a relative error of a weight of 8e-5.
-    check(grid(query * 20), grid(key * 20), value, grad_out, impl, tol=1e-4)
+    # And a GPU's exponentials are off by 2^-22, of which keys as long as 80 make as much again.
+    check(grid(query * 20), grid(key * 20), value, grad_out, impl, tol=2e-4)
     # All scores near -208: where a key is missing beyond the last, a score of 0 would be e^208 times theirs.
     check(grid(0.1 * query + 7), grid(0.1 * key - 7), value, grad_out, impl, tol=2e-5)
 

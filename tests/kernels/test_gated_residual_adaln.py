@@ -45,17 +45,18 @@ def run(impl: str, *args: Tensor) -> list[Tensor]:
     return [x, y, *BACKWARD(grad_x, grad_y, x, branch, gate, scale, impl)]
 
 
-def check(impl: str, *args: Tensor) -> None:
+def check(impl: str, *args: Tensor, atol: float = 1e-5) -> None:
     names = "x", "y", "grad_residual", "grad_branch", "grad_gate", "grad_shift", "grad_scale"
     for name, ours, theirs in zip(names, run(impl, *args), exact(*args), strict=True):
         assert ours.is_contiguous() and ours.dtype == torch.float32, name
-        torch.testing.assert_close(ours.double(), theirs, rtol=2e-6, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(ours.double(), theirs, rtol=2e-6, atol=atol, msg=lambda text, n=name: f"{n}: {text}")
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("b", "t", "d"), [(1, 1, 1), (2, 1, 37), (2, 5, 16), (1, 37, 20), (2, 9, 300), (1, 2, 1152)])
 def test_odd_sizes(impl: str, b: int, t: int, d: int) -> None:
-    check(impl, *inputs(b, t, d))
+    # Of one feature's gradient, (h - mean(h))/√1e-6, a GPU may leave the mean's rounding: see test_adaln_modulate.py.
+    check(impl, *inputs(b, t, d), atol=1e-5 if d > 1 else 3e-4)
 
 
 def test_a_program_adds_up_several_tiles() -> None:

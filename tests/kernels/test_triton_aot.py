@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for each target as its launcher launches it: no spill, within shared memory, wgmma.
+"""Every Triton kernel compiles for each target as its launcher does: no spill, within shared memory, wgmma in flight.
 
 The default run compiles each op's quick cases, with ``DIFFPRUNE_AOT=all`` this one compiles and judges all, as
 ``python -m diffprune.kernels.aot`` does, which prints the table.
@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from importlib import import_module
+from pathlib import Path
 from pkgutil import iter_modules
 
 import pytest
@@ -89,7 +90,46 @@ def test_faults_are_found(rows: list[Compiled]) -> None:
     assert "with wgmma.mma_async, mma.sync, expected" in replace(row, matrix=row.matrix | {"mma.sync": 1}).faults[0]
     assert replace(row, matrix={}, products=False).faults == []
     assert replace(row, matrix={"mma.sync tf32": 1}, products=False).faults == ["multiplies float32 rounded to TF32"]
+    assert replace(row, losses=("wgmma are serialized",)).faults == ["ptxas: wgmma are serialized"]
     assert replace(row, error="out of registers").faults == ["does not compile: out of registers"]
+
+
+def test_what_ptxas_loses_is_found(tmp_path: Path) -> None:
+    """A product that may be left out before the next one adds to it."""
+    source = tmp_path / "slow.py"
+    source.write_text(SERIALIZED)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, str(source)], env=environment, capture_output=True, text=True, timeout=300)
+    assert "wgmma.mma_async instructions are serialized" in done.stdout, done.stderr
+
+
+SERIALIZED = """
+import torch, triton, triton.language as tl
+from diffprune.kernels import aot
+from diffprune.kernels.triton import TARGETS, Case
+
+@triton.jit
+def kernel(x_ptr, y_ptr, width):
+    r = tl.arange(0, 64)
+    places = x_ptr + r[:, None] * width + r[None, :]
+    tile = tl.zeros((64, 64), dtype=tl.float32)
+    if tl.load(y_ptr) > 0:
+        for k in range(0, width, 64):
+            x = tl.load(places + k)
+            tile = tl.dot(x, x.T, tile)
+    else:
+        for k in range(0, width, 64):
+            tile = tl.dot(tl.load(places + k), tl.load(places + k + 64), tile)
+    tl.store(y_ptr + r[:, None] * 64 + r[None, :], tile)
+
+class Module:
+    def run(x, y):
+        kernel[(1,)](x, y, 1024)
+
+case = Case("", (torch.empty(64, 1024, dtype=torch.float16, device="meta"), torch.empty(64, 64, device="meta")))
+[(launched, compiled)] = aot._launched(Module, case, TARGETS[90])
+print(aot._describe("slow", 90, launched, compiled, []).faults)
+"""
 
 
 def test_markdown_has_a_line_per_configuration(rows: list[Compiled]) -> None:

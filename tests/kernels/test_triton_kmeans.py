@@ -59,7 +59,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, function: str, place: int) -> list[
     counts, original = [], getattr(assigning, function)
 
     def counting(*arguments: Tensor) -> object:
-        counts.append(int(arguments[place]))
+        counts.append(int(arguments[place][0]))
         return original(*arguments)
 
     monkeypatch.setattr(assigning, function, counting)
@@ -114,16 +114,18 @@ def test_assign_ties_between_tiles() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("apart", [0, 1e-6])
-def test_assign_listed_rows(dtype: torch.dtype, apart: float, listed: list[int], compared_with_all: list[int]) -> None:
+@pytest.mark.parametrize(("apart", "d"), [(0, 24), (1e-6, 24), (1e-6, 32)])
+def test_assign_listed_rows(
+    dtype: torch.dtype, apart: float, d: int, listed: list[int], compared_with_all: list[int]
+) -> None:
     """More than a program takes at a time, some with as many near centroids as are kept, some with one more; in several
-    tiles. Where they are equal, the first of them is it."""
+    tiles, small or large. Where they are equal, the first of them is it."""
     sizes = torch.tensor([3, assigning.WIDTH, assigning.WIDTH + 1, 70, 2, 1])
-    groups = (4 * normal(len(sizes), 24)).to(dtype).float()
+    groups = (4 * normal(len(sizes), d)).to(dtype).float()
     centroids = groups.repeat_interleave(sizes, dim=0)
-    centroids = centroids + apart * normal(len(centroids), 24, seed=1)
+    centroids = centroids + apart * normal(len(centroids), d, seed=1)
     order = torch.randperm(len(centroids), generator=torch.Generator().manual_seed(0))
-    points = groups[torch.arange(150) % len(sizes)] + 0.01 * normal(150, 24, seed=2)
+    points = groups[torch.arange(150) % len(sizes)] + 0.01 * normal(150, d, seed=2)
     check(points.to(dtype), centroids[order])
     assignment, _ = launch(kmeans_assign, points.to(dtype), centroids[order])
     assert torch.equal(assignment.long(), brute(points.to(dtype), centroids[order]).argmin(dim=1))

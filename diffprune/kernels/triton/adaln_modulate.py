@@ -62,6 +62,6 @@ def _kernel(
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     shift = load_row(shift_ptr, sample, shift_stride, features, WIDTH)
     scale = load_row(scale_ptr, sample, scale_stride, features, WIDTH)
-    normalized, _ = layer_norm(x, mask, features, EPS)
+    normalized = layer_norm(x, mask, features, EPS)
     y = normalized * (1 + scale)[None, :] + shift[None, :]
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)

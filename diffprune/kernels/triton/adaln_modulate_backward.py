@@ -14,7 +14,6 @@ from diffprune.kernels.adaln_modulate import EPS
 from diffprune.kernels.triton import Case, adaln_modulate, gpu, refuse_inputs
 from diffprune.kernels.triton.tokens import (
     config,
-    layer_norm,
     layer_norm_backward,
     load_row,
     places,
@@ -78,10 +77,9 @@ def _kernel(
         offsets, mask = places(sample, token, tokens, features, ROWS, WIDTH)
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(grad_y_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        normalized, inverse_std = layer_norm(x, mask, features, EPS)
+        normalized, grad_x = layer_norm_backward(x, grad * (1 + scale)[None, :], mask, features, EPS)
         grad_shift += grad
         grad_scale += grad * normalized
-        grad_x = layer_norm_backward(grad * (1 + scale)[None, :], normalized, inverse_std, features)
         tl.store(grad_x_ptr + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
     columns = tl.arange(0, WIDTH)
     place = program.to(tl.int64) * features + columns

@@ -172,9 +172,11 @@ def _kernel(
         if TAIL:
             key_tail = load_tile(key_ptr, columns, tokens, key_token * UNIT, WIDTH, TAIL, SIZE)
             scores = tl.dot(query_tail, key_tail.T, scores, input_precision="ieee")
-        scores = tl.where((columns < tokens)[None, :], scores * scale, float("-inf"))
-        higher = tl.maximum(highest, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - higher[:, None])
+        # Product and difference in one line, as the backward has them: a GPU fuses both or neither, and so rounds both
+        # weights alike. ``scale`` is positive.
+        scores = tl.where((columns < tokens)[None, :], scores, float("-inf"))
+        higher = tl.maximum(highest, tl.max(scores, axis=1) * scale)
+        weights = tl.exp2(scores * scale - higher[:, None])
         shrink = tl.exp2(highest - higher)
         total = total * shrink + tl.sum(weights, axis=1)
         highest = higher

@@ -71,6 +71,6 @@ def _kernel(
     scale = load_row(scale_ptr, sample, scale_stride, features, WIDTH)
     x = (residual + gate[None, :] * branch).to(x_ptr.dtype.element_ty)
     tl.store(x_ptr + offsets, x, mask=mask)
-    normalized, _ = layer_norm(x.to(tl.float32), mask, features, EPS)
+    normalized = layer_norm(x.to(tl.float32), mask, features, EPS)
     y = normalized * (1 + scale)[None, :] + shift[None, :]
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)

@@ -14,7 +14,6 @@ from diffprune.kernels.adaln_modulate import EPS
 from diffprune.kernels.triton import Case, gated_residual_adaln, gpu, refuse_inputs
 from diffprune.kernels.triton.tokens import (
     config,
-    layer_norm,
     layer_norm_backward,
     load_row,
     places,
@@ -94,10 +93,10 @@ def _kernel(
         grad_y = tl.load(grad_y_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(grad_x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         branch = tl.load(branch_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        normalized, inverse_std = layer_norm(x, mask, features, EPS)
+        normalized, grad_of_x = layer_norm_backward(x, grad_y * (1 + scale)[None, :], mask, features, EPS)
         grad_shift += grad_y
         grad_scale += grad_y * normalized
-        grad += layer_norm_backward(grad_y * (1 + scale)[None, :], normalized, inverse_std, features)
+        grad += grad_of_x
         grad_gate += grad * branch
         tl.store(grad_residual_ptr + offsets, grad.to(grad_residual_ptr.dtype.element_ty), mask=mask)
         grad_branch = gate[None, :] * grad

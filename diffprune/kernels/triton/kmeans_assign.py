@@ -72,13 +72,14 @@ def run(points: Tensor, centroids: Tensor, dtype: torch.dtype | None = None) -> 
     sqdistance = torch.empty(n, dtype=torch.float32, device=points.device)
     if n == 0:
         return assignment, sqdistance
-    rounded = value = index = again = least = None
+    rounded = value = index = least = rows = counts = None
     tile = config(k, depth, gpu(points), dtype.itemsize)[0]
     if k > 1:
         rounded = round_both(points, centroids, dtype)
         value, index = search(rounded)
-        again = torch.empty(n, dtype=torch.int8, device=points.device)
         least = torch.empty(n, dtype=torch.float32, device=points.device)
+        rows = torch.empty(n, dtype=torch.int32, device=points.device)
+        counts = torch.zeros(2, dtype=torch.int32, device=points.device)  # of this list, and of the next
     height = 8
     _decide_kernel[(triton.cdiv(n, height),)](
         points,
@@ -90,8 +91,9 @@ def run(points: Tensor, centroids: Tensor, dtype: torch.dtype | None = None) -> 
         index,
         assignment,
         sqdistance,
-        again,
         least,
+        rows,
+        counts,
         n,
         k,
         depth,
@@ -105,13 +107,9 @@ def run(points: Tensor, centroids: Tensor, dtype: torch.dtype | None = None) -> 
         STEP=power_of_2(depth, 16, 128),
         maxnreg=MOST_REGISTERS,
     )
-    if again is not None:
-        place = again.cumsum(0)
-        rows = torch.empty(n + 1, dtype=torch.int32, device=points.device)  # the last takes what is not marked
-        every = torch.arange(n, dtype=torch.int32, device=points.device)
-        rows.scatter_(0, torch.where(again > 0, place - 1, n), every)
-        rest = _search_listed(points, centroids, rounded, least, rows, place[-1:], assignment, sqdistance)
-        _search_all(points, centroids, *rest, assignment, sqdistance)
+    if rounded is not None:
+        rest = _search_listed(points, centroids, rounded, least, rows, counts, assignment, sqdistance)
+        _search_all(points, centroids, rest, counts[1:], assignment, sqdistance)
     return assignment, sqdistance
 
 
@@ -184,18 +182,19 @@ def _search_listed(
     rounded: Rounded,
     least: Tensor,
     rows: Tensor,
-    count: Tensor,
+    counts: Tensor,
     assignment: Tensor,
     sqdistance: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Search the first ``count`` [1] of ``rows`` among the columns whose v is at least ``least`` [N].
+) -> Tensor:
+    """Search the first ``counts`` [0] of ``rows`` among the columns whose v is at least ``least`` [N].
 
-    Returns a list like it of the rows that have too many of these.
+    Returns a list like it of the rows that have too many of these, and adds their number to ``counts`` [1].
     """
-    (n, depth), k, height, size = points.shape, len(centroids), 128, rounded.rows.element_size()
+    (n, depth), k, height, size = points.shape, len(centroids), 64, rounded.rows.element_size()
+    # Few programs have rows, and each goes through D and K alone: in large steps, if it loads 16 bytes at a time.
+    even = all(x.shape[1] % 16 == x.stride(0) % 16 == 0 for x in (rounded.rows, rounded.columns))
     programs = min(triton.cdiv(n, height), 2 * gpu(points).processors)
     rest = torch.empty(n, dtype=torch.int32, device=points.device)
-    rest_count = torch.zeros(1, dtype=torch.int32, device=points.device)
     _search_listed_kernel[(programs,)](
         points,
         centroids,
@@ -206,10 +205,9 @@ def _search_listed(
         rounded.limits,
         least,
         rows,
-        count,
+        counts,
         torch.empty(programs, height, WIDTH, dtype=torch.int32, device=points.device),
         rest,
-        rest_count,
         assignment,
         sqdistance,
         k,
@@ -221,13 +219,13 @@ def _search_listed(
         INT8=rounded.rows.dtype == torch.int8,
         WIDTH=WIDTH,
         ROWS=height,
-        COLUMNS=32,
-        STEP=power_of_2(depth, 32 // size, 64 // size),
+        COLUMNS=128 if even else 64,
+        STEP=power_of_2(depth, 32 // size, (128 if even else 64) // size),
         CHUNK=power_of_2(depth, 8, 16),
         num_warps=8,
         maxnreg=255,
     )
-    return rest, rest_count
+    return rest
 
 
 def _search_all(
@@ -338,8 +336,9 @@ def _decide_kernel(
     index_ptr,  # [n, 2]
     assignment_ptr,  # [n]
     sqdistance_ptr,  # [n]
-    again_ptr,  # [n] int8
-    least_ptr,  # [n] float32
+    least_ptr,  # [n] float32, of the rows listed
+    rows_ptr,  # [n]: rows whose v do not decide between two, in any order
+    counts_ptr,  # [2]: how many; and 0
     n,
     k,
     depth,
@@ -352,8 +351,8 @@ def _decide_kernel(
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """The nearest centroid and Σ(x − c)² of each row; again = 1 for those whose v do not decide between two, and the
-    least v that the nearest may have."""
+    """The nearest centroid and Σ(x − c)² of each row; a list of those whose v do not decide between two, and the least
+    v that the nearest of such a row may have."""
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = r < n
     row = r.to(tl.int64)
@@ -400,10 +399,12 @@ def _decide_kernel(
         of_two = first - third > twice + TAG * (tl.abs(first) + tl.abs(third))
         certain = first - second > twice + TAG * (tl.abs(first) + tl.abs(second))
         finite = tl.max(infinite.to(tl.int32), axis=1) == 0
-        tl.store(again_ptr + row, (finite & (of_two == 0)).to(tl.int8), mask=inside)
-        tl.store(least_ptr + row, first - twice - 2 * TAG * tl.abs(first), mask=inside)
         close = finite & of_two & (certain == 0)
-        if tl.max(close.to(tl.int32), axis=0) > 0:
+        more = finite & inside & (of_two == 0)
+        if tl.max((close | more).to(tl.int32), axis=0) > 0:
+            place = tl.atomic_add(counts_ptr + tl.zeros((ROWS,), dtype=tl.int32), 1, mask=more)
+            tl.store(rows_ptr + place, r, mask=more)
+            tl.store(least_ptr + row, first - twice - 2 * TAG * tl.abs(first), mask=more)
             other = tl.minimum(tl.load(index_ptr + row * 2 + 1, mask=inside, other=0), k - 1)
             other_ptr = centroids_ptr + other.to(tl.int64) * centroids_stride
             to_nearest = tl.zeros((ROWS, STEP), dtype=tl.float64)
@@ -433,10 +434,9 @@ def _search_listed_kernel(
     limits_ptr,  # [6]
     least_ptr,  # [n]: no v of the nearest is below
     rows_ptr,  # [count, and more]
-    count_ptr,  # [1]
+    counts_ptr,  # [2]: count; and 0, to which the length of rest is added
     few_ptr,  # [programs, ROWS, WIDTH]: columns, each program's own
     rest_ptr,  # [n]: rows with more than WIDTH columns, in any order
-    rest_count_ptr,  # [1]
     assignment_ptr,  # [n]
     sqdistance_ptr,  # [n]
     k,
@@ -453,7 +453,7 @@ def _search_listed_kernel(
     CHUNK: tl.constexpr,
 ):
     """The nearest centroid of the ``count`` rows listed, by float64 differences to those that may be it."""
-    count = tl.load(count_ptr)
+    count = tl.load(counts_ptr)
     own = tl.arange(0, ROWS)
     few = few_ptr + (tl.program_id(0) * ROWS + own) * WIDTH
     unit = tl.load(limits_ptr) * tl.load(limits_ptr + 5)
@@ -503,7 +503,7 @@ def _search_listed_kernel(
         tl.store(assignment_ptr + row, nearest, mask=decided)
         tl.store(sqdistance_ptr + row, smallest.to(tl.float32), mask=decided)
         more = listed & (decided == 0)
-        place = tl.atomic_add(rest_count_ptr + tl.zeros((ROWS,), dtype=tl.int32), 1, mask=more)
+        place = tl.atomic_add(counts_ptr + 1 + tl.zeros((ROWS,), dtype=tl.int32), 1, mask=more)
         tl.store(rest_ptr + place, row.to(tl.int32), mask=more)
         tl.debug_barrier()  # before the next rows' columns are written
 

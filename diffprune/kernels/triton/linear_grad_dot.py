@@ -41,7 +41,7 @@ from diffprune.kernels.triton.tiles import (
 GROUP = 8
 """Tiles of rows that are worked on together, so that their tiles of columns share what is read through the L2 cache."""
 
-QUICK = ("XL/2 qkv bfloat16 bfloat16", "XL/2 proj bfloat16 bfloat16", "XL/2 qkv float32 float32")
+QUICK = ("XL/2 qkv bfloat16 bfloat16", "XL/2 proj bfloat16 bfloat16 no bias", "XL/2 qkv float32 float32")
 """Cases of the default test run."""
 
 
@@ -119,13 +119,17 @@ def config(rows: int, width: int, depth: int, itemsize: int, gpu: Gpu) -> Tile:
 
 
 def aot_cases() -> Iterator[Case]:
-    """The layers of DiT-S/2 and DiT-XL/2; the direction in float32 too."""
+    """The layers of DiT-S/2 and DiT-XL/2; the direction in float32 too; and some without biases."""
     half, brain, full = torch.float16, torch.bfloat16, torch.float32
     for dtype, other in ((half, half), (brain, brain), (full, full), (half, full), (brain, full)):
         for name, sizes in layers().items():
             a, g, m = tensors(sizes, dtype, dtype, other)
             named = label(name, dtype, other)
             yield Case(named, (a, g, m, m.new_empty(len(m))), quick=named in QUICK)
+    for other in (brain, full):
+        for name in ("S/2 proj", "XL/2 proj", "XL/2 fc1", "XL/2 fc2"):
+            named = f"{label(name, brain, other)} no bias"
+            yield Case(named, (*tensors(layers()[name], brain, brain, other), None), quick=named in QUICK)
 
 
 @triton.jit
@@ -161,7 +165,8 @@ def _kernel(
 
     product = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for piece in range(PIECES):
-        for k in range(0, depth, STEP):
+        # At least one step, of zeros if need be: where there may be none, ptxas of Triton 3.6 lets each product wait.
+        for k in range(0, tl.maximum(depth, 1), STEP):
             x = load(left, row, k, rows, depth, left_stride, ROWS, STEP, DESCRIBED)
             if TRANSPOSED:
                 n, total = piece * width + column, PIECES * width

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from diffprune.kernels.triton import Case, Gpu, gpu, refuse_inputs
 from diffprune.kernels.triton.layers import label, layers, tensors
-from diffprune.kernels.triton.linear_grad_sqnorm_direct import direct, direct_tile
+from diffprune.kernels.triton.linear_grad_sqnorm_direct import direct, direct_tile, redo
 from diffprune.kernels.triton.tiles import Tile, describable, load, matrix, refuse_rows, source
 
 CANCELLATION = 100
@@ -97,11 +97,13 @@ def gram(a: Tensor, g: Tensor, samples: int, tokens: int, bias: bool) -> Tensor:
         STEP=step,
         **options,
     )
-    if per > 1:
-        partial = partial[:, :, 0, : per * tokens].reshape(2, groups * per, tokens)[:, :samples]
-    sqnorm, size = partial.flatten(2).sum(dim=2)
-    cancelled = size > CANCELLATION * sqnorm
-    return torch.where(cancelled, direct(a, g, samples, tokens, bias, cancelled), sqnorm)
+    sqnorm = torch.empty(samples, dtype=torch.float32, device=a.device)
+    cancelled = torch.empty(samples, dtype=torch.bool, device=a.device)
+    length = tokens if per > 1 else pairs * side
+    sizes = groups * pairs * side, pairs * side, per, length, CANCELLATION
+    _finish_kernel[(samples,)](partial, sqnorm, cancelled, *sizes, BLOCK=256, num_warps=1)
+    redo(a, g, tokens, bias, cancelled, sqnorm)
+    return sqnorm
 
 
 def gram_tile(a: Tensor, g: Tensor, samples: int, tokens: int, gpu: Gpu) -> Tile:
@@ -156,19 +158,22 @@ def _gram_kernel(
     j -= (j * (j + 1) // 2 > pair).to(tl.int32)
     i = pair - j * (j + 1) // 2
     first = program // pairs * span
+    row, column = first + i * SIDE, first + j * SIDE
 
-    own = _gram_tile(input, first + i * SIDE, first + j * SIDE, rows, wide, input_stride, SIDE, STEP, DESCRIBED)
-    if BIAS:
-        own += 1.0
-    own *= _gram_tile(grad_output, first + i * SIDE, first + j * SIDE, rows, high, grad_stride, SIDE, STEP, DESCRIBED)
-
-    r, c = i * SIDE + tl.arange(0, SIDE), j * SIDE + tl.arange(0, SIDE)
-    inside = (c < span)[None, :] & ((r // tokens)[:, None] == (c // tokens)[None, :])  # so r < span as well
-    terms = tl.where(inside, own, 0.0)
-    weight = tl.where(i == j, 1.0, 2.0)
-    places = partial_ptr + program.to(tl.int64) * SIDE + tl.arange(0, SIDE)
-    tl.store(places, weight * tl.sum(terms, axis=1))
-    tl.store(places + tl.num_programs(0).to(tl.int64) * SIDE, weight * tl.sum(tl.abs(terms), axis=1))
+    # The branch is out here, and each side stores: sums that the hardware adds up to in the background must not come
+    # out of a branch, else ptxas lets each product wait for the one before ("wgmma are serialized").
+    if i == j:
+        own = _gram_tile(input, row, column, rows, wide, input_stride, SIDE, STEP, DESCRIBED, True)
+        if BIAS:
+            own += 1.0
+        own *= _gram_tile(grad_output, row, column, rows, high, grad_stride, SIDE, STEP, DESCRIBED, True)
+        _store_sums(partial_ptr, own, i * SIDE, j * SIDE, span, tokens, 1.0, SIDE)
+    else:
+        own = _gram_tile(input, row, column, rows, wide, input_stride, SIDE, STEP, DESCRIBED, False)
+        if BIAS:
+            own += 1.0
+        own *= _gram_tile(grad_output, row, column, rows, high, grad_stride, SIDE, STEP, DESCRIBED, False)
+        _store_sums(partial_ptr, own, i * SIDE, j * SIDE, span, tokens, 2.0, SIDE)
 
 
 @triton.jit
@@ -182,19 +187,61 @@ def _gram_tile(
     SIDE: tl.constexpr,
     STEP: tl.constexpr,
     DESCRIBED: tl.constexpr,
+    DIAGONAL: tl.constexpr,
 ):
-    """[SIDE, SIDE] of X·Xᵀ from (row, column)."""
+    """[SIDE, SIDE] of X·Xᵀ from (row, column), which are equal if DIAGONAL."""
     tile = tl.zeros((SIDE, SIDE), dtype=tl.float32)
-    if row == column:
-        for k in range(0, width, STEP):
-            left = load(x, row, k, rows, width, stride, SIDE, STEP, DESCRIBED)
-            tile = tl.dot(left, left.T, tile, input_precision="ieee")
-    else:
-        for k in range(0, width, STEP):
-            left = load(x, row, k, rows, width, stride, SIDE, STEP, DESCRIBED)
-            right = load(x, column, k, rows, width, stride, SIDE, STEP, DESCRIBED)
-            tile = tl.dot(left, right.T, tile, input_precision="ieee")
+    for k in range(0, width, STEP):
+        left = load(x, row, k, rows, width, stride, SIDE, STEP, DESCRIBED)
+        right = left if DIAGONAL else load(x, column, k, rows, width, stride, SIDE, STEP, DESCRIBED)
+        tile = tl.dot(left, right.T, tile, input_precision="ieee")
     return tile
+
+
+@triton.jit
+def _store_sums(
+    partial_ptr,  # [2, programs, SIDE]
+    products,
+    row,
+    column,
+    span,
+    tokens,
+    WEIGHT: tl.constexpr,
+    SIDE: tl.constexpr,
+):
+    """Row sums of the terms of one sample of the [SIDE, SIDE] tile from (row, column), and of their absolute values."""
+    r, c = row + tl.arange(0, SIDE), column + tl.arange(0, SIDE)
+    inside = (c < span)[None, :] & ((r // tokens)[:, None] == (c // tokens)[None, :])  # so r < span as well
+    terms = tl.where(inside, products, 0.0)
+    places = partial_ptr + tl.program_id(0).to(tl.int64) * SIDE + tl.arange(0, SIDE)
+    tl.store(places, WEIGHT * tl.sum(terms, axis=1))
+    tl.store(places + tl.num_programs(0).to(tl.int64) * SIDE, WEIGHT * tl.sum(tl.abs(terms), axis=1))
+
+
+@triton.jit(do_not_specialize=["limit"])
+def _finish_kernel(
+    partial_ptr,  # [2, size]: of terms, of their absolute values; a group of samples has ``group`` of them
+    sqnorm_ptr,  # [samples]
+    cancelled_ptr,  # [samples] bool
+    size,
+    group,
+    per,  # samples per group
+    length,  # of a sample: all of the group's if it has no other
+    limit,
+    BLOCK: tl.constexpr,
+):
+    """The sum of one sample's terms, and whether that of their absolute values is over ``limit`` times as large."""
+    sample = tl.program_id(0)
+    place = partial_ptr + (sample // per).to(tl.int64) * group + sample % per * length
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    absolute = total
+    for start in range(0, length, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        total += tl.load(place + t, mask=t < length, other=0.0)
+        absolute += tl.load(place + tl.cast(size, tl.int64) + t, mask=t < length, other=0.0)
+    sqnorm = tl.sum(total)
+    tl.store(sqnorm_ptr + sample, sqnorm)
+    tl.store(cancelled_ptr + sample, tl.sum(absolute) > limit * sqnorm)
 
 
 @triton.jit

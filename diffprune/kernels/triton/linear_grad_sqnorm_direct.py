@@ -23,11 +23,16 @@ from diffprune.kernels.triton.tiles import (
 )
 
 
-def direct(a: Tensor, g: Tensor, samples: int, tokens: int, bias: bool, only: Tensor | None = None) -> Tensor:
-    """Σ(Gᵀ·A)² (+ Σ(Σ_t G)²) of a [B·T, I] and g [B·T, O]; 0 for samples that ``only`` [B] does not mark."""
-    return _sums(a, g, samples, tokens, bias, direct_tile(a, g, samples if only is None else 1, tokens, gpu(a)), only)[
-        0
-    ]
+def direct(a: Tensor, g: Tensor, samples: int, tokens: int, bias: bool) -> Tensor:
+    """Σ(Gᵀ·A)² (+ Σ(Σ_t G)²) of a [B·T, I] and g [B·T, O]."""
+    return _partial(a, g, samples, tokens, bias, direct_tile(a, g, samples, tokens, gpu(a))).sum(dim=2)[0]
+
+
+def redo(a: Tensor, g: Tensor, tokens: int, bias: bool, marked: Tensor, sqnorm: Tensor) -> None:
+    """Write ``direct``'s answer over the samples of ``sqnorm`` [B] that ``marked`` [B] marks, B at least 1."""
+    samples = len(sqnorm)
+    partial = _partial(a, g, samples, tokens, bias, direct_tile(a, g, 1, tokens, gpu(a)), marked)[0]
+    _redo_kernel[(samples,)](partial, marked, sqnorm, partial.shape[1], BLOCK=256, num_warps=1)
 
 
 def with_direction(
@@ -35,26 +40,28 @@ def with_direction(
 ) -> Tensor:
     """[2, B]: Σ(Gᵀ·A)² and Σ(Gᵀ·A)∘M of a [B·T, I], g [B·T, O] and a direction [O, I]; with those of the bias."""
     tile = dot_tile(a, g, samples, tokens, gpu(a))
-    return _sums(a, g, samples, tokens, bias_direction is not None, tile, None, direction, bias_direction)
+    partial = _partial(a, g, samples, tokens, bias_direction is not None, tile, None, direction, bias_direction)
+    return partial.sum(dim=2)
 
 
-def _sums(
+def _partial(
     a: Tensor,
     g: Tensor,
     samples: int,
     tokens: int,
     bias: bool,
     tile: Tile,
-    only: Tensor | None,
+    only: Tensor | None = None,
     direction: Tensor | None = None,
     bias_direction: Tensor | None = None,
 ) -> Tensor:
+    """[1 or, with a direction, 2, B, tiles]: what the sums are sums of; of samples ``only`` does not mark, anything."""
     high, wide, step, options = tile
     device = gpu(a)
     described = multiplied_bytes(a, g) == 2 and tokens % step == 0 and describable(device, a, g)
     tiles = triton.cdiv(g.shape[1], high) * max(1, triton.cdiv(a.shape[1], wide))
-    empty, programs = (torch.empty, samples * tiles) if only is None else (torch.zeros, min(tiles, device.processors))
-    partial = empty(1 if direction is None else 2, samples, tiles, dtype=torch.float32, device=a.device)
+    programs = samples * tiles if only is None else min(tiles, device.processors)
+    partial = torch.empty(1 if direction is None else 2, samples, tiles, dtype=torch.float32, device=a.device)
     direction = None if direction is None else matrix(direction)
     if programs:
         _direct_kernel[(programs,)](
@@ -80,7 +87,7 @@ def _sums(
             STEP=step,
             **options,
         )
-    return partial.sum(dim=2)
+    return partial
 
 
 def direct_tile(a: Tensor, g: Tensor, batch: int, tokens: int, gpu: Gpu) -> Tile:
@@ -133,7 +140,12 @@ def _direct_kernel(
         if direction_ptr is not None:
             tl.store(partial_ptr + tl.num_programs(0).to(tl.int64) + program, dot)
     else:
-        for sample in range(samples):
+        last = 0  # the samples up to the last that is marked: most often none
+        for start in range(0, samples, 256):
+            number = start + tl.arange(0, 256)
+            marked = tl.load(only_ptr + number, mask=number < samples, other=0).to(tl.int32)
+            last = tl.maximum(last, tl.max(marked * (number + 1), axis=0))
+        for sample in range(last):
             if tl.load(only_ptr + sample):
                 for tile in range(program, tiles, tl.num_programs(0)):
                     squares, _ = _direct_tile(
@@ -191,3 +203,21 @@ def _direct_tile(
             bias = tl.load(bias_ptr + r.to(tl.int64) * bias_stride, mask=r < high, other=0.0)
             dot += tl.sum(column * bias.to(tl.float32))
     return squares, dot
+
+
+@triton.jit
+def _redo_kernel(
+    partial_ptr,  # [samples, tiles]
+    marked_ptr,  # [samples] bool
+    sqnorm_ptr,  # [samples]
+    tiles,
+    BLOCK: tl.constexpr,
+):
+    """The sum over a sample's tiles, if it is marked."""
+    sample = tl.program_id(0).to(tl.int64)
+    if tl.load(marked_ptr + sample):
+        total = tl.zeros((BLOCK,), dtype=tl.float32)
+        for start in range(0, tiles, BLOCK):
+            t = start + tl.arange(0, BLOCK)
+            total += tl.load(partial_ptr + sample * tiles + t, mask=t < tiles, other=0.0)
+        tl.store(sqnorm_ptr + sample, tl.sum(total))
