@@ -246,7 +246,7 @@ MODELS: dict[str, Callable[[Draws], Made]] = {
         vq_model, autoencoder_dc,
     )
 }  # fmt: skip
-IN_FLOAT32 = ("hunyuan", "uvit")  # a normalisation of theirs is computed in float32 whatever comes in
+IN_FLOAT32 = ("hunyuan", "uvit", "autoencoder_dc")  # a normalisation or attention of theirs is, whatever comes in
 TEXT_OF_THE_LAST_BLOCK = ("add_q_proj", "norm_added_q")  # its queries go nowhere
 UNUSED = {"stable_diffusion_3": TEXT_OF_THE_LAST_BLOCK}
 
