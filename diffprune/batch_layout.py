@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class Layout(NamedTuple):
@@ -148,6 +149,14 @@ def split(source: Tensor, layout: Layout, outputs: list[Tensor], rows: int) -> b
         x.numel() and x.shape[layout.dim] % unit == 0 and (x.storage_offset() - source.storage_offset()) % step == 0
         for x in outputs
     )
+
+
+def token_by_token(func: Callable, args: tuple, sources: list[Tensor], layout: Layout) -> bool:
+    """Whether a linear layer or a normalisation takes vectors without the batch in them, and leaves them in place."""
+    if len(sources) != 1 or not args or sources[0] is not args[0]:
+        return False
+    features = 1 if func is F.linear else len(args[1]) if func in (F.layer_norm, torch.layer_norm) else None
+    return features is not None and layout.dim < args[0].dim() - features
 
 
 def strided(source: Tensor, layout: Layout, output: Tensor) -> bool:

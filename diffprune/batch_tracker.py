@@ -246,7 +246,7 @@ class BatchTracker(TorchFunctionMode):
             return [layout if moves.split(source, layout, outputs, self.rows) else None] * len(outputs)
         if func in moves.STRIDING:
             return [layout if moves.strided(source, layout, outputs[0]) else None]
-        if self._is_plain(sources, layouts, outputs):
+        if self._is_plain(sources, layouts, outputs) or moves.token_by_token(func, args, sources, layout):
             return [layout] * len(outputs)
         try:
             if func in moves.POINTWISE and len(outputs) == 1:

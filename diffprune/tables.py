@@ -309,16 +309,16 @@ def read_stage(folder: str | Path) -> dict[str, Any]:
 
 
 def selection_about(path: str | Path) -> dict[str, Any]:
-    """What a selection's metadata says; {} of one made by hand. InputError for the table of another stage."""
+    """What a selection's metadata says; {} of one made by hand. InputError for a table in the folder of its stage."""
     if METADATA_KEY not in (_schema(path).metadata or {}):
         return {}
     about = table_metadata(path)
-    if (stage := about.get("stage", "select")) != "select":
-        raise InputError(
-            f"{path}: expected a selection, found a table of `{stage}`; make one by `diffprune select`. If rows of "
-            "that table were chosen by hand, write them without its metadata"
-        )
-    return about
+    stage = about.get("stage", "select")
+    if stage == "select":
+        return about
+    if (as_path(path).parent / STAGE_FILE).is_file():
+        raise InputError(f"{path}: expected a selection, found a table of `{stage}`; make one by `diffprune select`")
+    return {}  # rows of such a table that were chosen by hand
 
 
 def kept_keys(path: str | Path) -> frozenset[str]:

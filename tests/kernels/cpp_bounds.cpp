@@ -120,7 +120,7 @@ void tars() {
     if (seen.size() >= 512) members.trust(seen.substr(0, 512));
     const int64_t base = number(2) ? numbers() : 0, size = number(4) ? INT64_MAX - number(3) : numbers();
     const auto [next, widest] = members.take(seen, base, base + (number(3) ? 0 : number(700)), size);
-    if (number(3) == 0) members.add("q.z", next, next, 5);
+    if (number(3) == 0) members.add("q.z", next, next, 5, 0);
     members.take(seen, base, next, size);
     const auto found = members.grouped();
     if (next < base || widest < 0 || (found && found->codes.size() != members.members().size())) std::exit(1);
