@@ -102,6 +102,23 @@ def indexed(index: Any, layout: Layout, shape: tuple, rows: int) -> Layout | Non
     return None
 
 
+def picked(index: Any, layout: Layout, dims: int, rows: int) -> Layout | None:
+    """`tensor[index]` where tensors pick of each row something of that row: `x[torch.arange(B), last]`."""
+    index = index if isinstance(index, tuple) else (index,)
+    tensors = [item for item in index if isinstance(item, Tensor)]
+    if layout.inner != 1 or layout.dim or not tensors or index[0] is not tensors[0]:
+        return None
+    if any(item.dtype == torch.bool for item in tensors) or any(
+        a is not b for a, b in zip(index, tensors, strict=False)
+    ):
+        return None
+    own, shape = tensors[0], torch.broadcast_shapes(*(item.shape for item in tensors))
+    dim = next((dim for dim in range(own.dim()) if own.shape[dim] == own.numel() == rows), None)
+    if dim is None or not torch.equal(own.flatten(), torch.arange(rows, device=own.device)):
+        return None
+    return Layout(dim + len(shape) - own.dim())
+
+
 def written(index: Any, shape: tuple, value: Tensor, layout: Layout) -> Layout | None:
     """Where `tensor[index] = value` puts the batch of `value` in a tensor of `shape`."""
     index = index if isinstance(index, tuple) else (index,)
@@ -219,6 +236,7 @@ DISPLACING = (
     | {torch.fft.fftshift: None, torch.fft.ifftshift: None}
 )
 FOLLOWING = _functions("gather take_along_dim")  # the output is as long as the index, whatever the input is
+FACTORIES = {torch.arange, torch.linspace, torch.zeros, torch.ones, torch.full, torch.eye}
 STRIDING = _functions("as_strided")
 _ALONG_THE_LAST = _functions("sort argsort topk")  # unless another is named
 ARITHMETIC = _functions("add sub mul div true_divide")

@@ -81,7 +81,8 @@ class Probe:
         def empty(x: Tensor) -> Tensor:
             dim = next(following)
             shape = [size + (i == dim) for i, size in enumerate(x.shape)]
-            return torch.empty(shape, dtype=x.dtype, device="meta")
+            dtype = torch.float32 if x.is_floating_point() else x.dtype  # autocast does not reach this device
+            return torch.empty(shape, dtype=dtype, device="meta")
 
         with torch._C.DisableTorchFunction(), torch.no_grad():
             try:

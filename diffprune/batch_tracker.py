@@ -64,20 +64,23 @@ class BatchTracker(TorchFunctionMode):
     def add_parameter(self, name: str, tensor: Tensor) -> None:
         self._parameters[tensor] = name
 
-    def enter(self, module: nn.Module, inputs: Any) -> None:
+    def enter(self, module: nn.Module, inputs: Any, whole: bool) -> None:
         """`module` is called. What a call from outside all modules gets has a row for each sample."""
         if torch.is_grad_enabled() and (not self._inside or self.rows is None):
-            self._take_inputs(inputs)
+            self._take_inputs(inputs, whole)
         self._inside.append(module)
 
     def leave(self, module: nn.Module) -> None:
         if module in self._inside:  # a hook before ours may have raised
             del self._inside[len(self._inside) - 1 - self._inside[::-1].index(module) :]
 
-    def _take_inputs(self, inputs: Any) -> None:
+    def _take_inputs(self, inputs: Any, whole: bool) -> None:
         again = self.backward_began and self.rows is not None  # a checkpointed block, with inputs that were detached
         for tensor in _tensors_within(inputs):
-            constant = tensor in self._constants if self._inside else self._constants.get(tensor) == "the model's"
+            if whole and not self._inside:  # the loop may have made what it calls the model with
+                constant = self._constants.get(tensor) == "the model's"
+            else:
+                constant = tensor in self._constants
             if constant or not tensor.dim() or isinstance(tensor, self._neutral):
                 continue
             if self.rows is None:
@@ -171,10 +174,11 @@ class BatchTracker(TorchFunctionMode):
             kwargs = dict(kwargs)
             args = (kwargs.pop("input"),)
         inputs = [x for x in tensors_in((args, kwargs)) if not isinstance(x, self._neutral)]
+        known = inputs or self.rows is not None or func in moves.FACTORIES
+        if known and all(x in self._constants and not x.requires_grad for x in inputs):
+            for output in outputs:
+                self._constants.setdefault(output, "made")
         if self.rows is None:
-            if all(x in self._constants and not x.requires_grad for x in inputs):
-                for output in outputs:
-                    self._constants.setdefault(output, "made")
             return
         sources, layouts = [], []
         for x in inputs:
@@ -184,6 +188,8 @@ class BatchTracker(TorchFunctionMode):
                 layouts.append(layout)
         if not sources:
             return
+        if not self._inside and func in moves.POINTWISE:
+            self._refuse_strangers(func, inputs, sources)
         first = sources[0] is args[0] if args else False
         if func in moves.MOVING or func in moves.LENDING or func in moves.LIKE or func in moves.NEW:
             if not first and func not in moves.INDEXING:
@@ -214,6 +220,17 @@ class BatchTracker(TorchFunctionMode):
             elif output in self._assumed:
                 del self._assumed[output]
 
+    def _refuse_strangers(self, func: Callable, inputs: list[Tensor], sources: list[Tensor]) -> None:
+        """Outside of all modules: what is larger than the supposed samples may be the samples."""
+        most = max(x.dim() for x in sources)
+        for x in inputs:
+            known = x in self._constants or x.requires_grad or self._state(x) is not _CONSTANT
+            if not known and x.dim() > most and len(x) > 1:
+                raise InputError(
+                    f"{_name(func)}: a tensor {tuple(x.shape)} that no module was called with meets what was taken for "
+                    f"{self.rows} samples, {tuple(sources[0].shape)}: call the model itself, with the batch first"
+                )
+
     def _found(
         self,
         func: Callable,
@@ -237,6 +254,10 @@ class BatchTracker(TorchFunctionMode):
             row = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
             if type(row) is int:
                 return [Row(row % self.rows)]
+        if func in moves.INDEXING and source is args[0] and len(sources) == 1:
+            picked = moves.picked(args[1], layout, source.dim(), self.rows)
+            if picked is not None:
+                return [picked]
         if func in moves.MOVING and source is args[0]:
             return [moves.moved(func, args, kwargs, source, layout, output, self.rows) for output in outputs]
         if func in moves.JOINING and moves.along(func, args, kwargs, source, layout):  # whole batches: more of `outer`
@@ -327,13 +348,13 @@ def _name(func: Callable) -> str:
 
 def _tensors_within(value: Any) -> Iterator[Tensor]:
     """As `tensors_in`, and those in objects that hold a batch together."""
-    if isinstance(value, (Tensor, dict)):
-        yield from tensors_in(value)
+    if isinstance(value, Tensor):
+        yield value
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from _tensors_within(item)
     elif isinstance(value, Mapping):
-        yield from tensors_in(dict(value))
+        yield from _tensors_within(list(value.values()))
     elif hasattr(value, "__dict__") and not callable(value):
         yield from tensors_in(vars(value))
 

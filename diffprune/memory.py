@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -108,6 +109,7 @@ def rows_that_fit(attempt: Callable[[int], None], wanted: int, memory: int | Non
     ``attempt`` and ``memory`` as for `find_batch_size`.
     """
     limit = memory or (free_bytes() // 2 + resident_bytes())
+    forget_peak()
     before = resident_bytes()
     attempt(BatchSize.MINIMUM)
     per_row = max(0, peak_bytes() - before) / BatchSize.MINIMUM
@@ -134,6 +136,12 @@ def resident_bytes() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return peak_bytes()
+
+
+def forget_peak() -> None:
+    """From now on `peak_bytes` is what comes after this, where the system can do that."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_bytes() -> int:

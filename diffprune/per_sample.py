@@ -194,7 +194,7 @@ def _stand_ins(model: nn.Module, uses: list[ParameterUse], recorder: Recorder) -
     ]
 
     def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        recorder.tracker.enter(module, (args, kwargs))
+        recorder.tracker.enter(module, (args, kwargs), module is model)
 
     def leave(module: nn.Module, args: tuple, output: Any) -> None:
         recorder.tracker.leave(module)

@@ -72,6 +72,8 @@ CASES = {
     "a grid through a layer": lambda m, x: x.sin() * m.one(torch.linspace(0, 1, T).to(x)[:, None]),
     "noise on a weight": lambda m, x: x.sin() * m.layer(m.table.weight + m.noise * m.scale),
     "noise of the batch": lambda m, x: m.layer(torch.ones(len(x), T, D, dtype=x.dtype) * m.scale) * x.cos(),
+    "a token of each row": lambda m, x: m.layer(x)[torch.arange(len(x)), m.places[1]].cos(),
+    "tokens of each row": lambda m, x: m.layer(x)[torch.arange(len(x))[:, None], m.places[None, :2]].cos(),
     "a scale of each row": lambda m, x: m.layer(x) * (torch.ones(len(x), 1, 1, dtype=x.dtype) * m.scale).exp(),
     "a state of zeros": lambda m, x: (m.out(x.new_zeros(len(x), D)) + m.layer(x[:, 0])).tanh(),
     "a state of zeros like": lambda m, x: (m.out(torch.zeros_like(x[:, 0])) + m.layer(x[:, 0])).tanh(),
@@ -215,6 +217,51 @@ def test_a_batch_in_an_object(kind):
 
     rows = [kind(x[i : i + 1], label[i : i + 1]) for i in range(3)]
     check(losses, model, kind(x, label), sample_gradients(losses, model, rows))
+
+
+def test_a_batch_in_an_object_that_is_given_by_name():
+    class Asks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(D, D)
+
+        def forward(self, x, context=None):
+            return torch.bmm(self.layer(x), self.layer(context.image).mT)
+
+    model, x = drawn_anew(Asks()), inputs(5)
+    calls = lambda model, x: losses_of(lambda x: model(x, context=Images(x.cos(), x)), x)  # noqa: E731
+    check(calls, model, x, sample_gradients(calls, model, x.split(1)))
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_a_batch_that_is_made_in_the_block(batch):
+    model = drawn_anew(nn.Linear(D, D))
+    losses = lambda model, x: losses_of(lambda x: F.linear(x, model.weight, model.bias), x)  # noqa: E731
+    expected = sample_gradients(losses, model, inputs(batch).split(1))
+    with per_sample_gradients(model) as grads:
+        losses(model, inputs(batch)).sum().backward()
+    sqnorm = torch.stack([sum(g.square().sum() for g in row.values()) for row in expected])
+    torch.testing.assert_close(grads.sqnorm, sqnorm)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_a_method_that_begins_with_positions(batch):
+    """What a part of the model gets from outside of it is not the batch if the loop made it."""
+    model = drawn_anew(Model(lambda m, x: m.layer(x + m.table(torch.arange(T))).tanh()))
+    losses = lambda model, x: losses_of(model.forward, x)  # noqa: E731
+    check(losses, model, inputs(batch), sample_gradients(losses, model, inputs(batch).split(1)))
+
+
+def test_products_of_two_precisions_under_autocast():
+    """At a batch as long as the tokens, where shapes are run without autocast."""
+    model, x = nn.Linear(D, D), inputs(T).float()
+    losses = lambda model, x: losses_of(lambda x: model(x) @ x.mT, x)  # noqa: E731
+    found = {}
+    for batch in (T, T - 1):
+        with per_sample_gradients(model) as grads, torch.autocast("cpu", torch.bfloat16):
+            losses(model, x[:batch]).sum().backward()
+        found[batch] = grads.sqnorm
+    torch.testing.assert_close(found[T][: T - 1], found[T - 1], rtol=0.05, atol=0)
 
 
 def test_an_empty_batch_is_refused():

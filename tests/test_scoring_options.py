@@ -456,6 +456,12 @@ def test_the_usual_batch_if_memory_holds_it(monkeypatch, limit, expected):
     assert tried == [8]
 
 
+def test_what_memory_held_before_does_not_count():
+    held = torch.ones(2**27)  # 512 MiB
+    del held
+    assert rows_that_fit(lambda rows: None, 64, diffprune.memory.resident_bytes() + 2**28) == 64
+
+
 def test_the_usual_batch_is_smaller_where_memory_is_short(small, monkeypatch):
     _, result = small.score("usual", batch_size=None)
     assert result["batch_size"] == 64

@@ -25,7 +25,7 @@ NOISE_STREAM = 0x8C8860E5
 
 MASK = 0xFFFFFFFF
 
-_CHUNK = {"cpu": 1 << 15}  # Philox blocks at a time: what is in flight stays in cache
+_CHUNK = 1 << 15  # Philox blocks at a time: what is in flight stays in cache
 _CHUNK_ON_GPU = 1 << 21  # there each chunk costs some 300 launches, and 16 MiB a number that is in flight
 
 
@@ -36,7 +36,7 @@ def normal_noise(hashes: Tensor, seed: int, draw: int, elements: int) -> Tensor:
     """
     blocks = torch.arange((elements + 3) // 4, device=hashes.device)
     noise = torch.empty(len(hashes), len(blocks), 4, dtype=torch.float32, device=hashes.device)
-    chunk = _CHUNK.get(hashes.device.type, _CHUNK_ON_GPU)  # no effect on the numbers
+    chunk = _CHUNK if hashes.device.type == "cpu" else _CHUNK_ON_GPU  # no effect on the numbers
     rows = max(1, chunk // max(1, len(blocks)))
     for start in range(0, len(hashes), rows):
         words = random_words(hashes[start : start + rows], seed, NOISE_STREAM, draw, blocks)

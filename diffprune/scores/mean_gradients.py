@@ -36,9 +36,6 @@ class GradientSum:
         self.samples += other.samples
         self.population += other.population
 
-    def clone(self) -> GradientSum:
-        return GradientSum({name: value.clone() for name, value in self.sums.items()}, self.samples, self.population)
-
 
 @dataclass(frozen=True)
 class Mean:
@@ -102,9 +99,10 @@ class MeanGradient:
             if talk.rank:
                 continue
             if total is None:
-                total = one.clone()
+                total = one
             else:
                 total.add_(one)
+            one = None  # on a GPU there is room for the sum and one shard's, not for three
             began = time.monotonic()
             if began - committed >= COMMIT_EVERY * took or parts >= MOST_PARTS:
                 self._commit(total, number + 1)
@@ -141,7 +139,7 @@ class MeanGradient:
         if total is None or total.samples < 2:
             found = 0 if total is None else total.samples
             raise InputError(f"moso: expected at least 2 samples with a finite gradient, found {found}")
-        mean = {name: value / total.samples for name, value in total.sums.items()}
+        mean = {name: value.div_(total.samples) for name, value in total.sums.items()}
         _save(self._mean, GradientSum(mean, total.samples, total.population), len(self.shards))
         self._sum.unlink(missing_ok=True)
         shutil.rmtree(self._parts, ignore_errors=True)
