@@ -75,6 +75,8 @@ class BatchTracker(TorchFunctionMode):
             del self._inside[len(self._inside) - 1 - self._inside[::-1].index(module) :]
 
     def _take_inputs(self, inputs: Any, whole: bool) -> None:
+        if self.rows is None:
+            _refuse_list_of_samples(inputs)
         again = self.backward_began and self.rows is not None  # a checkpointed block, with inputs that were detached
         for tensor in _tensors_within(inputs):
             if whole and not self._inside:  # the loop may have made what it calls the model with
@@ -344,6 +346,17 @@ def _broadcast(sources: list[Tensor], layouts: list[Layout], output: Tensor) -> 
 
 def _name(func: Callable) -> str:
     return getattr(func, "__name__", str(func))
+
+
+def _refuse_list_of_samples(inputs: tuple[tuple, dict]) -> None:
+    """What a model is called with first says how many samples there are: a list may have one in each tensor."""
+    args, kwargs = inputs
+    first = next((value for value in (*args, *kwargs.values()) if any(True for _ in _tensors_within(value))), None)
+    if isinstance(first, list):
+        raise InputError(
+            f"expected a tensor with the batch as its first dimension, got a list of {len(first)}: stack the samples "
+            "before the model, or give its inputs in a tuple if each of them has all samples"
+        )
 
 
 def _tensors_within(value: Any) -> Iterator[Tensor]:

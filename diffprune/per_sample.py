@@ -133,6 +133,13 @@ class PerSampleGradients:
             raise InputError("per_sample_gradients: expected a forward and a backward in the block, found none")
         for use in self._uses:
             self._recorder.finish(use)
+        found = {len(one): use.name for use in self._uses for one in (use.sums.sqnorm, use.sums.dot) if one is not None}
+        if len(found) > 1:
+            counts = " and ".join(f"{count} at {name}" for count, name in sorted(found.items()))
+            raise InputError(
+                f"per_sample_gradients: the number of samples is not one: {counts}; call the model itself, with the "
+                "batch as the first dimension of its first tensor"
+            )
 
 
 def _sum_in_order(values: Iterable[Tensor]) -> Tensor:

@@ -264,6 +264,13 @@ def test_products_of_two_precisions_under_autocast():
     torch.testing.assert_close(found[T][: T - 1], found[T - 1], rtol=0.05, atol=0)
 
 
+@pytest.mark.parametrize("batch", [1, T, 5])
+def test_a_list_of_samples_is_refused(batch):
+    model = drawn_anew(Model(lambda m, x: m.layer(torch.stack(x))))
+    with pytest.raises(InputError, match=f"got a list of {batch}: stack the samples"), per_sample_gradients(model):
+        losses_of(model, list(inputs(batch)))
+
+
 def test_an_empty_batch_is_refused():
     model = Model(lambda m, x: m.layer(x))
     with pytest.raises(InputError, match="at least one sample"), per_sample_gradients(model):
