@@ -68,6 +68,7 @@ class ArrayFolder:
             raise InputError(f"{self.folder}: its stage.json has no fingerprint; make the folder again")
         self.fingerprint: str = stage["fingerprint"]
         self.stems: list[str] = stage["shards"]
+        self._identities: dict[str, dict[str, Any]] = {}
         self._check_kind(kind, self.metadata.get("kind") or stage.get("stage"))
 
     def table(self, stem: str) -> pa.Table:
@@ -87,7 +88,9 @@ class ArrayFolder:
 
     def identity(self, stem: str) -> dict[str, Any]:
         """What tells one shard's rows from others, of the images and of the array, as far as its table says so."""
-        return input_of(table_metadata(self.folder / f"{stem}.parquet"))
+        if stem not in self._identities:
+            self._identities[stem] = input_of(table_metadata(self.folder / f"{stem}.parquet"))
+        return self._identities[stem]
 
     def identities(self) -> dict[str, dict[str, Any]]:
         """The same of all shards, some read at a time; InputError where one is not done."""

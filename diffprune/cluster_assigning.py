@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from diffprune.cluster_files import (
     CENTROIDS_FILE,
@@ -19,7 +18,7 @@ from diffprune.cluster_files import (
     save_centroids,
 )
 from diffprune.embedding_rows import EmbeddingRows
-from diffprune.engines import Engine, run_stage
+from diffprune.engines import Engine, Made, no_failures, run_stage
 from diffprune.errors import InputError
 from diffprune.kmeans import KMeans
 from diffprune.progress import Progress
@@ -67,14 +66,14 @@ def assign_like(
         if not talk.rank and not saved.is_file():
             save_centroids(saved, centroids, {})
 
-    def work(stem: str, bar: Progress) -> pa.Table:
+    def work(stem: str, bar: Progress) -> Made:
         base = source.table(stem).select(BASE_COLUMNS)
         part, keys = source.part(stem)
         nearest = kmeans.nearest([part], keys=keys) if len(part) else (np.zeros(0, np.int32), np.zeros(0, np.float32))
         bar.advance(base.num_rows)
         for field, values in zip((CLUSTER_FIELD, DISTANCE_FIELD), nearest, strict=True):
             base = base.append_column(field, source.shard_column(stem, values, field.type))
-        return base
+        return no_failures(base)
 
     summary = run_stage(
         "cluster",
@@ -84,7 +83,6 @@ def assign_like(
             "k": k,
             "metric": metric,
             "centroids": hashlib.sha256(centroids.tobytes()).hexdigest(),
-            "embeddings": source.fingerprint,
             "model": config.get("model"),
             "model_sha256": config.get("model_sha256"),
         },

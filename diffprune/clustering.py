@@ -20,7 +20,7 @@ from diffprune.cluster_files import (
     save_centroids,
 )
 from diffprune.embedding_rows import EmbeddingRows
-from diffprune.engines import Engine, run_stage
+from diffprune.engines import Engine, Made, no_failures, run_stage
 from diffprune.errors import InputError
 from diffprune.files import fingerprint
 from diffprune.hierarchical_kmeans import HierarchicalKMeans
@@ -149,14 +149,14 @@ def cluster(
             return
         save_centroids(saved, fitted["centroids"], about)
 
-    def work(stem: str, bar: Progress) -> pa.Table:
+    def work(stem: str, bar: Progress) -> Made:
         base = source.table(stem).select(BASE_COLUMNS)
         bar.advance(base.num_rows)
         base = base.append_column(CLUSTER_FIELD, source.column(stem, fitted["cluster"], pa.int32()))
         for i in range(2, 2 + len(levels)):
             field = pa.field(f"cluster_{i}", pa.int32(), metadata={"meaning": f"cluster of the clusters, level {i}"})
             base = base.append_column(field, source.column(stem, fitted[f"cluster_{i}"], pa.int32()))
-        return base.append_column(DISTANCE_FIELD, source.column(stem, fitted["distance"], pa.float64()))
+        return no_failures(base.append_column(DISTANCE_FIELD, source.column(stem, fitted["distance"], pa.float64())))
 
     summary = run_stage(
         "cluster",

@@ -53,6 +53,11 @@ class Made:
     about: dict[str, Any] = field(default_factory=dict)
 
 
+def no_failures(table: pa.Table) -> Made:
+    """Of a stage in which nothing can fail: rows that failed in an earlier one do not stop it."""
+    return Made(table, [status == "ok" for status in table["status"].to_pylist()])
+
+
 Found = pa.Table | Made
 
 Work = Callable[[str, Progress], Found]

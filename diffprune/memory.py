@@ -109,6 +109,7 @@ def rows_that_fit(attempt: Callable[[int], None], wanted: int, memory: int | Non
     ``attempt`` and ``memory`` as for `find_batch_size`.
     """
     limit = memory or (free_bytes() // 2 + resident_bytes())
+    attempt(BatchSize.MINIMUM)  # what libraries take once is not the rows'
     forget_peak()
     before = resident_bytes()
     attempt(BatchSize.MINIMUM)

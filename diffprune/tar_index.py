@@ -122,14 +122,17 @@ class _Scan:
             if not checksum_is_right(header, sums):
                 self._tell(offset, None, "a tar header whose checksum is wrong: damaged")
                 break
-            end = self._unusual(offset, header)
+            end = self._unusual(offset, header, window[offset - base + BLOCK :][:SMALL])
             if not end:
                 break
             widest = max(widest, end - offset)
             offset = end
 
-    def _unusual(self, offset: int, header: bytes) -> int:
-        """Take any header that is not a plain file's; returns where the next one is, or 0 if that is unknown."""
+    def _unusual(self, offset: int, header: bytes, behind: bytes) -> int:
+        """Take any header that is not a plain file's; returns where the next one is, or 0 if that is unknown.
+
+        ``behind``: what is known of the bytes behind it.
+        """
         length, kind, body = number_of(header[124:136]), header[156], offset + BLOCK
         if length is None:
             self._tell(offset, None, "not a tar header: its size field is no number")
@@ -164,7 +167,9 @@ class _Scan:
         elif is_folder:
             pass
         elif kind in (_REGULAR, _OLD_REGULAR, _CONTIGUOUS):
-            data = self.read(body, length) if length <= SMALL else b""
+            data = behind[:length] if length <= SMALL else b""
+            if len(data) < length <= SMALL:
+                data = self.read(body, length)
             self.members.add(name, extended.offset, body, length, stamp_of(header, data, extended.crc))
         else:
             self.ignored.append(f"{name} (tar type {chr(kind)!r}, not a regular file)")

@@ -55,6 +55,14 @@ def values() -> np.ndarray:
     return centres[rng.integers(0, 10, sum(SIZES))] + 0.3 * rng.normal(size=(sum(SIZES), 6))
 
 
+def test_rows_that_failed_before_do_not_stop_it(values, tmp_path):
+    """More in a row than stop a stage in which they fail."""
+    folder = write_embeddings(tmp_path / "embeddings", values, failed=tuple(range(75, 190)))
+    for given in ({"k": 4}, {"like": tmp_path / "k"}):
+        report = diffprune.cluster(folder, tmp_path / next(iter(given)), **given)
+        assert (report["samples"], report["failed"]) == (200, 115)
+
+
 def test_labels_are_the_nearest_centroids_in_float64(small_run):
     table, points = ArrayFolder(small_run.embeddings).load()
     centroids = load_file(small_run.clusters / CENTROIDS_FILE)["centroids"].astype(np.float64)

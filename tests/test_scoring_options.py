@@ -453,7 +453,7 @@ def test_auto_is_found_once_and_changes_nothing(small, monkeypatch):
 def test_the_usual_batch_if_memory_holds_it(monkeypatch, limit, expected):
     tried = fake_memory(monkeypatch, per_row=10, base=100)
     assert rows_that_fit(fake_memory.attempt, 64, limit) == expected
-    assert tried == [8]
+    assert tried == [8, 8]
 
 
 def test_what_memory_held_before_does_not_count():

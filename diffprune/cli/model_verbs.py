@@ -154,7 +154,7 @@ def reconstruct(
     """What an autoencoder loses: reconstruction error, Fréchet distance, codebook use; and its latents' scale."""
     options = {"encoder": encoder, "limit": limit, "out": out, "grid": grid, "batch_size": batch_size}
     options |= {"device": device, "strict_decode": strict_decode, "max_pixels": max_pixels}
-    run(diffprune.reconstruct, shards, vqvae, **options, writes=out, dry_run=dry_run, as_json=as_json)
+    run(diffprune.reconstruct, shards, vqvae, **options, writes=[out, grid], dry_run=dry_run, as_json=as_json)
 
 
 def sample(
@@ -188,4 +188,4 @@ def sample(
     options |= {"guidance": guidance, "guidance_channels": guidance_channels}
     options |= {"coarse": coarse, "coarse_until": coarse_until}
     options |= {"weights": weights, "grid": grid, "seed": seed, "batch_size": batch_size, "device": device}
-    run(diffprune.sample, checkpoint, vqvae, out, **options, dry_run=dry_run, as_json=as_json)
+    run(diffprune.sample, checkpoint, vqvae, out, **options, writes=grid, dry_run=dry_run, as_json=as_json)

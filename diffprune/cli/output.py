@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,17 @@ def run(
     function: Callable[..., dict[str, Any]],
     *args: Any,
     as_json: bool,
-    writes: Path | None = None,
+    writes: Path | Sequence[Path | None] | None = None,
     display: Callable[[dict[str, Any]], None] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Call a public function and print its result. What a user can mend ends as one line and exit code 1.
 
-    ``writes``: the one file that the function writes. Where that is standard output, the result goes to standard error.
+    ``writes``: the files that the function writes. Where one is standard output, the result goes to standard error.
     """
+    written = [path for path in (writes if isinstance(writes, Sequence) else [writes]) if path is not None]
+    if sum(map(is_stdout, written)) > 1:
+        _fail("two outputs are standard output: give one of them a name", 1)
     set_enabled((not as_json or sys.stderr.isatty()) and os.environ.get("RANK", "0") == "0")
     try:
         result = function(*args, **options)
@@ -39,12 +42,12 @@ def run(
     except DiffpruneError as error:
         _fail(str(error), 1)
     except OSError as error:  # a full disk, a read-only folder, a file that vanished: the message names the file
-        if isinstance(error, BrokenPipeError) and writes is not None and is_stream(writes):
+        if isinstance(error, BrokenPipeError) and any(map(is_stream, written)):
             raise  # who reads has had enough, as `head`: typer ends without a word
         _fail(str(error), 1)
     if os.environ.get("RANK", "0") != "0":  # torchrun's other processes: the first one speaks
         return result
-    with redirect_stdout(sys.stderr) if writes is not None and is_stdout(writes) else nullcontext():
+    with redirect_stdout(sys.stderr) if any(map(is_stdout, written)) else nullcontext():
         if as_json:
             is_unicode = "utf" in (sys.stdout.encoding or "").lower()
             print(json.dumps(result, indent=2, ensure_ascii=not is_unicode, default=str))
