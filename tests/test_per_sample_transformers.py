@@ -118,3 +118,13 @@ def test_frozen_parameters_of_a_tied_model_are_left_out():
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("layer.1" in name or "word_embeddings" in name)
     check(losses_of, model, inputs, reference(model, inputs))
+
+
+@pytest.mark.parametrize("tokens", [B, 5])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_padded_samples(name, tokens):
+    model, ids = drawn_anew(MODELS[name]()), inputs_of(name)["input_ids"][:, :tokens]
+    mask = torch.ones_like(ids)
+    mask[0, -1] = mask[1, -2:] = 0
+    padded = {"input_ids": ids, "attention_mask": mask}
+    check(losses_of, model, padded, reference(model, padded))
