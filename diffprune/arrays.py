@@ -78,13 +78,19 @@ class ArrayFolder:
     def keys(self, stem: str) -> pa.Table:
         """The columns key and status of one shard; InputError if its table was copied in from another run."""
         path = self.folder / f"{stem}.parquet"
-        found = table_metadata(path).get("fingerprint")
+        metadata = table_metadata(path)
+        self._identities[stem] = input_of(metadata)  # asked for next, and a request of a remote file
+        found = metadata.get("fingerprint")
         if found != self.fingerprint:
             raise InputError(
                 f"{path}: made by another run than {self.folder} (fingerprint {found}, expected {self.fingerprint}), "
                 f"maybe by another model; embed its shard again"
             )
         return read_table(path, ["key", "status"])
+
+    def check_finished(self) -> None:
+        """InputError where a shard is not done."""
+        check_finished(self.folder, self.stems)
 
     def identity(self, stem: str) -> dict[str, Any]:
         """What tells one shard's rows from others, of the images and of the array, as far as its table says so."""
@@ -94,7 +100,7 @@ class ArrayFolder:
 
     def identities(self) -> dict[str, dict[str, Any]]:
         """The same of all shards, some read at a time; InputError where one is not done."""
-        check_finished(self.folder, self.stems)
+        self.check_finished()
         with reading_pool(self.folder) as pool:
             return dict(zip(self.stems, pool.map(self.identity, self.stems), strict=True))
 

@@ -24,7 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from diffprune import batch_layout as moves
 from diffprune.batch_layout import BATCH_FIRST, Layout, tensors_in
 from diffprune.batch_probe import Mixed, Probe
-from diffprune.composites import body, is_composite, looked_into
+from diffprune.composites import body, is_composite, looked_into, name_of
 from diffprune.errors import InputError
 
 _CONSTANT = object()
@@ -212,9 +212,9 @@ class BatchTracker(TorchFunctionMode):
         for output, layout in zip(outputs, found, strict=True):
             if any(assumed) and layout is None and self.rows > 1:
                 raise InputError(
-                    f"{_name(func)}: a parameter that was expanded to {self.rows} rows, as many as there are samples, "
-                    f"is used as if they were none: {tuple(sources[0].shape)} to {tuple(output.shape)}; try another "
-                    "batch size"
+                    f"{name_of(func)}: a parameter that was expanded to {self.rows} rows, as many as there are "
+                    f"samples, is used as if they were none: {tuple(sources[0].shape)} to {tuple(output.shape)}; try "
+                    "another batch size"
                 )
             self._layouts[output] = layout
             if all(assumed):
@@ -229,8 +229,8 @@ class BatchTracker(TorchFunctionMode):
             known = x in self._constants or x.requires_grad or self._state(x) is not _CONSTANT
             if not known and x.dim() > most and len(x) > 1:
                 raise InputError(
-                    f"{_name(func)}: a tensor {tuple(x.shape)} that no module was called with meets what was taken for "
-                    f"{self.rows} samples, {tuple(sources[0].shape)}: call the model itself, with the batch first"
+                    f"{name_of(func)}: a tensor {tuple(x.shape)} that no module was called with meets what was taken "
+                    f"for {self.rows} samples, {tuple(sources[0].shape)}: call the model itself, with the batch first"
                 )
 
     def _found(
@@ -302,9 +302,9 @@ class BatchTracker(TorchFunctionMode):
     def _mixed(self, func: Callable, sources: list[Tensor]) -> InputError:
         shapes = ", ".join(str(tuple(x.shape)) for x in sources)
         return InputError(
-            f"{_name(func)}: the {self.rows} samples are at different dimensions of what meets here, {shapes}: either "
-            "samples are mixed, and have no gradients of their own, or something else is as long as the batch and was "
-            "taken for it; then another batch size helps"
+            f"{name_of(func)}: the {self.rows} samples are at different dimensions of what meets here, {shapes}: "
+            "either samples are mixed, and have no gradients of their own, or something else is as long as the batch "
+            "and was taken for it; then another batch size helps"
         )
 
     def mixed(self, tensors: list[Tensor]) -> bool:
@@ -342,10 +342,6 @@ def _broadcast(sources: list[Tensor], layouts: list[Layout], output: Tensor) -> 
     [place] = places
     size = sources[0].shape[layouts[0].dim]
     return place if place.dim >= 0 and output.shape[place.dim] == size else None
-
-
-def _name(func: Callable) -> str:
-    return getattr(func, "__name__", str(func))
 
 
 def _refuse_list_of_samples(inputs: tuple[tuple, dict]) -> None:

@@ -74,6 +74,9 @@ class ClipRetrievalFolder(ArrayFolder):
         paths = [path for stem in self.stems for path in (self._array_path(stem), self._metadata_path(stem))]
         return fingerprint({path.name: sha256_file(path) for path in paths})
 
+    def check_finished(self) -> None:
+        pass  # nothing says what is still to come
+
     def identity(self, stem: str) -> dict[str, Any]:
         return {}  # the fingerprint is of all content
 

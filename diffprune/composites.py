@@ -19,6 +19,10 @@ class _Open(threading.local):
 _open = _Open()
 
 
+def name_of(func: Callable) -> str:
+    return getattr(func, "__name__", str(func))
+
+
 def is_composite(func: Callable) -> bool:
     """Whether it is written in Python: what it calls is what counts. One that calls itself is its own last word."""
     return isinstance(func, FunctionType) and func not in _open.functions

@@ -40,6 +40,11 @@ class EmbeddingFolders:
         each = [folder.fingerprint for folder in self.opened]
         return each[0] if len(each) == 1 else each
 
+    def check_finished(self) -> None:
+        """InputError where a shard is not done."""
+        for folder in self.opened:
+            folder.check_finished()
+
     def identities(self) -> dict[str, dict[str, Any]]:
         """As ``ArrayFolder.identities``."""
         return {stem: about for folder in self.opened for stem, about in folder.identities().items()}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +29,8 @@ class EmbeddingRows:
     def __init__(self, folders: str | Path | Sequence[str | Path], talk: RankTalk = ALONE) -> None:
         self.folders = EmbeddingFolders(folders)
         self.metadata, self.stems = self.folders.metadata, self.folders.stems
-        self.fingerprint, self.identities = self.folders.fingerprint, self.folders.identities()
+        self.fingerprint = self.folders.fingerprint
+        self.folders.check_finished()
         self.parts: list[Part] = []
         self.spans: dict[str, tuple[int, np.ndarray, int]] = {}  # its first row here, which rows are ok, of how many
         self.rows, keys = 0, []
@@ -49,6 +52,11 @@ class EmbeddingRows:
             raise InputError(f"{self.folders.folder}: no sample has an embedding")
         if twice := told_twice(self.keys, talk):
             raise InputError(f"{self.folders.folder}: {twice}; keys must be unique")
+
+    @cached_property
+    def identities(self) -> dict[str, dict[str, Any]]:
+        """As ``ArrayFolder.identities``, of other processes' shards too."""
+        return self.folders.identities()
 
     def memory(self, given: int | str | None) -> int | None:
         """Bytes of rows to hold at a time, as they were given; InputError for less than a row."""

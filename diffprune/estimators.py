@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from diffprune.errors import InputError
 
-Self = TypeVar("Self", bound="Clusterer")
+SomeClusterer = TypeVar("SomeClusterer", bound="Clusterer")
 
 
 class Clusterer:
@@ -17,7 +17,7 @@ class Clusterer:
         """The arguments of the constructor, as given; ``deep`` changes nothing."""
         return {name: getattr(self, name) for name in signature(type(self)).parameters}
 
-    def set_params(self: Self, **params: Any) -> Self:
+    def set_params(self: SomeClusterer, **params: Any) -> SomeClusterer:
         """Change arguments of the constructor; returns self. InputError as there, and for names that it has not."""
         known = self.get_params()
         if unknown := sorted(params.keys() - known.keys()):

@@ -79,6 +79,7 @@ def find_batch_size(attempt: Callable[[int], None], most: int, device: torch.dev
     """
     limit = None if device.type != "cpu" else memory or (free_bytes() // 2 + resident_bytes())
     best = rows = BatchSize.MINIMUM
+    forget_peak()
     before, seconds_per_row = resident_bytes(), float("inf")
     while True:
         try:

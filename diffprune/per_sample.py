@@ -4,7 +4,7 @@ The gradient of a linear layer for one sample is the product of what the layer s
 returned, summed over the sample's tokens. Its norm, or its dot product with a given matrix, needs no weight-sized
 tensor per sample (Goodfellow, arXiv 1510.01799; for tokens the Gram form: Rochette et al., arXiv 1912.06015).
 `per_sample_gradients` lets the model run on stand-ins for its parameters (`weight_tensors.py`), which see every torch
-function that a parameter enters, in whatever module; `gradient_rules.py` has a rule per function, and
+function that a parameter enters, in whatever module; `gradient_rules/` has a rule per function, and
 `gradient_parts.py` does the sums.
 
     with per_sample_gradients(model) as grads:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffprune.batch_layout import map_tensors, tensors_in
+from diffprune.composites import name_of
 from diffprune.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def map_over_samples(recorder: Recorder, func: Callable, ways: Sequence[tuple[tu
 
     Raises: InputError where no way does.
     """
-    name = getattr(func, "__name__", str(func))
+    name = name_of(func)
     shapes = _shapes(func, *ways[0])
     reason: Any = "it changes its input in place" if name.endswith("_") or shapes is None else None
     if reason is None:

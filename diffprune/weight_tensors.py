@@ -2,7 +2,7 @@
 
 A `Weight` is a trainable parameter, or what was computed from parameters and constants alone (a slice, a cast, a table
 looked up at fixed positions). Where a torch function brings a `Weight` and the samples together, a rule for that
-function (`gradient_rules.py`) takes over: it runs the function on weights that ask for no gradient, and says what
+function (`gradient_rules/`) takes over: it runs the function on weights that ask for no gradient, and says what
 part the use has in each sample's gradient. A function without a rule is refused, or mapped over the samples.
 """
 
@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from diffprune.autograd_nodes import Keep, Start, forget_gradient, node_of
 from diffprune.batch_layout import BATCH_FIRST, Layout, batch_first, map_tensors, tensors_in
 from diffprune.batch_tracker import BatchTracker
-from diffprune.composites import body, is_composite, looked_into
+from diffprune.composites import body, is_composite, looked_into, name_of
 from diffprune.errors import InputError
 from diffprune.gradient_parts import Aligned, Dense, Part, PartSums, Through, part_sums
+from diffprune.kernels.tangents import carries_tangent
 from diffprune.sample_maps import map_over_samples
 from diffprune.weight_routes import Route, expands, route
 
@@ -241,17 +241,15 @@ class Recorder:
         elif torch._C._functorch.peek_interpreter_stack() is not None:
             if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors_in((args, kwargs))):
                 reason = "transforms of torch.func hide the samples"
-        elif forward_ad._current_level >= 0:
-            plain = [x for x in tensors_in((args, kwargs)) if not isinstance(x, Weight)]
-            if any(forward_ad.unpack_dual(x).tangent is not None for x in plain):
-                reason = "tangents of forward-mode differentiation are not followed"
+        elif carries_tangent(x for x in tensors_in((args, kwargs)) if not isinstance(x, Weight)):
+            reason = "tangents of forward-mode differentiation are not followed"
         if reason:
             raise InputError(f"{_names(tensors_in((args, kwargs)))}: {reason}")
 
     def _meet(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         """A function of weights and of samples."""
         if kwargs.get("out") is not None:
-            raise InputError(f"{_names(tensors_in((args, kwargs)))}: expected no out= in {_name(func)}")
+            raise InputError(f"{_names(tensors_in((args, kwargs)))}: expected no out= in {name_of(func)}")
         kwargs = {key: value for key, value in kwargs.items() if key != "out"}
         if func in self.rules:
             try:
@@ -270,7 +268,7 @@ class Recorder:
                     raise
         if self.fallback == "vmap":
             return map_over_samples(self, func, [(args, kwargs), spread])
-        reason = f"no per-sample gradient rule for {_name(func)}; fallback='vmap' maps it over the samples"
+        reason = f"no per-sample gradient rule for {name_of(func)}; fallback='vmap' maps it over the samples"
         raise InputError(f"{_names(weights)}: {reason}")
 
     def _among_weights(self, func: Callable, args: tuple, kwargs: dict, weights: list[Weight]) -> Any:
@@ -420,10 +418,6 @@ def _plain(x: Tensor) -> Tensor:
 def _sum(tensor: Tensor, dims: Sequence[int]) -> Tensor:
     dtype = torch.promote_types(tensor.dtype, torch.float32)
     return tensor.sum(dim=list(dims), keepdim=True, dtype=dtype) if dims else tensor.to(dtype)
-
-
-def _name(func: Callable) -> str:
-    return getattr(func, "__name__", str(func))
 
 
 def _names(weights: Iterable[Any]) -> str:

@@ -26,6 +26,12 @@ def drawn_anew(model: nn.Module) -> nn.Module:
     return model
 
 
+def weighted_losses(model: Callable[[Any], Tensor], x: Any) -> Tensor:
+    """[B]: a loss that no two elements of the output share."""
+    y = model(x).flatten(1).sin()
+    return (torch.linspace(-1, 2, y.shape[1], dtype=y.dtype) * y).sum(dim=1)
+
+
 def sample_gradients(losses_of: LossesOf, model: nn.Module, samples: Iterable[Any]) -> Gradients:
     """The definition: torch.autograd.grad of one sample's loss over all trainable parameters, for each sample."""
     names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)

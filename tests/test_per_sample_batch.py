@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from model_gradients import check, drawn_anew, sample_gradients
+from model_gradients import check, drawn_anew, sample_gradients, weighted_losses
 from torch import nn
 from torch.nn import functional as F
 
@@ -34,11 +34,6 @@ class Model(nn.Module):
 
     def forward(self, x):
         return self.function(self, x)
-
-
-def losses_of(model, x):
-    y = model(x).sin()
-    return (torch.linspace(-1, 2, y[0].numel(), dtype=y.dtype) * y.flatten(1)).sum(dim=1)
 
 
 def inputs(batch: int) -> torch.Tensor:
@@ -114,7 +109,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_equal_autograd_at_every_batch_size(name, batch):
     model, x = drawn_anew(Model(CASES[name])), inputs(batch)
-    check(losses_of, model, x, sample_gradients(losses_of, model, x.split(1)))
+    check(weighted_losses, model, x, sample_gradients(weighted_losses, model, x.split(1)))
 
 
 REFUSED = {
@@ -144,7 +139,7 @@ def across(model, x):
 def test_samples_that_meet_across_dimensions_are_refused(name):
     model, x = drawn_anew(Model(REFUSED[name])), inputs(T)
     with pytest.raises(InputError, match=r"samples|batch"), per_sample_gradients(model):
-        losses_of(model, x).sum().backward()
+        weighted_losses(model, x).sum().backward()
 
 
 def test_a_constant_argument_as_long_as_the_batch_is_refused_where_it_shows():
@@ -180,9 +175,9 @@ def test_a_parameter_expanded_to_as_many_rows_as_samples_is_not_taken_for_them(u
         model, x = drawn_anew(Model(function)), inputs(batch)
         if batch == T:
             with pytest.raises(InputError, match=r"samples"), per_sample_gradients(model):
-                losses_of(model, x).sum().backward()
+                weighted_losses(model, x).sum().backward()
         else:
-            check(losses_of, model, x, sample_gradients(losses_of, model, x.split(1)))
+            check(weighted_losses, model, x, sample_gradients(weighted_losses, model, x.split(1)))
 
 
 @dataclass
@@ -229,14 +224,14 @@ def test_a_batch_in_an_object_that_is_given_by_name():
             return torch.bmm(self.layer(x), self.layer(context.image).mT)
 
     model, x = drawn_anew(Asks()), inputs(5)
-    calls = lambda model, x: losses_of(lambda x: model(x, context=Images(x.cos(), x)), x)  # noqa: E731
+    calls = lambda model, x: weighted_losses(lambda x: model(x, context=Images(x.cos(), x)), x)  # noqa: E731
     check(calls, model, x, sample_gradients(calls, model, x.split(1)))
 
 
 @pytest.mark.parametrize("batch", BATCHES)
 def test_a_batch_that_is_made_in_the_block(batch):
     model = drawn_anew(nn.Linear(D, D))
-    losses = lambda model, x: losses_of(lambda x: F.linear(x, model.weight, model.bias), x)  # noqa: E731
+    losses = lambda model, x: weighted_losses(lambda x: F.linear(x, model.weight, model.bias), x)  # noqa: E731
     expected = sample_gradients(losses, model, inputs(batch).split(1))
     with per_sample_gradients(model) as grads:
         losses(model, inputs(batch)).sum().backward()
@@ -248,14 +243,14 @@ def test_a_batch_that_is_made_in_the_block(batch):
 def test_a_method_that_begins_with_positions(batch):
     """What a part of the model gets from outside of it is not the batch if the loop made it."""
     model = drawn_anew(Model(lambda m, x: m.layer(x + m.table(torch.arange(T))).tanh()))
-    losses = lambda model, x: losses_of(model.forward, x)  # noqa: E731
+    losses = lambda model, x: weighted_losses(model.forward, x)  # noqa: E731
     check(losses, model, inputs(batch), sample_gradients(losses, model, inputs(batch).split(1)))
 
 
 def test_products_of_two_precisions_under_autocast():
     """At a batch as long as the tokens, where shapes are run without autocast."""
     model, x = nn.Linear(D, D), inputs(T).float()
-    losses = lambda model, x: losses_of(lambda x: model(x) @ x.mT, x)  # noqa: E731
+    losses = lambda model, x: weighted_losses(lambda x: model(x) @ x.mT, x)  # noqa: E731
     found = {}
     for batch in (T, T - 1):
         with per_sample_gradients(model) as grads, torch.autocast("cpu", torch.bfloat16):
@@ -268,7 +263,7 @@ def test_products_of_two_precisions_under_autocast():
 def test_a_list_of_samples_is_refused(batch):
     model = drawn_anew(Model(lambda m, x: m.layer(torch.stack(x))))
     with pytest.raises(InputError, match=f"got a list of {batch}: stack the samples"), per_sample_gradients(model):
-        losses_of(model, list(inputs(batch)))
+        weighted_losses(model, list(inputs(batch)))
 
 
 def test_an_empty_batch_is_refused():
@@ -290,7 +285,7 @@ def test_blocks_in_two_threads_do_not_disturb_each_other():
 
         model = drawn_anew(Model(attend))
         with per_sample_gradients(model) as grads:
-            losses_of(model, inputs(3)).sum().backward()
+            weighted_losses(model, inputs(3)).sum().backward()
         found[name] = grads.sqnorm
 
     class Waiting(torch.Tensor):

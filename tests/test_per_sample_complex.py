@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model_gradients import check, drawn_anew, sample_gradients
+from model_gradients import check, drawn_anew, sample_gradients, weighted_losses
 from torch import nn
 from torch.nn import functional as F
 
@@ -31,11 +31,6 @@ class Model(nn.Module):
     def forward(self, x):
         z = self.function(self, torch.fft.fft(x))
         return torch.view_as_real(z) if z.is_complex() else z
-
-
-def losses_of(model, x):
-    y = model(x).flatten(1).sin()
-    return (torch.linspace(-1, 2, y.shape[1], dtype=y.dtype) * y).sum(dim=1)
 
 
 CASES = {
@@ -77,4 +72,4 @@ def s4d(model):
 def test_equals_autograd(name):
     model = drawn_anew(Model(CASES[name]))
     x = torch.randn(B, T, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    check(losses_of, model, x, sample_gradients(losses_of, model, x.split(1)))
+    check(weighted_losses, model, x, sample_gradients(weighted_losses, model, x.split(1)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model_gradients import drawn_anew, sample_gradients
+from model_gradients import drawn_anew, sample_gradients, weighted_losses
 from torch import nn
 from torch.nn import functional as F
 
@@ -24,11 +24,6 @@ class Model(nn.Module):
 
     def forward(self, x):
         return self.function(self, x)
-
-
-def losses_of(model, x):
-    y = model(x).sin()
-    return (torch.linspace(-1, 2, y[0].numel(), dtype=y.dtype) * y.flatten(1)).sum(dim=1)
 
 
 CASES = {
@@ -56,11 +51,11 @@ CASES = {
 def test_equal_autograd(name, batch):
     model = drawn_anew(Model(CASES[name]))
     x = torch.randn(batch, T, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    gradients = sample_gradients(losses_of, model, x.split(1))
+    gradients = sample_gradients(weighted_losses, model, x.split(1))
     with per_sample_gradients(model, fallback="vmap", total=True) as grads:
-        losses = losses_of(model, x)
+        losses = weighted_losses(model, x)
         losses.sum().backward()
-    assert torch.allclose(losses, losses_of(model, x))
+    assert torch.allclose(losses, weighted_losses(model, x))
     expected = torch.stack([sum(g.square().sum() for g in row.values()) for row in gradients])
     assert grads.sqnorm.shape == (batch,) and torch.allclose(grads.sqnorm, expected, rtol=1e-10)
     for key, value in grads.total.items():

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from model_gradients import check, drawn_anew, sample_gradients
+from model_gradients import check, drawn_anew, sample_gradients, weighted_losses
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -91,16 +91,11 @@ class Program(nn.Module):
         return (where_the_batch_is_first[step]() if batch == 0 else x), order
 
 
-def losses_of(model: nn.Module, x: Tensor) -> Tensor:
-    y = model(x).flatten(1).sin()
-    return (torch.linspace(-1, 2, y.shape[1], dtype=y.dtype) * y).sum(dim=1)
-
-
 @pytest.mark.parametrize("seed", range(60))
 def test_random_programs_equal_autograd(seed):
     model = drawn_anew(Program(seed))
     x = torch.randn(N, N, N, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    apart = torch.cat([losses_of(model, row) for row in x.split(1)])
-    assert torch.allclose(losses_of(model, x), apart)  # the test itself: no step mixes samples
+    apart = torch.cat([weighted_losses(model, row) for row in x.split(1)])
+    assert torch.allclose(weighted_losses(model, x), apart)  # the test itself: no step mixes samples
     if apart.requires_grad:
-        check(losses_of, model, x, sample_gradients(losses_of, model, x.split(1)), 1e-8)
+        check(weighted_losses, model, x, sample_gradients(weighted_losses, model, x.split(1)), 1e-8)

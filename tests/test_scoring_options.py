@@ -457,7 +457,14 @@ def test_the_usual_batch_if_memory_holds_it(monkeypatch, limit, expected):
 
 
 def test_what_memory_held_before_does_not_count():
-    held = torch.ones(2**27)  # 512 MiB
+    for find in (
+        lambda limit: rows_that_fit(lambda rows: None, 64, limit),
+        lambda limit: find_batch_size(lambda rows: None, 8, torch.device("cpu"), limit),
+    ):
+        held = torch.ones(2**27)  # 512 MiB
+        del held
+        assert find(diffprune.memory.resident_bytes() + 2**28) >= 8
+    held = torch.ones(2**27)
     del held
     assert rows_that_fit(lambda rows: None, 64, diffprune.memory.resident_bytes() + 2**28) == 64
 

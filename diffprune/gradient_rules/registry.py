@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffprune.composites import name_of
 from diffprune.weight_tensors import NoRule, Recorder, Weight
 
 RULES: dict[Callable, Callable] = {}
@@ -48,8 +49,7 @@ def channel_shape(weight: Tensor, output: Tensor) -> tuple[int, ...]:
 
 def unknown(func: Callable, *weights: Any) -> NoRule:
     """A use that the rule does not cover: refused, or mapped over the samples."""
-    name = getattr(func, "__name__", str(func))
-    return NoRule(f"{', '.join(weight_names(weights))}: no per-sample gradient rule for this use in {name}")
+    return NoRule(f"{', '.join(weight_names(weights))}: no per-sample gradient rule for this use in {name_of(func)}")
 
 
 def weight_names(weights: Sequence[Any]) -> list[str]:
