@@ -1,7 +1,7 @@
 """One image: bytes -> pixels, strictly.
 
 JPEG goes through simplejpeg (libjpeg-turbo) with ``strict=True``, the only decoder that notices flipped bits; all
-else through Pillow, whose PNG reader checks CRCs.
+else through Pillow. Its PNG reader skips the CRCs of the pixels, so they are checked here.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import struct
 import threading
+import zlib
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_PIXELS = 100_000_000
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class DecodeError(ValueError):
@@ -43,9 +45,9 @@ class Decoding:
     ``size``: the centre square resized to it (see ``center_crop``) unless the image has that size already; a Resizer
     does as it says; None keeps the image's own size. ``channels``: 3 for RGB, 1 for luminance.
 
-    ``strict``: refuse whatever the decoder notices, flipped bits in a JPEG too. If false, a JPEG that only the strict
-    decoder refuses has the pixels that Pillow (so webdataset's ``.decode("pil")``, and torchvision) makes of it, and a
-    note. ``max_pixels``: an image whose header says more is refused before it is decoded.
+    ``strict``: refuse whatever can be noticed, flipped bits in a JPEG or PNG too. If false, one that is refused for
+    that alone has the pixels that Pillow (so webdataset's ``.decode("pil")``, and torchvision) makes of it, and a note.
+    ``max_pixels``: an image whose header says more is refused before it is decoded.
     """
 
     size: int | Resizer | None = None
@@ -92,14 +94,15 @@ class Decoding:
         return np.asarray(image).reshape(image.height, image.width, self.channels)
 
     def _decode(self, data: bytes, room: np.ndarray | None) -> tuple[np.ndarray, str | None]:
-        if data[:3] != b"\xff\xd8\xff":
-            return _decode_pillow(data, self), None
         note = None
         try:
-            pixels = _decode_jpeg(data, self, room)
-            if pixels is not None:
-                return pixels, None
-        except _DamagedJpeg as error:
+            if data[:8] == _PNG:
+                _check_png(data)
+            elif data[:3] == b"\xff\xd8\xff":
+                pixels = _decode_jpeg(data, self, room)
+                if pixels is not None:
+                    return pixels, None
+        except _DamagedImage as error:
             if self.strict:
                 raise
             note = str(error)
@@ -150,8 +153,23 @@ def center_crop(image: Image, size: int) -> Image:
     return image.crop((left, top, left + size, top + size))
 
 
-class _DamagedJpeg(DecodeError):
-    """Refused by the strict decoder; another may make something of it."""
+class _DamagedImage(DecodeError):
+    """Refused because decoding is strict; Pillow may make something of it."""
+
+
+def _check_png(data: bytes) -> None:
+    """Raise _DamagedImage unless every chunk up to the last, IEND, is there with its CRC."""
+    at, bytes_ = len(_PNG), memoryview(data)
+    while True:
+        length = int.from_bytes(data[at : at + 4], "big")
+        end = at + 12 + length  # length, name, data, CRC
+        if end > len(data):
+            raise _DamagedImage(f"damaged PNG: cut after {len(data):,} bytes, in the chunk that begins at {at:,}")
+        if zlib.crc32(bytes_[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+            raise _DamagedImage(f"damaged PNG: wrong CRC of the chunk {data[at + 4 : at + 8]!r} at byte {at:,}")
+        if data[at + 4 : at + 8] == b"IEND":
+            return
+        at = end
 
 
 def _decode_jpeg(data: bytes, decoding: Decoding, room: np.ndarray | None) -> np.ndarray | None:
@@ -162,7 +180,7 @@ def _decode_jpeg(data: bytes, decoding: Decoding, room: np.ndarray | None) -> np
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError as error:
-        raise _DamagedJpeg(f"damaged JPEG: {error}") from error
+        raise _DamagedImage(f"damaged JPEG: {error}") from error
     decoding.check_pixels(width, height)
     target = "CMYK" if colorspace in ("CMYK", "YCCK") else "GRAY" if decoding.channels == 1 else "RGB"
     if room is not None and (target == "CMYK" or room.shape != (height, width, decoding.channels)):
@@ -171,7 +189,7 @@ def _decode_jpeg(data: bytes, decoding: Decoding, room: np.ndarray | None) -> np
         with _one_at_a_time(width * height):
             pixels = simplejpeg.decode_jpeg(data, colorspace=target, strict=True, buffer=room)
     except ValueError as error:
-        raise _DamagedJpeg(f"damaged JPEG: {error}") from error
+        raise _DamagedImage(f"damaged JPEG: {error}") from error
     return None if target == "CMYK" else pixels
 
 
@@ -180,7 +198,7 @@ def _decode_pillow(data: bytes, decoding: Decoding) -> np.ndarray:
     from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
     # not Image.open, which has a limit of its own on pixels, in a global variable (for a WebP it counts all the same)
-    if data[:8] == b"\x89PNG\r\n\x1a\n":
+    if data[:8] == _PNG:
         opener = PngImagePlugin.PngImageFile
     elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         opener = WebPImagePlugin.WebPImageFile

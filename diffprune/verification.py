@@ -27,7 +27,7 @@ def verify(
 ) -> dict[str, Any]:
     """Index every shard and account for every byte; with ``decode`` also decode every image.
 
-    ``strict_decode``, ``max_pixels``: see ``diffprune.decode.Decoding``. Without ``strict_decode`` a damaged JPEG that
+    ``strict_decode``, ``max_pixels``: see ``diffprune.decode.Decoding``. Without ``strict_decode`` a damaged image that
     Pillow still reads is counted in ``damaged_but_decoded`` and is no damage. ``workers``: processes that share the
     shards.
 

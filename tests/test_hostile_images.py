@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import threading
@@ -162,6 +163,26 @@ def test_not_strict_is_what_pillow_makes_of_it_with_a_note():
     whole = encoded(photo(96, 96), "JPEG")
     with pytest.raises(DecodeError):  # Pillow does not take half a file either
         loose.decode(whole[: len(whole) // 2])
+
+
+def test_no_flipped_bit_and_no_cut_of_a_png_goes_unnoticed():
+    """Pillow checks no CRC of the pixels, and neither their checksum nor the end once it has as many as it needs."""
+    data = save(Image.fromarray(photo(9, 9)), "PNG")
+    whole, silent = decode_image(data), 0
+    for bit in range(8 * len(data)):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(DecodeError):
+            decode_image(bytes(flipped))
+        with contextlib.suppress(DecodeError):
+            pixels, note = Decoding(strict=False).decode(bytes(flipped))
+            assert "damaged PNG" in note
+            silent += not np.array_equal(pixels, whole)
+    assert silent > 10  # which Pillow alone would have taken for pixels
+    for length in range(len(data)):
+        with pytest.raises(DecodeError):
+            decode_image(data[:length])
+    assert np.array_equal(decode_image(data + b"more"), whole)  # as after the end of a JPEG
 
 
 @pytest.fixture

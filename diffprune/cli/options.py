@@ -19,7 +19,7 @@ Seed = Annotated[int, typer.Option(help="The seed of everything random.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time. Changes a result by rounding at most.")]
 StrictDecode = Annotated[
     bool,
-    typer.Option(help="Refuse a JPEG with any damage, flipped bits too; without it, take what Pillow makes of it."),
+    typer.Option(help="Refuse an image with any damage, flipped bits too; without it, take what Pillow makes of it."),
 ]
 MaxPixels = Annotated[int, typer.Option(min=1, help="Refuse an image whose header says that it has more.")]
 Shards = Annotated[

@@ -117,7 +117,7 @@ def score(
         typer.Option(help="Score shards: encode their images by this VQ-VAE on the fly.", rich_help_panel="Images"),
     ] = None,
     strict_decode: Annotated[
-        bool, typer.Option(help="Refuse a JPEG with any damage, flipped bits too.", rich_help_panel="Images")
+        bool, typer.Option(help="Refuse an image with any damage, flipped bits too.", rich_help_panel="Images")
     ] = True,
     max_pixels: Annotated[
         int, typer.Option(min=1, help="Refuse an image whose header says more.", rich_help_panel="Images")
