@@ -170,6 +170,7 @@ def test_help_does_not_import_torch():
         (["prune", "{run}/scores/stage.json", "{run}/shards", "-o", "{out}"], "stage.json"),
         (["evaluate", "{run}/latents", "--reference", "{run}/embeddings", "-o", "{out}"], "latents"),
         (["sample", "{run}/vqvae", "--vqvae", "{run}/vqvae", "-o", "{out}"], "vqvae"),
+        (["evaluate", "{run}/embeddings", "--reference", "{run}/embeddings", "-o", "pipe:cat"], "names a command"),
     ],
 )
 def test_bad_input_is_told_and_leaves_nothing(small_run, tmp_path, arguments, complaint):
@@ -179,6 +180,12 @@ def test_bad_input_is_told_and_leaves_nothing(small_run, tmp_path, arguments, co
     assert result.stderr.startswith("error: ") and complaint in result.stderr, result.stderr
     assert "Traceback" not in result.output
     assert not out.exists() and files(tmp_path) == []
+
+
+def test_a_name_that_is_not_utf8_is_told(small_run, tmp_path):
+    given = ["evaluate", small_run.embeddings, "--reference", small_run.embeddings, "-o", tmp_path / "m.json"]
+    told = invoke(*given, "--name", "gr\udcfcn", code=1).stderr
+    assert "gr\\udcfcn" in told and "UTF-8" in told and files(tmp_path) == []
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,19 @@ def test_a_row_that_failed_anywhere_is_failed(tmp_path):
     assert table["error"].to_pylist() == [None, "NaN loss"]
 
 
+@pytest.mark.parametrize("folder", ["run:1/scores", "2026-12-01T10:30", "~/scores", "~nobody"])
+def test_relative_names_are_names_and_no_urls_or_homes(tmp_path, monkeypatch, folder):
+    """As pyarrow takes them for, which failed, or wrote the tables into somebody's home beside nothing else."""
+    (tmp_path / "home" / "scores").mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "here")
+    stage(folder, {"s": make_table("s", ["k0", "k1"], loss=[1.0, 2.0])})
+    assert read_folder(folder)["loss"].to_pylist() == [1.0, 2.0]
+    assert (tmp_path / "here" / folder / "s.parquet").is_file()
+    assert not [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
+
+
 @pytest.mark.parametrize(
     ("other", "complaint"),
     [
