@@ -185,8 +185,8 @@ def fingerprint(value: Any) -> str:
 
 
 def _raise_named(error: OSError, path: Path) -> None:
-    """Name ``path`` where a disk is full: a write to an open file says that without a name."""
-    if is_disk_full(error) and error.filename is None:
+    """Name ``path`` where a disk is full or a file too large: a write to an open file says that without a name."""
+    if (is_disk_full(error) or error.errno == errno.EFBIG) and error.filename is None:
         raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error
 
 

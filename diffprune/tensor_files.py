@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import os
+import re
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -17,19 +17,18 @@ from diffprune.storage.spool import local_file
 
 
 def save_tensors(path: AnyPath, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write safetensors atomically; an OSError where the disk is full."""
+    """Write safetensors atomically; an OSError where the disk is full or the file too large."""
     with atomic_path(path) as temporary:
         write_tensors(temporary, tensors, metadata)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """The same of a temporary path: safetensors has an error of its own for a disk that is full."""
+    """The same of a temporary path: safetensors has an error of its own for what the system says."""
     try:
         save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, path, metadata=metadata)
     except SafetensorError as error:
-        for number in (errno.ENOSPC, errno.EDQUOT):
-            if f"os error {number}" in str(error):
-                raise OSError(number, os.strerror(number)) from error
+        if found := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
         raise
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -21,7 +22,8 @@ from diffprune import arrays, tensor_files
 from diffprune.arrays import write_array
 from diffprune.cli.app import app
 from diffprune.errors import DiskFullError
-from diffprune.tables import read_folder
+from diffprune.files import write_json
+from diffprune.tables import read_folder, write_table
 from diffprune.tensor_files import save_tensors
 
 
@@ -79,16 +81,27 @@ def test_arrays(small_run, tmp_path, arrays_find_it_full):
         diffprune.encode(small_run.shards, small_run.vqvae, tmp_path / "latents")
 
 
-def test_arrays_half_of_which_find_room(tmp_path):
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: write_array(path, np.zeros((100, 500))),
+        lambda path: save_tensors(path, {"a": torch.zeros(100, 500)}),
+        lambda path: write_json(path, "x" * 50_000),
+        lambda path: write_table(path, pa.table({"a": np.random.default_rng(0).random(10_000)}), {}),
+    ],
+    ids=["array", "tensors", "json", "table"],
+)
+def test_files_half_of_which_find_room(tmp_path, write):
     """By the limit of a file's size, which a process may set for itself: the system's number of the error is kept."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, hard))
     try:
         with pytest.raises(OSError) as error:
-            write_array(tmp_path / "x.npy", np.zeros((100, 500)))
+            write(tmp_path / "x")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert error.value.errno == errno.EFBIG and not list(tmp_path.iterdir())
+    assert error.value.filename == str(tmp_path / "x")
 
 
 @pytest.mark.parametrize("array", [np.ones((3, 2)), np.ones((2, 3)).T, np.ones((4, 2, 3))[:, 1], np.zeros((0, 5))])
