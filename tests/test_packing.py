@@ -529,13 +529,31 @@ def test_parquet_of_another_shape_is_refused(tmp_path):
         ({"image": [b"x"], "label": [0]}, "to be a struct"),
         ({"image": [{"path": "x"}], "label": [0]}, "to be a struct with 'bytes'"),
         ({"image": [{"bytes": b"x"}], "label": ["cat"]}, "to hold integers"),
+        ({"image": [{"bytes": "x"}], "label": [0]}, "'bytes' that are binary"),
+        ({"image": [{"bytes": 7}], "label": [0]}, "'bytes' that are binary"),
+        (
+            {"image": [{"bytes": b"x"}], "label": [10**12]},
+            "row 0: expected a label from 0 to 999999, found 1000000000000",
+        ),
     ]:
         pq.write_table(pa.table(columns), tmp_path / "x.parquet")
         with pytest.raises(InputError, match=message):
             pack(tmp_path / "x.parquet", tmp_path / "out")
+    twice = pa.Table.from_arrays([pa.array([{"bytes": b"x"}]), *[pa.array([0])] * 2], ["image", "label", "label"])
+    pq.write_table(twice, tmp_path / "x.parquet")
+    with pytest.raises(InputError, match="expected columns 'image' and 'label', found image, label, label"):
+        pack(tmp_path / "x.parquet", tmp_path / "out")
     (tmp_path / "x.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(InputError, match=r"x.parquet: not a readable parquet"):
         pack(tmp_path / "x.parquet", tmp_path / "out")
+
+
+@pytest.mark.parametrize("names", ["ab", 5, {"0": "a", "1": "b"}, ["a", None], [["a"], ["b"]], ["\ud800", "b"]])
+def test_parquet_whose_class_names_are_none_is_refused(tmp_path, names):
+    write_parquet(tmp_path / "x.parquet", [encoded("png", 1), encoded("png", 2)], [0, 1], names)
+    with pytest.raises(InputError, match=r"x.parquet: its 'huggingface' schema metadata: expected names of classes"):
+        pack(tmp_path / "x.parquet", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_parquet_files_that_do_not_belong_together_are_refused(tmp_path):

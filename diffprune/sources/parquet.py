@@ -15,11 +15,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from diffprune.errors import InputError
+from diffprune.errors import InputError, short
 from diffprune.sources.base import Source, SourceImage, check_collisions, random_order, safe_key, safe_name
 from diffprune.storage import AnyPath, RemotePath, Stat, for_arrow, stats
 
 POOL_BYTES = 512 << 20
+_MAX_CLASSES = 1_000_000  # without names: a number beyond it is an identifier of something else
 
 
 class ParquetSource(Source):
@@ -66,7 +67,8 @@ class ParquetSource(Source):
         self.identity = listing.hexdigest()
         self.starts = np.asarray(starts)
         self.labels = np.concatenate(labels)
-        self.class_names = names[0] or [str(label) for label in range(max(int(self.labels.max()), 0) + 1)]
+        count = min(max(int(self.labels.max()), 0) + 1, _MAX_CLASSES)
+        self.class_names = names[0] or [str(label) for label in range(count)]
         wrong = np.flatnonzero((self.labels < 0) | (self.labels >= len(self.class_names)))
         if len(wrong):
             raise InputError(
@@ -112,12 +114,12 @@ class ParquetSource(Source):
 
 
 def _check_schema(path: AnyPath, schema: pa.Schema) -> None:
-    image = schema.field("image").type if "image" in schema.names else None
-    label = schema.field("label").type if "label" in schema.names else None
-    if image is None or label is None:
+    if schema.names.count("image") != 1 or schema.names.count("label") != 1:
         raise InputError(f"{path}: expected columns 'image' and 'label', found {', '.join(schema.names)}")
-    if not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
-        raise InputError(f"{path}: expected column 'image' to be a struct with 'bytes', found {image}")
+    image, label = schema.field("image").type, schema.field("label").type
+    place = image.get_field_index("bytes") if pa.types.is_struct(image) else -1
+    if place < 0 or image[place].type not in (pa.binary(), pa.large_binary(), pa.binary_view()):
+        raise InputError(f"{path}: expected column 'image' to be a struct with 'bytes' that are binary, found {image}")
     if not pa.types.is_integer(label):
         raise InputError(f"{path}: expected column 'label' to hold integers, found {label}")
 
@@ -134,9 +136,16 @@ def _class_names(path: AnyPath, schema: pa.Schema) -> list[str] | None:
     """The names that Hugging Face's ``datasets`` keeps in the schema, None where there are none."""
     try:
         about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        return about.get("info", {}).get("features", {}).get("label", {}).get("names")
-    except (ValueError, AttributeError) as error:
+        names = about.get("info", {}).get("features", {}).get("label", {}).get("names")
+    except (ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: its 'huggingface' schema metadata cannot be read ({error})") from error
+    if names is not None and not (isinstance(names, list) and all(map(_is_name, names))):
+        raise InputError(f"{path}: its 'huggingface' schema metadata: expected names of classes, found {short(names)}")
+    return names
+
+
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) and not re.search(r"[\ud800-\udfff]", name)
 
 
 def _image_bytes(path: AnyPath, group: pq.RowGroupMetaData) -> int:
