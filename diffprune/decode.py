@@ -272,6 +272,8 @@ def _read_label(reader: ShardReader, sample: Sample) -> int | None:
     if member is None:
         return None
     text = reader.read(member, limit=_MAX_CLS_BYTES)
+    if member.size > _MAX_CLS_BYTES:  # the first digits of a number are another number
+        raise DecodeError(f"cls: expected an integer, found {member.size:,} bytes, first {text[:20]!r}")
     try:
         label = int(text)
     except ValueError:

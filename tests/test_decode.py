@@ -124,6 +124,13 @@ def test_load_images_reports_failures_by_row(tmp_path):
     assert not images[1:4].any()
 
 
+@pytest.mark.parametrize("text", [b"0" * 70 + b"7", b"7" + b" " * 70 + b"9", b"1" * 5000])
+def test_a_label_longer_than_any_is_no_label_and_not_its_first_digits(tmp_path, text):
+    write_tar(tmp_path / "a.tar", [("0.png", encoded(photo(8, 8), "PNG")), ("0.cls", text)])
+    [batch] = read_batches(index_shard(tmp_path / "a.tar"), size=8, channels=3)
+    assert batch.labels == [None] and f"expected an integer, found {len(text):,} bytes" in batch.errors[0]
+
+
 def test_load_images_of_keys(tmp_path):
     write_tar(tmp_path / "a.tar", [(f"{i}.png", encoded(np.full((4, 4, 3), i, np.uint8), "PNG")) for i in range(9)])
     table, images = load_images(tmp_path, size=4, channels=1, keys=["7", "2"])
