@@ -18,7 +18,7 @@ from diffprune.decode import MAX_PIXELS, Batch
 from diffprune.device import full_float32, pick_device
 from diffprune.draws import draw_noise
 from diffprune.engines import Engine, Made, TableWriter, open_workers, run_stage
-from diffprune.errors import InputError
+from diffprune.errors import InputError, short
 from diffprune.failures import MAX_FAILURES, Tally
 from diffprune.files import read_json
 from diffprune.image_maps import ImageMap, Indexed, Network, Reading
@@ -265,4 +265,9 @@ def _how_sampled(shards: Sequence[AnyPath]) -> dict[str, Any] | None:
     """What ``sample`` wrote about images that it generated: steps, guidance, seed and checkpoint."""
     manifests = {path.parent / "sample.json" for path in shards}
     manifest = manifests.pop()
-    return read_json(manifest).get("plan") if not manifests and manifest.is_file() else None
+    if manifests or not manifest.is_file():
+        return None
+    about = read_json(manifest)
+    if not isinstance(about, dict) or not isinstance(about.get("plan"), (dict, type(None))):
+        raise InputError(f"{manifest}: expected what `diffprune sample` wrote about its images, found {short(about)}")
+    return about.get("plan")

@@ -123,8 +123,8 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path, *, unique: bool = False) -> Any:
-    """Read a JSON file; raises InputError that names it if it is missing or malformed, or, where names have to be
-    ``unique``, if an object has one twice."""
+    """Read a JSON file; raises InputError that names it if it is missing or malformed (NaN and infinity are no JSON),
+    or, where names have to be ``unique``, if an object has one twice."""
 
     def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -134,8 +134,12 @@ def read_json(path: str | Path, *, unique: bool = False) -> Any:
             raise InputError(f"{path}: {twice!r} stands in it twice")
         return found
 
+    def refuse(constant: str) -> None:
+        raise ValueError(f"it holds {constant}")
+
+    hooks = {"object_pairs_hook": mapping if unique else None, "parse_constant": refuse}
     try:
-        return json.loads(as_path(path).read_text(encoding="utf-8"), object_pairs_hook=mapping if unique else None)
+        return json.loads(as_path(path).read_text(encoding="utf-8"), **hooks)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except InputError:  # a ValueError too

@@ -530,3 +530,38 @@ def test_a_log_cut_in_its_last_line_is_read_up_to_there(tmp_path):
     [log] = read_logs({"x": write_log(tmp_path / "log.jsonl", [3.0, 2.0])})
     assert log.steps.tolist() == [10, 20] and log.losses.tolist() == [3, 2]
     assert re.search(r'"lo$', (tmp_path / "log.jsonl").read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("name", 7),
+        ("metrics.frechet_distance", "x"),
+        ("metrics.kernel_distance", {"a": 1}),
+        ("memorization.closest_pairs", "x"),
+        ("context.embedder", "x"),
+        ("context.reference.count", "many"),
+        ("context.sampling", {"steps": "../x"}),
+        ("context.training_images", "x"),
+        ("context.kept", 7),
+        ("classes", {"shares": {"0": [1]}, "reference_shares": {"0": 1.0}, "k": 3}),
+        ("classes", {"shares": {"0": 1.0}, "reference_shares": {"1": 1.0}, "k": 3}),
+        ("classes", []),
+    ],
+)
+def test_metrics_of_other_types_are_told_by_name(tmp_path, name, value):
+    path = write_evaluation(tmp_path / "metrics.json", "x", None)
+    changed = json.loads(path.read_text())
+    *above, last = name.split(".")
+    place = changed
+    for one in above:
+        place = place[one]
+    place[last] = value
+    path.write_text(json.dumps(changed))
+    refuse(tmp_path, rf"metrics\.json: {name}", metrics=[path])
+
+
+@pytest.mark.parametrize("line", ['{"step": "x", "loss": 1}', '{"step": 1, "loss": null}', "[" * 100_000])
+def test_a_log_of_other_types_is_told_by_line(tmp_path, line):
+    (tmp_path / "log.jsonl").write_text(f'{{"step": 1, "loss": 2.0}}\n{line}\n')
+    refuse(tmp_path, r"log\.jsonl: line 2: ", logs={"a": tmp_path / "log.jsonl"})

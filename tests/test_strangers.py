@@ -257,6 +257,15 @@ def test_changed_stage_files_are_told(small_run, tmp_path, change):
     assert not broken, "\n".join(broken)
 
 
+@pytest.mark.parametrize("about", ["true", "[1]", '{"plan": 5}', '{"plan": {"rtol": NaN}}', "{"])
+def test_a_changed_sample_json_is_told(small_run, tmp_path, about):
+    shutil.copytree(small_run.shards, tmp_path / "shards")
+    (tmp_path / "shards" / "sample.json").write_text(about)
+    with pytest.raises(DiffpruneError, match=r"sample\.json: "):
+        diffprune.embed(tmp_path / "shards", tmp_path / "out", model=f"vqvae:{small_run.vqvae}")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("what", ["nothing in it", "no metadata", "another shape", "a cut header", "NaN", "a list"])
 def test_changed_centroids_and_partial_results_are_told(small_run, tmp_path, what):
     out = tmp_path / "clusters"

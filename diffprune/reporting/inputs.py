@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from diffprune.errors import InputError
+from diffprune.errors import InputError, short
 from diffprune.files import read_json
 from diffprune.shards import ShardSpec, list_shards
 from diffprune.storage import AnyPath, as_path
@@ -20,15 +20,27 @@ from diffprune.tables import METADATA_KEY, read_folder, read_stage, read_table, 
 
 PathLike = str | Path
 
-_NEEDED = (  # of an evaluation
-    ("name",),
-    ("metrics", "frechet_distance"),
-    ("memorization", "closest_pairs"),
-    ("context", "embedder"),
-    ("context", "reference", "count"),
-    ("context", "samples", "count"),
-    ("context", "samples", "path"),
-)
+_NUMBER, _NONE = (int, float), type(None)
+_NEEDED: dict[str, type | tuple[type, ...]] = {  # of an evaluation, and what it is
+    "name": str,
+    "metrics.frechet_distance": (*_NUMBER, _NONE),
+    "memorization.closest_pairs": list,
+    "context.embedder": dict,
+    "context.reference.count": int,
+    "context.samples.count": int,
+    "context.samples.path": str,
+}
+_MAY_BE = {  # where they are there
+    "classes": (dict, _NONE),
+    "classes.shares": dict,
+    "classes.reference_shares": dict,
+    "context.k": int,
+    "context.kept": (str, _NONE),
+    "context.sampling": (dict, _NONE),
+    "context.sampling.steps": (int, _NONE),
+    "context.training_images": (int, _NONE),
+}
+_OF_NUMBERS = {"metrics": (*_NUMBER, _NONE), "classes.shares": _NUMBER, "classes.reference_shares": _NUMBER}
 
 
 @dataclass(frozen=True)
@@ -127,9 +139,20 @@ def read_evaluations(paths: Sequence[PathLike]) -> list[dict[str, Any]]:
     evaluations = []
     for path in paths:
         evaluation = read_json(path)
-        for names in _NEEDED:
-            if not _has(evaluation, names):
-                raise InputError(f"{path}: expected a file that diffprune's evaluate wrote; it lacks {'.'.join(names)}")
+        for name in _NEEDED:
+            if _found(evaluation, name) is _MISSING:
+                raise InputError(f"{path}: expected a file that diffprune's evaluate wrote; it lacks {name}")
+        for name, kind in (_NEEDED | _MAY_BE).items():
+            if not isinstance(value := _found(evaluation, name), (kind, _Missing)):
+                raise InputError(f"{path}: {name}: not what diffprune's evaluate writes: {short(value)}")
+        for name, kind in _OF_NUMBERS.items():
+            values = _found(evaluation, name)
+            for one, value in ({} if values is _MISSING else values).items():
+                if not isinstance(value, kind):
+                    raise InputError(f"{path}: {name}.{one}: expected a number, found {short(value)}")
+        shares, real = (_found(evaluation, f"classes.{name}") for name in ("shares", "reference_shares"))
+        if real is not _MISSING and not (shares is not _MISSING and real.keys() <= shares.keys()):
+            raise InputError(f"{path}: classes: expected shares of the same classes as reference_shares")
         evaluations.append(evaluation)
     return evaluations
 
@@ -152,12 +175,19 @@ def stage_of(folder: PathLike) -> dict[str, Any]:
     return {key: value for key, value in read_stage(folder).items() if key != "shards"}
 
 
-def _has(value: Any, names: Sequence[str]) -> bool:
-    for name in names:
+class _Missing:
+    """What ``_found`` finds where there is nothing: null is something."""
+
+
+_MISSING = _Missing()
+
+
+def _found(value: Any, dotted: str) -> Any:
+    for name in dotted.split("."):
         if not isinstance(value, dict) or name not in value:
-            return False
+            return _MISSING
         value = value[name]
-    return True
+    return value
 
 
 def _without_nan(values: pa.ChunkedArray, keys: pa.ChunkedArray, folder: PathLike, column: str) -> np.ndarray:
@@ -182,11 +212,13 @@ def _read_log(name: str, path: AnyPath) -> Log:
             continue
         try:
             entry = json.loads(line)
-        except ValueError as error:
+            if isinstance(entry, dict) and "step" in entry and "loss" in entry:
+                steps.append(float(entry["step"]))
+                losses.append(float(entry["loss"]))
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: line {number}: not JSON ({error})") from error
-        if isinstance(entry, dict) and "step" in entry and "loss" in entry:
-            steps.append(float(entry["step"]))
-            losses.append(float(entry["loss"]))
+        except (TypeError, OverflowError) as error:
+            raise InputError(f"{path}: line {number}: expected numbers as step and loss ({error})") from error
     if not steps:
         raise InputError(f"{path}: no line with step and loss; expected the log of diffprune train")
     return Log(name, np.asarray(steps), np.asarray(losses))
