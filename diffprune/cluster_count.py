@@ -89,6 +89,10 @@ def choose_k(
             + ("use a larger sample" if count < source.rows else "try fewer clusters")
         )
     out = Path(out)
+    if seed < 0:
+        raise InputError(f"choose-k: expected a seed of 0 or more, got {seed}")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: expected a folder, found a file")
     plan = {"stage": "choose-k", "ks": wanted, "sample": count, "embeddings": source.rows, "out": str(out)}
     if dry_run:
         return {**plan, "dry_run": True}

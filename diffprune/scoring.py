@@ -111,9 +111,10 @@ def score(
     _check("precision", precision, precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
     for name, value in (("draws", draws), ("trials", trials)):
         _check(name, value, value >= 1, "1 or more")
+        _check(name, value, value <= MASK, f"at most {MASK}")
     _check("seed", seed, 0 <= seed <= MASK, f"0 to {MASK}")
     _check("batch_size", batch_size, batch_size in (None, "auto") or _at_least_1(batch_size), "1 or more, or auto")
-    _check("memory", memory, memory is None or memory > 0, "a positive number of GiB")
+    _check("memory", memory, memory is None or 0 < memory * 2**30 < math.inf, "a positive number of GiB")
     _check("support_fraction", support_fraction, 0 < support_fraction <= 1, "above 0, at most 1")
     _check("group_size", group_size, group_size >= 2, "2 or more")
     if part and (normalise_t or batch_size == "auto" or ("moso" in names and not one_pass)):

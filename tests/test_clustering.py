@@ -312,5 +312,9 @@ def test_choose_k_finds_the_clusters_and_says_so(tmp_path):
         diffprune.choose_k(folder, tmp_path / "c", ks=[8, 16, 64])
     with pytest.raises(InputError, match="at least 3 numbers"):
         diffprune.choose_k(folder, tmp_path / "c", ks=[8, 16])
+    with pytest.raises(InputError, match="expected a seed of 0 or more, got -1"):
+        diffprune.choose_k(folder, tmp_path / "c", ks=[2, 4, 8], seed=-1)
+    with pytest.raises(InputError, match=r"choose_k\.json: expected a folder, found a file"):
+        diffprune.choose_k(folder, tmp_path / "out" / cluster_count.VALUES, ks=[2, 4, 8], dry_run=True)
     neither = CliRunner().invoke(app, ["cluster", str(folder), "-o", str(tmp_path / "c")])
     assert neither.exit_code == 2 and "expected one of -k, --choose-k and --like" in neither.stderr

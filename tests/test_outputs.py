@@ -106,6 +106,17 @@ def test_standard_output_holds_the_keys_alone_and_what_was_there_before(tmp_path
     assert names(tmp_path) == ["kept.parquet", "told.txt"]
 
 
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_a_result_that_finds_no_room_is_told_in_one_line(tmp_path, kept, more):
+    out = tmp_path / "keys"
+    command = [sys.executable, "-m", "diffprune", "export", str(kept), "-f", "keys", "-o", str(out), *more]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and "error: the result could not be printed" in done.stderr
+    assert "No space left" in done.stderr and "Traceback" not in done.stderr and "Exception" not in done.stderr
+    assert out.read_text().split() == KEYS
+
+
 def test_what_was_printed_comes_before_what_is_written(kept):
     code = f"import diffprune; print('first'); diffprune.export({str(kept)!r}, '-', format='keys'); print('last')"
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}

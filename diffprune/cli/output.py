@@ -50,12 +50,17 @@ def run(
         _fail(str(error), 1)
     if os.environ.get("RANK", "0") != "0":  # torchrun's other processes: the first one speaks
         return result
-    with redirect_stdout(sys.stderr) if any(map(is_stdout, written)) else nullcontext():
-        if as_json:
-            is_unicode = "utf" in (sys.stdout.encoding or "").lower()
-            print(json.dumps(result, indent=2, ensure_ascii=not is_unicode, default=str))
-        else:
-            (display or show)(result)
+    try:
+        with redirect_stdout(sys.stderr) if any(map(is_stdout, written)) else nullcontext():
+            if as_json:
+                is_unicode = "utf" in (sys.stdout.encoding or "").lower()
+                print(json.dumps(result, indent=2, ensure_ascii=not is_unicode, default=str), flush=True)
+            else:
+                (display or show)(result)
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # standard output goes to a disk that is full
+        _fail(f"the result could not be printed ({error}); what it is about is done", 1)
     return result
 
 
