@@ -160,7 +160,7 @@ class KMeans(Clusterer):
         if talk.size > 1 and (weights is not None or self.batch_size or split):
             raise InputError("k-means: points of several processes take no weights, batch_size or init split")
         data.share(talk)
-        masses = _weights(weights, data)
+        masses, unit = _weights(weights, data)
         largest = data.check(keys=keys)
         if data.total_rows < self.k:
             distinct = len(torch.unique(data.take(torch.arange(data.total_rows)), dim=0))
@@ -177,7 +177,7 @@ class KMeans(Clusterer):
                 best = fit
         self._centroids, self.assignment_ = data.like(best.centroids), data.like(best.assignment)
         self.distance_ = data.like(best.sqdistance.sqrt())
-        self.inertia_, self.n_iter_, self.moved_ = best.inertia, best.rounds, best.moved
+        self.inertia_, self.n_iter_, self.moved_ = best.inertia * unit, best.rounds, best.moved
         return self
 
     def predict(self, points: Any) -> Any:
@@ -280,10 +280,10 @@ def _is_integer(value: Any) -> bool:
     return not isinstance(value, bool)
 
 
-def _weights(weights: Any, points: Points) -> Tensor | None:
-    """[N] float64 on the points' device."""
+def _weights(weights: Any, points: Points) -> tuple[Tensor | None, float]:
+    """[N] float64 on the points' device, in units of the largest one's power of 2: of a sum only ratios count."""
     if weights is None:
-        return None
+        return None, 1.0
     values = as_tensor("weights", weights if hasattr(weights, "__dlpack__") else _array(weights))
     if values.is_complex():
         raise InputError(f"k-means: expected real weights, got {values.dtype}")
@@ -294,7 +294,8 @@ def _weights(weights: Any, points: Points) -> Tensor | None:
     refuse_rows("weights", bad.nonzero().flatten().tolist(), points.rows, "a value that is negative or not finite")
     if not bool((values > 0).any()):
         raise InputError("k-means: expected a weight above 0, got only zeros")
-    return values
+    unit = 2.0 ** min(max(math.frexp(float(values.max()))[1], -1000), 1000)
+    return values / unit, unit
 
 
 def _array(values: Any) -> np.ndarray:
