@@ -5,9 +5,9 @@ Each step of the pipeline is a function here and a verb of the command line of t
     import diffprune
 
     diffprune.pack("photos/", "shards/")
-    diffprune.embed("shards/", "embeddings/", model="vqvae:runs/vqvae")
-    diffprune.cluster("embeddings/", "scores/cluster", k=1000)
-    diffprune.select("scores/cluster", "kept.parquet", order="balanced", prune=0.9)
+    diffprune.embed("shards/", "embeddings/", model="openai/clip-vit-large-patch14")
+    diffprune.cluster("embeddings/", "clusters/", k=1000)
+    diffprune.select("clusters/", "kept.parquet", order="equal", prune=0.9)
     diffprune.prune("kept.parquet", "shards/", "pruned/")
 """
 
@@ -79,6 +79,8 @@ _PUBLIC = {
     "InputError": "diffprune.errors",
     "ResumeError": "diffprune.errors",
     "BusyError": "diffprune.errors",
+    "DiskFullError": "diffprune.errors",
+    "RemoteError": "diffprune.errors",
     "StoppedError": "diffprune.errors",
     "WorkerError": "diffprune.errors",
 }

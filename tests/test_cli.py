@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import typer
 from small_run import DIT_OVERRIDES, VQVAE_OVERRIDES, SmallRun, write_digits
 from test_encoding import damage_image
 from typer.testing import CliRunner
@@ -132,6 +133,21 @@ def test_help_does_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     for command in ([], ["pack"], ["train", "dit"], ["select"]):
         assert "Usage" in invoke(*command, "--help").stdout
+
+
+def test_help_names_every_option_and_verb_in_full_at_80_columns(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    commands = [([], typer.main.get_command(app))]
+    while commands:
+        path, command = commands.pop()
+        text = invoke(*path, "--help").stdout
+        assert max(map(len, text.splitlines())) <= 80
+        named = [name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)]
+        assert [name for name in named if name not in text] == [], path
+        assert "…" not in text.replace(", …", ""), path
+        commands += [([*path, name], verb) for name, verb in getattr(command, "commands", {}).items()]
+    assert "MoSo:\n  --mode" in invoke("score", "--help").stdout
+    assert "Data:\n  pack" in invoke("--help").stdout
 
 
 @pytest.mark.parametrize(
