@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffprune.checkpoints import load_dit, load_vqvae
+from diffprune.config import DitConfig
 from diffprune.draws import draw_noise
 from diffprune.errors import DiffpruneError, InputError
 from diffprune.flow import FIXED_STEP_METHODS, guided_velocity, sample_ode
@@ -134,8 +135,7 @@ class Sampler:
         """Check and keep the arguments of ``sample``."""
         if not 0 <= seed < 2**32:
             raise InputError(f"seed: expected a number from 0 to 2**32 - 1, got {seed}")
-        if not math.isfinite(guidance):
-            raise InputError(f"guidance: expected a finite number, got {guidance}")
+        check_guidance(guidance, labels, self.dit.config)
         if channels is not None and not (guidance != 1 and 1 <= channels <= self.dit.in_channels):
             raise InputError(
                 f"guidance_channels: expected 1 to {self.dit.in_channels}, with a guidance other than 1, got "
@@ -143,11 +143,7 @@ class Sampler:
             )
         self.solver, self.guidance, self.channels, self.seed = solver, guidance, channels, seed
         self.null_label = self.dit.null_label
-        self.sequence = _label_sequence(labels, self.dit)
-        if guidance != 1 and self.null_label is None:
-            raise InputError(f"guidance: expected 1 for a model without a null label, got {guidance}")
-        if guidance != 1 and labels == "null":
-            raise InputError(f"guidance: expected 1 with labels null, got {guidance}")
+        self.sequence = label_sequence(labels, self.dit.config)
         self.parts = self._parts()
         self.evaluations = {f"{which}_evaluations": 0 for which, *_ in self.parts}
 
@@ -221,8 +217,18 @@ class Sampler:
         return self.sequence[index % len(self.sequence)] if self.sequence else None
 
 
-def _label_sequence(labels: str | Sequence[int], dit: DiT) -> list[int]:
-    """The labels that samples take in turn; empty for an unconditional model."""
+def check_guidance(guidance: float, labels: str | Sequence[int], dit: DitConfig) -> None:
+    """InputError for a scale that a model, asked for these labels, cannot be guided by."""
+    if not math.isfinite(guidance):
+        raise InputError(f"guidance: expected a finite number, got {guidance}")
+    if guidance != 1 and dit.null_label is None:
+        raise InputError(f"guidance: expected 1 for a model without a null label, got {guidance}")
+    if guidance != 1 and labels == "null":
+        raise InputError(f"guidance: expected 1 with labels null, got {guidance}")
+
+
+def label_sequence(labels: str | Sequence[int], dit: DitConfig) -> list[int]:
+    """The labels that samples take in turn; empty for an unconditional model. InputError for those it does not know."""
     if not dit.num_classes:
         if labels in ("uniform", "null"):
             return []

@@ -19,10 +19,11 @@ from small_run import write_digits
 from typer.testing import CliRunner
 
 import diffprune
+from diffprune.checkpoints import read_state
 from diffprune.cli.app import app
 from diffprune.config import load_config
 from diffprune.errors import DiffpruneError, InputError, ResumeError
-from diffprune.sweeping.cells import list_cells
+from diffprune.sweeping.cells import list_cells, run_cell
 from diffprune.sweeping.running import worker_device
 from diffprune.sweeping.settings import differences, load_sweep
 from diffprune.tables import kept_keys, read_folder
@@ -227,6 +228,15 @@ def test_a_cell_that_fails_leaves_the_others(tiny, done, tmp_path):
     assert "2 cells are not done" in (out / "sweep.html").read_text()
 
 
+def test_a_model_without_a_moving_average_is_sampled_as_it_is(tiny, done, tmp_path):
+    out = begun(done, tmp_path / "out")
+    config = load_sweep(changed(tiny, tmp_path / "plain.toml", ("ema_decay = 0.9", "ema_decay = 0.0")))
+    run_cell(config, list_cells(config)[0], out, "cpu")
+    state = read_state(out / "cells/full-s0/model/step_00000006")
+    assert result(out, "full-s0")["setting"]["model_sha256"] == state["files"]["model.safetensors"]
+    assert "ema.safetensors" not in state["files"]
+
+
 class Tags(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -300,16 +310,23 @@ def test_the_command_line(tiny, done, tmp_path):
         ("resize = 16", 'shards = "a.tar"', "data: expected source or shards, one of the two"),
         ("resize = 16", "rezise = 16", r"\[data\]: unknown key 'rezise'; known: source, resize"),
         ("[sample]", "[smaple]", "unknown section 'smaple'; known: data, score"),
-        ("count = 24", "count = 1", r"sample\.count: expected 2 or more, found 1"),
+        ("count = 24", "count = 3", r"sample\.count: expected 4 or more, found 3"),
         ("guidance = 1.5", 'method = "rk4"', "method: expected 'euler' or 'midpoint' or 'heun', found 'rk4'"),
         ("lr = 3e-3", "lr = 3e-3\nseed = 4", r"dit\.train\.seed: expected none"),
         ("depth = 2", "depht = 2", r"\[dit\]: \[model\]: unknown key 'depht'"),
         ("checkpoint_every = 3", "checkpoint_every = 0", "checkpoint_every: expected at least 1, got 0"),
         ("k = 4", "k = 0", r"cluster\.k: expected 1 or more"),
+        # Else told once everything before it was trained.
+        ("num_heads = 2", "num_heads = 2\nclass_dropout_prob = 0.0", r"sample\.guidance: expected 1 for a model"),
+        ("guidance = 1.5", 'labels = "1,12"', r"sample\.labels: expected numbers from 0 to 9, got 12"),
+        ("input_size = 4", "input_size = 8", r"dit\.model: expected .* as in the latents \[2, 4, 4\] of "),
+        ("seed = 7", 'seed = 7\nema_decay = 0.0\n[score]\nweights = "ema"', r"score\.weights: expected 'model' with"),
+        ("checkpoint_every = 3", "checkpoint_every = 6", r"surrogate\.train\.checkpoint_every: expected below 6: mono"),
     ],
 )
 def test_configs_that_cannot_be(tiny, tmp_path, old, new, message):
-    path = changed(tiny, tmp_path / "bad.toml", (old, new))
+    grid = ('"cluster-balanced"', '"cluster-balanced", "monotonicity-high"')
+    path = changed(tiny, tmp_path / "bad.toml", grid, (old, new))
     with pytest.raises(InputError, match=message) as error:
         diffprune.sweep(path, tmp_path / "out")
     assert str(error.value).startswith(str(path)) and not (tmp_path / "out").exists()
