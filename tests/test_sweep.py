@@ -228,10 +228,12 @@ def test_a_cell_that_fails_leaves_the_others(tiny, done, tmp_path):
     assert "2 cells are not done" in (out / "sweep.html").read_text()
 
 
-def test_a_model_without_a_moving_average_is_sampled_as_it_is(tiny, done, tmp_path):
+def test_a_model_without_a_moving_average_is_sampled_as_it_is_and_its_last_checkpoint_stays(tiny, done, tmp_path):
     out = begun(done, tmp_path / "out")
-    config = load_sweep(changed(tiny, tmp_path / "plain.toml", ("ema_decay = 0.9", "ema_decay = 0.0")))
+    plain = changed(tiny, tmp_path / "plain.toml", ("ema_decay = 0.9", "ema_decay = 0.0\ncheckpoint_every = 2"))
+    config = load_sweep(plain)
     run_cell(config, list_cells(config)[0], out, "cpu")
+    assert [path.name for path in (out / "cells/full-s0/model").glob("step_*")] == ["step_00000006"]
     state = read_state(out / "cells/full-s0/model/step_00000006")
     assert result(out, "full-s0")["setting"]["model_sha256"] == state["files"]["model.safetensors"]
     assert "ema.safetensors" not in state["files"]
