@@ -24,6 +24,7 @@ from diffprune.ode import solve_adaptive
 from diffprune.pieces import PieceSize, in_pieces
 
 METHODS = (*FIXED_STEP_METHODS, "dopri5")
+PRECISIONS = ("float32", "bf16")
 STEPS = 50
 RTOL, ATOL = 1e-3, 1e-6
 
@@ -130,9 +131,17 @@ class Sampler:
             )
 
     def set_up(
-        self, solver: Solver, guidance: float, channels: int | None, labels: str | Sequence[int], seed: int
+        self,
+        solver: Solver,
+        guidance: float,
+        channels: int | None,
+        labels: str | Sequence[int],
+        seed: int,
+        precision: str = "float32",
     ) -> None:
         """Check and keep the arguments of ``sample``."""
+        if precision not in PRECISIONS:
+            raise InputError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
         if not 0 <= seed < 2**32:
             raise InputError(f"seed: expected a number from 0 to 2**32 - 1, got {seed}")
         check_guidance(guidance, labels, self.dit.config)
@@ -142,6 +151,7 @@ class Sampler:
                 f"{channels} with guidance {guidance}"
             )
         self.solver, self.guidance, self.channels, self.seed = solver, guidance, channels, seed
+        self.precision = precision
         self.null_label = self.dit.null_label
         self.sequence = label_sequence(labels, self.dit.config)
         self.parts = self._parts()
@@ -200,9 +210,11 @@ class Sampler:
         return ((self.vqvae.decode(latents) + 1) * 127.5).round().to(torch.uint8).cpu()
 
     def _velocity(self, model: DiT, labels: Tensor | None) -> Callable[..., Tensor]:
+        evaluated = in_precision(model, self.precision)
+
         def velocity(x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:
             own = labels if labels is None or rows is None else labels[rows]
-            return guided_velocity(model, x, t, own, self.guidance, self.null_label, self.channels)
+            return guided_velocity(evaluated, x, t, own, self.guidance, self.null_label, self.channels)
 
         return velocity
 
@@ -215,6 +227,16 @@ class Sampler:
     def label(self, index: int) -> int | None:
         """The label of the sample with this index; None for an unconditional model."""
         return self.sequence[index % len(self.sequence)] if self.sequence else None
+
+
+def in_precision(model: DiT, precision: str) -> Callable[..., Tensor]:
+    """The model, perhaps under autocast; its velocity in x's dtype, as guidance takes the difference of two."""
+
+    def evaluated(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return model(x, t, labels).to(x.dtype)
+
+    return evaluated
 
 
 def check_guidance(guidance: float, labels: str | Sequence[int], dit: DitConfig) -> None:

@@ -203,8 +203,9 @@ def test_a_grid_may_grow_and_nothing_else_may_change(tiny, done, tmp_path):
     shutil.copytree(done / "cells", out / "cells")
     more = changed(tiny, tmp_path / "more.toml", ('methods = ["random",', 'methods = ["random", "moso-high",'))
     assert diffprune.sweep(more, out)["run"] == ["moso-high-50-s0", "moso-high-50-s1"]
-    other = changed(tiny, tmp_path / "other.toml", ("guidance = 1.5", "guidance = 2.5"))
-    with pytest.raises(ResumeError, match=r"sample\.guidance was 1\.5, is now 2\.5"):
+    assert "precision" not in json.loads((out / "sweep.json").read_text())["config"]["sample"]  # as of old
+    other = changed(tiny, tmp_path / "other.toml", ("guidance = 1.5", 'guidance = 2.5\nprecision = "bf16"'))
+    with pytest.raises(ResumeError, match=r"guidance was 1\.5, is now 2\.5; sample\.precision was None, is now 'bf16'"):
         diffprune.sweep(other, out)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/something").write_text("")

@@ -11,7 +11,7 @@ FEW_HELD_OUT = 100
 # of `sample`'s plan, what a result states; the hashes say which checkpoints
 _SAMPLING = (
     *("steps", "method", "rtol", "atol", "guidance", "guidance_channels", "seed", "count", "image_size"),
-    *("coarse_until", "model_sha256", "coarse_sha256", "vqvae_sha256"),
+    *("precision", "coarse_until", "model_sha256", "coarse_sha256", "vqvae_sha256"),
 )
 
 

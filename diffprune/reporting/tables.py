@@ -228,7 +228,8 @@ def _terms(evaluation: dict[str, Any]) -> str:
     likeness = f"{reference.get('vendi_score') or 0:.6g}"
     parts = [context["embedder"], reference["count"], likeness, context["samples"]["count"]]
     sampling = context.get("sampling") or {}
-    parts += [sampling.get(name) for name in ("steps", "method", "rtol", "atol", "guidance", "guidance_channels")]
+    how = ("steps", "method", "rtol", "atol", "guidance", "guidance_channels", "precision")
+    parts += [sampling.get(name) for name in how]
     return repr([*parts, *(context.get(name) for name in ("k", "class_k", "limit"))])
 
 

@@ -100,7 +100,7 @@ def run_cell(config: SweepConfig, cell: Cell, out: Path, device: str) -> dict[st
         shutil.rmtree(earlier)  # nothing goes on from it any more, and a DiT-XL/2's has 11 GB
     s = config.sample
     drawn = {"count": s.count, "steps": s.steps, "method": s.method, "guidance": s.guidance, "labels": s.labels}
-    drawn |= {"seed": s.seed, "batch_size": s.batch_size, "device": device}
+    drawn |= {"seed": s.seed, "batch_size": s.batch_size, "precision": s.precision, "device": device}
     drawn["weights"] = "ema" if run.train.ema_decay else "model"  # as the grids of `train dit`
     timed("sample", sample, folder / "model", shared.vqvae, folder / "samples", **drawn)
     e = config.evaluate

@@ -85,6 +85,7 @@ class SampleConfig:
     labels: str = "uniform"
     seed: int = 0
     batch_size: int = 256
+    precision: Literal["float32", "bf16"] = "float32"
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,8 @@ class SweepConfig:
         """Everything that a cell's result depends on beside its method, ratio and seed; JSON-able."""
         told = {name: asdict(getattr(self, name)) for name in ("data", "score", "cluster", "sample", "evaluate")}
         told["data"] = {key: list(value) if isinstance(value, tuple) else value for key, value in told["data"].items()}
+        if self.sample.precision == "float32":  # as before there was a choice
+            del told["sample"]["precision"]
         for name in ("vqvae", "dit", "surrogate"):
             run = getattr(self, name)
             told[name] = run if isinstance(run, str) else to_dict(run)
