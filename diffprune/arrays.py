@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -158,13 +159,17 @@ class ArrayFolder:
         self, read: Callable[[str], np.ndarray], table: pa.Table, use: pa.ChunkedArray, dtype: type
     ) -> np.ndarray:
         mask = use.to_numpy()
-        parts, start = [], 0
+        values, start, end = np.zeros((0, *self.metadata["shape"]), dtype), 0, 0
+        finite = np.ones(int(mask.sum()), bool)
         for stem in self.stems:
             array = read(stem)
-            parts.append(array[mask[start : start + len(array)]].astype(dtype))
-            start += len(array)
-        values = np.concatenate(parts) if parts else np.zeros((0, *self.metadata["shape"]), dtype)
-        finite = np.isfinite(values.reshape(len(values), -1)).all(axis=1) if len(values) else np.ones(0, bool)
+            part = array[mask[start : start + len(array)]]
+            if not end:  # filled shard by shard: joined afterwards, all would be there twice
+                values = np.empty((len(finite), *array.shape[1:]), dtype)
+            rows = slice(end, end + len(part))
+            values[rows] = part
+            finite[rows] = np.isfinite(part.reshape(len(part), math.prod(part.shape[1:]))).all(axis=1)
+            start, end = start + len(array), rows.stop
         if not finite.all():
             key = table.filter(use)["key"][int(np.flatnonzero(~finite)[0])].as_py()
             raise InputError(
