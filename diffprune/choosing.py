@@ -249,7 +249,10 @@ class _Chooser:
             key = self.table["key"][int(self.rows[members[int(np.argmax(values.is_null().to_numpy(False)))]])].as_py()
             raise InputError(f"per {name!r}: {values.null_count} of {len(values)} samples have none, first key {key!r}")
         if pa.types.is_integer(values.type):
-            names, group = orders.group_codes(values.cast(pa.int64()).to_numpy())
+            numbers = values.to_numpy()
+            if numbers.dtype != np.uint64 or int(numbers.max()) < 2**63:
+                numbers = numbers.astype(np.int64)
+            names, group = orders.group_codes(numbers)
             return names.tolist(), group
         encoded = values.dictionary_encode() if not pa.types.is_dictionary(values.type) else values
         texts = encoded.dictionary.to_pylist()
@@ -258,8 +261,13 @@ class _Chooser:
         return sorted(texts), ranks[encoded.indices.to_numpy()]
 
     def column(self, name: str) -> np.ndarray:
-        """float64 [n]; InputError if a value is missing."""
-        values = self.table[name].take(pa.array(self.rows)).cast(pa.float64()).to_numpy()  # null -> NaN
+        """float64 [n], or, of whole numbers that it does not hold, their ranks; InputError if a value is missing."""
+        found = self.table[name].take(pa.array(self.rows))
+        try:
+            values = found.cast(pa.float64()).to_numpy()  # null -> NaN
+        except pa.ArrowInvalid:
+            ranks = pc.rank(found, tiebreaker="dense").to_numpy()
+            values = np.where(found.is_null().to_numpy(), np.nan, ranks)
         bad = np.flatnonzero(np.isnan(values))
         if len(bad):
             key = self.table["key"][int(self.rows[bad[0]])].as_py()
