@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from diffprune.errors import InputError
 from diffprune.files import atomic_path, fingerprint, open_file, read_json
 from diffprune.shards import Sample
-from diffprune.storage import THREADS, AnyPath, as_path, existing
+from diffprune.storage import THREADS, AnyPath, as_path, existing, for_arrow
 from diffprune.unique_keys import repeated_key
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def write_table(path: str | Path, table: pa.Table, metadata: dict[str, Any]) -> 
     encoded = json.dumps(metadata, sort_keys=True, allow_nan=False).encode()
     table = _in_file(table)
     with atomic_path(path) as temporary:
-        pq.write_table(table.replace_schema_metadata({METADATA_KEY: encoded}), temporary)
+        pq.write_table(table.replace_schema_metadata({METADATA_KEY: encoded}), for_arrow(temporary))
 
 
 def _in_file(table: pa.Table) -> pa.Table:
@@ -373,7 +373,7 @@ def _readable(path: str | os.PathLike) -> Iterator[pq.ParquetFile]:
     """A parquet file to read; what is wrong with it is an InputError that names it."""
     path = as_path(path)
     try:
-        with pq.ParquetFile(path if isinstance(path, Path) else open_file(path)) as file:
+        with pq.ParquetFile(for_arrow(path) if isinstance(path, Path) else open_file(path)) as file:
             yield file
     except FileNotFoundError:
         raise InputError(f"{path}: no such table") from None
