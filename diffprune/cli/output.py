@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from diffprune.errors import DiffpruneError
+from diffprune.errors import DiffpruneError, InputError
 from diffprune.outputs import is_stdout, is_stream
 from diffprune.progress import set_enabled
 
@@ -32,15 +32,18 @@ def run(
     ``writes``: the files that the function writes. Where one is standard output, the result goes to standard error.
     """
     written = [path for path in (writes if isinstance(writes, Sequence) else [writes]) if path is not None]
-    if sum(map(is_stdout, written)) > 1:
-        _fail("two outputs are standard output: give one of them a name", 1)
     set_enabled((not as_json or sys.stderr.isatty()) and os.environ.get("RANK", "0") == "0")
     try:
+        if sum(map(is_stdout, written)) > 1:
+            raise InputError("two outputs are standard output: give one of them a name")
         result = function(*args, **options)
     except KeyboardInterrupt:
         _fail("interrupted: what is finished is kept; run the same command again to finish the rest", INTERRUPTED)
     except DiffpruneError as error:
         _fail(str(error), 1)
+    except UnicodeEncodeError as error:  # of a path or a name, which files of results cannot hold
+        near = error.object[max(error.start - 40, 0) : error.end + 40]
+        _fail(f"{near!a}: expected a name or path in UTF-8, found other bytes in it; rename it", 1)
     except OSError as error:  # a full disk, a read-only folder, a file that vanished: the message names the file
         if isinstance(error, BrokenPipeError) and any(map(is_stream, written)):
             raise  # who reads has had enough, as `head`: typer ends without a word

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from diffprune.errors import InputError
 from diffprune.sources.base import Source, SourceImage, check_collisions, random_order, safe_key, safe_name
-from diffprune.storage import AnyPath, RemotePath, Stat, stats
+from diffprune.storage import AnyPath, RemotePath, Stat, for_arrow, stats
 
 POOL_BYTES = 512 << 20
 
@@ -167,11 +167,13 @@ def _open(path: AnyPath, about: Stat) -> Iterator[pq.ParquetFile]:
     """``about``: what a URL's object must still be."""
     try:
         with ExitStack() as opened:
-            file: AnyPath | BinaryIO = path
+            file: Path | BinaryIO
             if isinstance(path, RemotePath):
                 from diffprune.storage.reading import RemoteFile, as_stream
 
                 file = as_stream(opened.enter_context(RemoteFile(path, *about)))
+            else:
+                file = for_arrow(path)
             yield opened.enter_context(pq.ParquetFile(file))
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; it was there when the source was opened") from error

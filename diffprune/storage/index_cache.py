@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from diffprune.files import atomic_path
 from diffprune.storage.folders import cache_folder
-from diffprune.storage.paths import RemotePath
+from diffprune.storage.paths import RemotePath, for_arrow
 from diffprune.tar_index import Damage
 from diffprune.tar_samples import SampleList
 
@@ -34,7 +34,7 @@ def load_index(path: RemotePath, size: int, version: str) -> Index | None:
         return None
     file = _cache_path(path, size, version)
     try:
-        table = pq.read_table(file, memory_map=False)
+        table = pq.read_table(for_arrow(file), memory_map=False)
         about = json.loads((table.schema.metadata or {})[_METADATA_KEY])
         if about["of"] != _identity(path, size, version) or about["sha256"] != _digest(table, about):
             return None
@@ -58,7 +58,7 @@ def save_index(path: RemotePath, size: int, version: str, index: Index) -> None:
     table = table.replace_schema_metadata({_METADATA_KEY: json.dumps(about)})
     try:
         with atomic_path(_cache_path(path, size, version)) as temporary:
-            pq.write_table(table, temporary, compression="zstd")
+            pq.write_table(table, for_arrow(temporary), compression="zstd")
     except OSError as error:  # a read-only home, a full disk: the work goes on, and reads headers again next time
         warnings.warn(f"header indexes are not kept ({error}); set DIFFPRUNE_CACHE to a folder", stacklevel=2)
 

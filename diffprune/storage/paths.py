@@ -207,6 +207,12 @@ def local_path(path: str | os.PathLike, what: str) -> Path:
     return found
 
 
+def for_arrow(path: Path) -> Path:
+    """The path as pyarrow has to get it, which takes the "~" that a relative one may begin with for a home folder, and
+    what stands before a colon, as in "run:1/scores", for the scheme of a URL."""
+    return path.absolute()
+
+
 def existing(paths: Iterable[AnyPath]) -> set[AnyPath]:
     """Which of these are files; as ``stats``."""
     return set(stats(paths))
