@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from diffprune.errors import InputError
 from diffprune.files import atomic_path
+from diffprune.row_files import RowFile
 from diffprune.storage import AnyPath, RemotePath, as_path
 from diffprune.tables import (
     check_finished,
@@ -107,7 +108,8 @@ class ArrayFolder:
     def array(self, stem: str, *, by_rows: bool = False) -> np.ndarray:
         """float16 [n, ...], memory-mapped, row-aligned with ``table(stem)``.
 
-        ``by_rows``: of a URL, give a ``storage.arrays.RemoteArray``, of which only the rows asked for are read.
+        ``by_rows``: give a ``RowFile``, or of a URL a ``storage.arrays.RemoteArray``: only the rows asked for are read,
+        and no file stays open.
         """
         return self._checked(self.folder / f"{stem}.npy", stem, by_rows)
 
@@ -184,7 +186,8 @@ class ArrayFolder:
 def load_array(path: AnyPath, remedy: str, by_rows: bool = False) -> np.ndarray:
     """A memory-mapped ``.npy``; InputError that names it and says the remedy if it cannot be read. No pickles.
 
-    Of a URL a local copy is mapped, or, if there is no room for copies, it is read into memory.
+    Of a URL a local copy is mapped, or, if there is no room for copies, it is read into memory. ``by_rows``: see
+    ``ArrayFolder.array``.
     """
     try:
         if isinstance(path, RemotePath):
@@ -192,7 +195,8 @@ def load_array(path: AnyPath, remedy: str, by_rows: bool = False) -> np.ndarray:
 
             array = RemoteArray(path)
             return array if by_rows else array.whole()
-        return np.lib.format.open_memmap(path, mode="r")  # not `np.load`, which opens zip files as well
+        # `open_memmap`, not `np.load`, which opens zip files as well
+        return RowFile(path) if by_rows else np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path}: not a readable .npy file ({error}); {remedy}") from error
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import threading
 from typing import Any
 
 import numpy as np
 
+from diffprune.row_files import RowFile
 from diffprune.storage.paths import RemotePath
 from diffprune.storage.reading import ReadAhead, RemoteFile
 from diffprune.storage.spool import spooled
@@ -40,7 +40,7 @@ class RemoteArray:
             raise ValueError(
                 f"{self._file.size:,} bytes; its header says {self._begin + self._row_bytes * len(self):,}"
             )
-        self._local: int | None = None  # descriptor of the local copy
+        self._local: RowFile | None = None  # of the local copy
         self._looked = False
         self._lock = threading.Lock()
 
@@ -53,20 +53,19 @@ class RemoteArray:
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
         """A run of rows, or rows by number or mask, in memory."""
+        if (local := self._copy()) is not None:
+            return local[rows]
         if isinstance(rows, slice):
             start, stop, step = rows.indices(len(self))
             if step != 1:
                 return self[np.arange(start, stop, step)]
-            return self._rows(self._read(start, max(start, stop)), max(0, stop - start))
+            size = max(0, stop - start)
+            return self._rows(self._file.read_at(self._at(start), size * self._row_bytes), size)
         rows = np.flatnonzero(rows) if rows.dtype == bool else np.where(rows < 0, rows + len(self), rows)
         runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if len(rows) else []
-        bounds = [(int(run[0]), int(run[-1]) + 1) for run in runs]
-        if self._copy() is not None:
-            pieces = [self._read(*one) for one in bounds]
-        else:
-            ranges = [(self._at(start), self._at(stop)) for start, stop in bounds]
-            with ReadAhead(self._file, ranges) as ahead:
-                pieces = [ahead.read_at(start, stop - start) for start, stop in ranges]
+        ranges = [(self._at(int(run[0])), self._at(int(run[-1]) + 1)) for run in runs]
+        with ReadAhead(self._file, ranges) as ahead:
+            pieces = [ahead.read_at(start, stop - start) for start, stop in ranges]
         return self._rows(b"".join(pieces), len(rows))
 
     def whole(self) -> np.ndarray:
@@ -83,23 +82,10 @@ class RemoteArray:
     def _at(self, row: int) -> int:
         return self._begin + row * self._row_bytes
 
-    def _read(self, start: int, stop: int) -> bytes:
-        local, size = self._copy(), self._at(stop) - self._at(start)
-        if local is None:
-            return self._file.read_at(self._at(start), size)
-        data = os.pread(local, size, self._at(start))
-        while len(data) < size and (more := os.pread(local, size - len(data), self._at(start) + len(data))):
-            data += more
-        return data
-
-    def _copy(self) -> int | None:
+    def _copy(self) -> RowFile | None:
         with self._lock:
             if not self._looked:
                 path = spooled(self._file)
-                self._local = None if path is None else os.open(path, os.O_RDONLY)
+                self._local = None if path is None else RowFile(path)
                 self._looked = True
             return self._local
-
-    def __del__(self) -> None:
-        if getattr(self, "_local", None) is not None:
-            os.close(self._local)
