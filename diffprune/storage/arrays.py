@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,14 @@ _HEADER_BYTES = 64 << 10
 class RemoteArray:
     """An array [n, ...] of which the rows that are asked for are read.
 
-    From a local copy, made when the first rows are asked for, where the spool has room for it; else by ranges of the
-    object. Raises ValueError, as ``np.load`` does, for what is no ``.npy`` or holds Python objects.
+    From a local copy, made when the first rows are asked for or, with ``copy``, at once, where the spool has room for
+    it; else by ranges of the object. Raises ValueError, as ``np.load`` does, for what is no ``.npy`` or holds Python
+    objects.
     """
 
-    def __init__(self, path: RemotePath) -> None:
+    def __init__(self, path: RemotePath, *, copy: bool = False) -> None:
         self._file = RemoteFile(path)
-        head = io.BytesIO(self._file.read_at(0, _HEADER_BYTES))
+        head = io.BytesIO(self._head(spooled(self._file) if copy else None))
         version = np.lib.format.read_magic(head)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
         if read is None:
@@ -81,6 +83,12 @@ class RemoteArray:
 
     def _at(self, row: int) -> int:
         return self._begin + row * self._row_bytes
+
+    def _head(self, local: Path | None) -> bytes:
+        if local is None:
+            return self._file.read_at(0, _HEADER_BYTES)
+        with open(local, "rb") as file:
+            return file.read(_HEADER_BYTES)
 
     def _copy(self) -> RowFile | None:
         with self._lock:
