@@ -222,16 +222,14 @@ def _aligned(table: pa.Table, folder: EmbeddingFolders) -> np.ndarray:
             raise InputError(f"{folder.folder}: of another data set than the scores: key {key!r} has another {name}")
     places = np.full(len(theirs), -1)
     places[rows[there]] = there
-    arrays = [array.reshape(len(array), math.prod(array.shape[1:])) for array in map(folder.array, folder.stems)]
-    for stem, array in zip(folder.stems, arrays, strict=True):
-        if array.shape[1] != arrays[0].shape[1]:
-            raise InputError(
-                f"{folder.folder}: {stem}.npy has {array.shape[1]} dimensions, "
-                f"{folder.stems[0]}.npy {arrays[0].shape[1]}"
-            )
-    points = np.full((table.num_rows, arrays[0].shape[1]), np.nan, dtype=arrays[0].dtype)
+    arrays = [folder.array(stem, by_rows=True) for stem in folder.stems]
+    widths = [math.prod(array.shape[1:]) for array in arrays]
+    for stem, width in zip(folder.stems, widths, strict=True):
+        if width != widths[0]:
+            raise InputError(f"{folder.folder}: {stem}.npy has {width} dimensions, {folder.stems[0]}.npy {widths[0]}")
+    points = np.full((table.num_rows, widths[0]), np.nan, dtype=arrays[0].dtype)
     for array, here in zip(arrays, np.split(places, np.cumsum([len(array) for array in arrays])[:-1]), strict=True):
-        points[here[here >= 0]] = array[here >= 0]
+        points[here[here >= 0]] = array[here >= 0].reshape(-1, widths[0])
     return points
 
 

@@ -334,7 +334,8 @@ def test_dry_run_writes_nothing(small_run, tmp_path):
     assert files(tmp_path) == [] and not out.exists()
 
 
-def test_interrupted_scoring_keeps_what_is_finished_and_finishes_the_rest(small_run, tmp_path):
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_scoring_keeps_what_is_finished_and_finishes_the_rest(small_run, tmp_path, sent, code):
     latents, out = small_run.latents, tmp_path / "scores"
     base = ["score", str(latents), "--checkpoint", str(small_run.surrogate), "--draws", "24", "--method", "loss,grand"]
     command = [sys.executable, "-m", "diffprune", *base, "-o", str(out)]
@@ -342,9 +343,9 @@ def test_interrupted_scoring_keeps_what_is_finished_and_finishes_the_rest(small_
     deadline = time.monotonic() + 300
     while not list(out.glob("[!.]*.parquet")) and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     told = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and "run the same command again" in told, told
+    assert process.returncode == code and "run the same command again" in told, told
     assert 1 <= len(list(out.glob("[!.]*.parquet"))) < 3
     assert not [name for name in files(out) if ".tmp-" in name]
     finished = {path.name: path.read_bytes() for path in out.glob("[!.]*.parquet")}
