@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import pyarrow.compute as pc
 
 from diffprune.errors import InputError
 from diffprune.files import atomic_path
+from diffprune.row_files import RowFile
 from diffprune.storage import AnyPath, RemotePath, as_path
 from diffprune.tables import (
+    METADATA_KEY,
     check_finished,
     input_of,
     kept_keys,
@@ -68,25 +71,36 @@ class ArrayFolder:
             raise InputError(f"{self.folder}: its stage.json has no fingerprint; make the folder again")
         self.fingerprint: str = stage["fingerprint"]
         self.stems: list[str] = stage["shards"]
-        self._identities: dict[str, dict[str, Any]] = {}
+        self._identities: dict[str, dict[str, Any]] = {}  # and rows: of the tables that were read, as each is a request
+        self._rows: dict[str, int] = {}
         self._check_kind(kind, self.metadata.get("kind") or stage.get("stage"))
 
     def table(self, stem: str) -> pa.Table:
         """The base columns of one shard's samples."""
-        return read_table(self.folder / f"{stem}.parquet")
+        return self._read(stem)
+
+    def tables(self, columns: list[str]) -> Iterator[pa.Table]:
+        """These columns of each shard, in order; several are read at a time."""
+        with reading_pool(self.folder) as pool:
+            yield from pool.map(lambda stem: self._read(stem, columns), self.stems)
 
     def keys(self, stem: str) -> pa.Table:
         """The columns key and status of one shard; InputError if its table was copied in from another run."""
-        path = self.folder / f"{stem}.parquet"
-        metadata = table_metadata(path)
-        self._identities[stem] = input_of(metadata)  # asked for next, and a request of a remote file
-        found = metadata.get("fingerprint")
+        table = self._read(stem, ["key", "status"])
+        found = table_metadata(table).get("fingerprint")
         if found != self.fingerprint:
             raise InputError(
-                f"{path}: made by another run than {self.folder} (fingerprint {found}, expected {self.fingerprint}), "
-                f"maybe by another model; embed its shard again"
+                f"{self.folder / f'{stem}.parquet'}: made by another run than {self.folder} (fingerprint {found}, "
+                f"expected {self.fingerprint}), maybe by another model; embed its shard again"
             )
-        return read_table(path, ["key", "status"])
+        return table
+
+    def _read(self, stem: str, columns: list[str] | None = None) -> pa.Table:
+        table = read_table(self.folder / f"{stem}.parquet", columns)
+        self._rows[stem] = table.num_rows
+        if METADATA_KEY in (table.schema.metadata or {}):
+            self._identities[stem] = input_of(table_metadata(table))
+        return table
 
     def check_finished(self) -> None:
         """InputError where a shard is not done."""
@@ -100,20 +114,24 @@ class ArrayFolder:
 
     def identities(self) -> dict[str, dict[str, Any]]:
         """The same of all shards, some read at a time; InputError where one is not done."""
-        self.check_finished()
+        if not self._identities.keys() >= set(self.stems):
+            self.check_finished()
         with reading_pool(self.folder) as pool:
             return dict(zip(self.stems, pool.map(self.identity, self.stems), strict=True))
 
     def array(self, stem: str, *, by_rows: bool = False) -> np.ndarray:
         """float16 [n, ...], memory-mapped, row-aligned with ``table(stem)``.
 
-        ``by_rows``: of a URL, give a ``storage.arrays.RemoteArray``, of which only the rows asked for are read.
+        ``by_rows``: give a ``RowFile``, or of a URL a ``storage.arrays.RemoteArray``: only the rows asked for are read,
+        and no file stays open.
         """
         return self._checked(self.folder / f"{stem}.npy", stem, by_rows)
 
     def _checked(self, path: AnyPath, stem: str, by_rows: bool = False) -> np.ndarray:
         array = load_array(path, f"delete {stem}.* and make it again", by_rows)
-        rows = read_table(self.folder / f"{stem}.parquet", ["status"]).num_rows
+        if stem not in self._rows:
+            self._read(stem, ["status"])
+        rows = self._rows[stem]
         if array.dtype != np.float16 or len(array) != rows:
             raise InputError(f"{path}: expected float16 with {rows} rows, found {array.dtype} {array.shape}")
         return array
@@ -158,13 +176,17 @@ class ArrayFolder:
         self, read: Callable[[str], np.ndarray], table: pa.Table, use: pa.ChunkedArray, dtype: type
     ) -> np.ndarray:
         mask = use.to_numpy()
-        parts, start = [], 0
+        values, start, end = np.zeros((0, *self.metadata["shape"]), dtype), 0, 0
+        finite = np.ones(int(mask.sum()), bool)
         for stem in self.stems:
             array = read(stem)
-            parts.append(array[mask[start : start + len(array)]].astype(dtype))
-            start += len(array)
-        values = np.concatenate(parts) if parts else np.zeros((0, *self.metadata["shape"]), dtype)
-        finite = np.isfinite(values.reshape(len(values), -1)).all(axis=1) if len(values) else np.ones(0, bool)
+            part = array[mask[start : start + len(array)]]
+            if not end:  # filled shard by shard: joined afterwards, all would be there twice
+                values = np.empty((len(finite), *array.shape[1:]), dtype)
+            rows = slice(end, end + len(part))
+            values[rows] = part
+            finite[rows] = np.isfinite(part.reshape(len(part), math.prod(part.shape[1:]))).all(axis=1)
+            start, end = start + len(array), rows.stop
         if not finite.all():
             key = table.filter(use)["key"][int(np.flatnonzero(~finite)[0])].as_py()
             raise InputError(
@@ -184,15 +206,16 @@ class ArrayFolder:
 def load_array(path: AnyPath, remedy: str, by_rows: bool = False) -> np.ndarray:
     """A memory-mapped ``.npy``; InputError that names it and says the remedy if it cannot be read. No pickles.
 
-    Of a URL a local copy is mapped, or, if there is no room for copies, it is read into memory.
+    Of a URL a local copy is mapped, or, if there is no room for copies, it is read into memory. ``by_rows``: see
+    ``ArrayFolder.array``.
     """
     try:
         if isinstance(path, RemotePath):
             from diffprune.storage.arrays import RemoteArray
 
-            array = RemoteArray(path)
-            return array if by_rows else array.whole()
-        return np.lib.format.open_memmap(path, mode="r")  # not `np.load`, which opens zip files as well
+            return RemoteArray(path) if by_rows else RemoteArray(path, copy=True).whole()
+        # `open_memmap`, not `np.load`, which opens zip files as well
+        return RowFile(path) if by_rows else np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path}: not a readable .npy file ({error}); {remedy}") from error
 

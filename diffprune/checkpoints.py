@@ -41,6 +41,8 @@ FORMAT_VERSION = 1
 STATE_FILE = "state.json"
 _STATE_TYPES = {"kind": str, "step": int, "total_steps": int, "lr": float, "images_seen": int, "seed": int}
 _STATE_TYPES.update({"config": dict, "data": dict, "files": dict})
+# Of a DiT's config: with another value the same weights fit, and compute something else.
+_IN_NO_TENSOR = ("num_heads", "time_scale", "rope")
 _STEP = re.compile(r"step_(\d{8,})")
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -88,7 +90,8 @@ def load_start(path: str | Path, config: DitConfig, latents: Mapping[str, Any]) 
         latents: what identifies the latents to train on; a checkpoint must have been made on the same.
 
     Raises:
-        InputError: nothing readable there, tensors that do not fit ``config``, or latents of another VQ-VAE or scale.
+        InputError: nothing readable there, weights of another model than ``config``, or latents of another VQ-VAE or
+            scale.
     """
     path = as_path(path)
     foreign = not path.is_dir() and not (path / STATE_FILE).is_file()  # https:// has files, but no folders
@@ -102,6 +105,13 @@ def load_start(path: str | Path, config: DitConfig, latents: Mapping[str, Any]) 
     with torch.device("meta"):
         expected = DiT(**asdict(config)).state_dict()
     check_tensors(model.state_dict(), expected, folder / f"{weights}.safetensors")
+    for name in _IN_NO_TENSOR:
+        was, wanted = getattr(model.config, name), getattr(config, name)
+        if was != wanted:
+            raise InputError(
+                f"{folder}: model.{name} is {was!r} there, {wanted!r} now: its weights would make another model; "
+                f"set model.{name} to {was!r}"
+            )
     theirs = state.get("latents") or {}
     for name, ours in latents.items():
         if theirs.get(name) != ours:
@@ -233,7 +243,8 @@ def read_tensors(checkpoint: AnyPath, state: Mapping[str, Any], name: str, *, ag
     path = checkpoint / f"{name}.safetensors"
     expected = state["files"].get(path.name)
     if expected is None:
-        raise InputError(f"{checkpoint}: has no {path.name}; it has {', '.join(sorted(state['files']))}")
+        remedy = '; a run with train.ema_decay 0 has none: take weights "model"' if name == "ema" else ""
+        raise InputError(f"{checkpoint}: has no {path.name}; it has {', '.join(sorted(state['files']))}{remedy}")
     try:
         with (kept_file if again else local_file)(path) as file:
             if (found := sha256_file(file)) != expected:

@@ -87,7 +87,7 @@ def choose_rows(
     what = "the samples that did not fail"
     if not len(rows) >= 1:
         raise InputError("expected samples to choose from, found none that did not fail")
-    keys = table["key"].take(pa.array(rows))
+    keys = _of_rows(table["key"], rows)
     if not pc.all(pc.less_equal(keys[:-1], keys[1:])).as_py():
         rows = rows[pc.sort_indices(keys).to_numpy()]
     chooser = _Chooser(table, rows, request, embeddings, device)
@@ -218,15 +218,13 @@ class _Chooser:
     @cached_property
     def random(self) -> np.ndarray:
         """A number in [0, 1) for (seed, key), [n] float64."""
-        import torch
-
         from diffprune.draws import hash_keys, uniform
 
-        keys, draws = self.table["key"].take(pa.array(self.rows)), []
+        keys, draws = _of_rows(self.table["key"], self.rows), np.empty(len(self.rows))
         for start in range(0, len(keys), _DRAWN_AT_ONCE):
             hashes = hash_keys(keys.slice(start, _DRAWN_AT_ONCE).to_pylist())
-            draws.append(uniform(self.request.seed, hashes, "random"))
-        return torch.cat(draws).numpy()
+            draws[start : start + _DRAWN_AT_ONCE] = uniform(self.request.seed, hashes, "random").numpy()
+        return draws
 
     @cached_property
     def score(self) -> np.ndarray:
@@ -249,7 +247,10 @@ class _Chooser:
             key = self.table["key"][int(self.rows[members[int(np.argmax(values.is_null().to_numpy(False)))]])].as_py()
             raise InputError(f"per {name!r}: {values.null_count} of {len(values)} samples have none, first key {key!r}")
         if pa.types.is_integer(values.type):
-            names, group = orders.group_codes(values.cast(pa.int64()).to_numpy())
+            numbers = values.to_numpy()
+            if numbers.dtype != np.uint64 or int(numbers.max()) < 2**63:
+                numbers = numbers.astype(np.int64)
+            names, group = orders.group_codes(numbers)
             return names.tolist(), group
         encoded = values.dictionary_encode() if not pa.types.is_dictionary(values.type) else values
         texts = encoded.dictionary.to_pylist()
@@ -258,8 +259,13 @@ class _Chooser:
         return sorted(texts), ranks[encoded.indices.to_numpy()]
 
     def column(self, name: str) -> np.ndarray:
-        """float64 [n]; InputError if a value is missing."""
-        values = self.table[name].take(pa.array(self.rows)).cast(pa.float64()).to_numpy()  # null -> NaN
+        """float64 [n], or, of whole numbers that it does not hold, their ranks; InputError if a value is missing."""
+        found = _of_rows(self.table[name], self.rows)
+        try:
+            values = found.cast(pa.float64()).to_numpy()  # null -> NaN
+        except pa.ArrowInvalid:
+            ranks = pc.rank(found, tiebreaker="dense").to_numpy()
+            values = np.where(found.is_null().to_numpy(), np.nan, ranks)
         bad = np.flatnonzero(np.isnan(values))
         if len(bad):
             key = self.table["key"][int(self.rows[bad[0]])].as_py()
@@ -294,6 +300,13 @@ class _Chooser:
         if self.embeddings is None:
             raise InputError(f"{what} works on embeddings: give the folder that `diffprune embed` wrote")
         return self._points
+
+
+def _of_rows(column: pa.ChunkedArray, rows: np.ndarray) -> pa.ChunkedArray:
+    """Those rows of a column: no copy of it where they are all, in order."""
+    if len(rows) == len(column) and bool((rows[1:] > rows[:-1]).all()):
+        return column
+    return column.take(pa.array(rows))
 
 
 def _finite(tile: Tensor) -> Tensor:

@@ -74,6 +74,11 @@ class DitConfig:
         """[C, H, W] of the latents that the model takes."""
         return self.in_channels, self.input_size, self.input_size
 
+    @property
+    def null_label(self) -> int | None:
+        """The label that means "no label", or None if the model has none."""
+        return self.num_classes if self.num_classes and self.class_dropout_prob > 0 else None
+
     def __post_init__(self) -> None:
         for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads"):
             expect(getattr(self, name) >= 1, self, name, "at least 1")

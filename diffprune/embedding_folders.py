@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from diffprune.arrays import ArrayFolder
 from diffprune.errors import InputError
+from diffprune.tables import reading_pool
 
 
 class EmbeddingFolders:
@@ -56,6 +57,16 @@ class EmbeddingFolders:
     def keys(self, stem: str) -> pa.Table:
         """As ``ArrayFolder.keys``."""
         return self.of_stem[stem].keys(stem)
+
+    def opened_each(self, stems: Sequence[str]) -> Iterator[tuple[str, pa.Table, np.ndarray]]:
+        """Of each of these shards, in order: its name, ``keys`` and ``array`` by rows; several are opened at a time."""
+
+        def opened(stem: str) -> tuple[str, pa.Table, np.ndarray]:
+            return stem, self.keys(stem), self.array(stem, by_rows=True)
+
+        with reading_pool(self.opened[0].folder) as pool:
+            yield from map(opened, stems[:1])  # alone, as clip-retrieval's folder looks at all keys before the first
+            yield from pool.map(opened, stems[1:])
 
     def array(self, stem: str, *, by_rows: bool = False) -> np.ndarray:
         """As ``ArrayFolder.array``."""

@@ -34,11 +34,9 @@ class EmbeddingRows:
         self.parts: list[Part] = []
         self.spans: dict[str, tuple[int, np.ndarray, int]] = {}  # its first row here, which rows are ok, of how many
         self.rows, keys = 0, []
-        for stem in Engine(ranks=talk).mine(self.stems):
-            table = self.folders.keys(stem)
+        for stem, table, array in self.folders.opened_each(Engine(ranks=talk).mine(self.stems)):
             ok = pc.equal(table["status"], "ok")
             rows = np.flatnonzero(ok.to_numpy())
-            array = self.folders.array(stem, by_rows=True)
             self.parts.append(Part(array, None if len(rows) == len(array) else rows))
             self.spans[stem] = (self.rows, rows, len(array))
             keys.append(table["key"].filter(ok))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffprune.checkpoints import load_dit, load_vqvae
+from diffprune.config import DitConfig
 from diffprune.draws import draw_noise
 from diffprune.errors import DiffpruneError, InputError
 from diffprune.flow import FIXED_STEP_METHODS, guided_velocity, sample_ode
@@ -23,6 +24,7 @@ from diffprune.ode import solve_adaptive
 from diffprune.pieces import PieceSize, in_pieces
 
 METHODS = (*FIXED_STEP_METHODS, "dopri5")
+PRECISIONS = ("float32", "bf16")
 STEPS = 50
 RTOL, ATOL = 1e-3, 1e-6
 
@@ -129,25 +131,29 @@ class Sampler:
             )
 
     def set_up(
-        self, solver: Solver, guidance: float, channels: int | None, labels: str | Sequence[int], seed: int
+        self,
+        solver: Solver,
+        guidance: float,
+        channels: int | None,
+        labels: str | Sequence[int],
+        seed: int,
+        precision: str = "float32",
     ) -> None:
         """Check and keep the arguments of ``sample``."""
+        if precision not in PRECISIONS:
+            raise InputError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
         if not 0 <= seed < 2**32:
             raise InputError(f"seed: expected a number from 0 to 2**32 - 1, got {seed}")
-        if not math.isfinite(guidance):
-            raise InputError(f"guidance: expected a finite number, got {guidance}")
+        check_guidance(guidance, labels, self.dit.config)
         if channels is not None and not (guidance != 1 and 1 <= channels <= self.dit.in_channels):
             raise InputError(
                 f"guidance_channels: expected 1 to {self.dit.in_channels}, with a guidance other than 1, got "
                 f"{channels} with guidance {guidance}"
             )
         self.solver, self.guidance, self.channels, self.seed = solver, guidance, channels, seed
+        self.precision = precision
         self.null_label = self.dit.null_label
-        self.sequence = _label_sequence(labels, self.dit)
-        if guidance != 1 and self.null_label is None:
-            raise InputError(f"guidance: expected 1 for a model without a null label, got {guidance}")
-        if guidance != 1 and labels == "null":
-            raise InputError(f"guidance: expected 1 with labels null, got {guidance}")
+        self.sequence = label_sequence(labels, self.dit.config)
         self.parts = self._parts()
         self.evaluations = {f"{which}_evaluations": 0 for which, *_ in self.parts}
 
@@ -204,9 +210,11 @@ class Sampler:
         return ((self.vqvae.decode(latents) + 1) * 127.5).round().to(torch.uint8).cpu()
 
     def _velocity(self, model: DiT, labels: Tensor | None) -> Callable[..., Tensor]:
+        evaluated = in_precision(model, self.precision)
+
         def velocity(x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:
             own = labels if labels is None or rows is None else labels[rows]
-            return guided_velocity(model, x, t, own, self.guidance, self.null_label, self.channels)
+            return guided_velocity(evaluated, x, t, own, self.guidance, self.null_label, self.channels)
 
         return velocity
 
@@ -221,8 +229,28 @@ class Sampler:
         return self.sequence[index % len(self.sequence)] if self.sequence else None
 
 
-def _label_sequence(labels: str | Sequence[int], dit: DiT) -> list[int]:
-    """The labels that samples take in turn; empty for an unconditional model."""
+def in_precision(model: DiT, precision: str) -> Callable[..., Tensor]:
+    """The model, perhaps under autocast; its velocity in x's dtype, as guidance takes the difference of two."""
+
+    def evaluated(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return model(x, t, labels).to(x.dtype)
+
+    return evaluated
+
+
+def check_guidance(guidance: float, labels: str | Sequence[int], dit: DitConfig) -> None:
+    """InputError for a scale that a model, asked for these labels, cannot be guided by."""
+    if not math.isfinite(guidance):
+        raise InputError(f"guidance: expected a finite number, got {guidance}")
+    if guidance != 1 and dit.null_label is None:
+        raise InputError(f"guidance: expected 1 for a model without a null label, got {guidance}")
+    if guidance != 1 and labels == "null":
+        raise InputError(f"guidance: expected 1 with labels null, got {guidance}")
+
+
+def label_sequence(labels: str | Sequence[int], dit: DitConfig) -> list[int]:
+    """The labels that samples take in turn; empty for an unconditional model. InputError for those it does not know."""
     if not dit.num_classes:
         if labels in ("uniform", "null"):
             return []

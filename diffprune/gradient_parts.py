@@ -203,7 +203,7 @@ class Scatter(Part):
         return torch.cat(parts)
 
     def dot(self, direction: Tensor) -> Tensor:
-        parts = []
+        parts, direction = [], direction.reshape(self.table)
         for own in self.blocks(self.gradient[0].numel()):
             parts.append((direction[self.index[own]] * self.gradient[own]).sum(dim=2).double().sum(dim=1))
         return torch.cat(parts)

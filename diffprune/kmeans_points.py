@@ -17,6 +17,7 @@ from torch import Tensor
 from diffprune.errors import InputError
 from diffprune.kernels.checks import FLOATING
 from diffprune.rank_talk import ALONE, RankTalk
+from diffprune.row_files import RowFile, read_rows
 
 DEFAULT_MEMORY = 2**30
 """Bytes of rows held at a time when nothing else is said: two blocks of half of it."""
@@ -44,7 +45,7 @@ def open_points(points: Any, *, metric: str, memory: int | None = None, name: st
 class Part:
     """Rows of one array [n, D]: all of them, or those in ``rows``, ascending."""
 
-    array: np.ndarray
+    array: np.ndarray | RowFile
     rows: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -265,10 +266,10 @@ def _open_part(name: str, part: Any) -> Part:
         return part
     if isinstance(part, (str, Path)):
         try:
-            part = np.lib.format.open_memmap(part, mode="r")
+            part = RowFile(part)
         except (OSError, ValueError, EOFError) as error:
             raise InputError(f"{part}: not a readable .npy file ({error})") from error
-    if not isinstance(part, np.ndarray):
+    if not isinstance(part, (np.ndarray, RowFile)):
         raise InputError(
             f"k-means: expected a torch tensor, a NumPy or DLPack array, or a list of arrays and .npy paths, got a "
             f"list of {type(part).__name__}"
@@ -278,26 +279,17 @@ def _open_part(name: str, part: Any) -> Part:
     return Part(part)
 
 
-def _read(array: np.ndarray, start: int, target: np.ndarray) -> None:
+def _read(array: np.ndarray | RowFile, start: int, target: np.ndarray) -> None:
     """Rows of an array into ``target`` [n, D]; those of a file that is mapped whole come by reading it, which leaves no
     mapped page behind."""
-    whole = isinstance(array, np.memmap) and array.flags["C_CONTIGUOUS"] and not isinstance(array.base, np.memmap)
-    stop = start + len(target)
-    if not whole or array.filename is None:
-        target[:] = array[start:stop]
+    if isinstance(array, RowFile):
+        array.read_into(target, start)
         return
-    alike = target.dtype == array.dtype and target.flags["C_CONTIGUOUS"]
-    block = target if alike else np.empty(target.shape, array.dtype)
-    with open(array.filename, "rb", buffering=0) as file:
-        file.seek(array.offset + start * array.shape[1] * array.dtype.itemsize)
-        view, done = memoryview(block).cast("B"), 0
-        while done < len(view):
-            count = file.readinto(view[done:])
-            if not count:
-                raise InputError(f"{array.filename}: ends before row {stop}; was it changed while being read?")
-            done += count
-    if not alike:
-        target[:] = block
+    whole = isinstance(array, np.memmap) and array.flags["C_CONTIGUOUS"] and not isinstance(array.base, np.memmap)
+    if whole and array.filename is not None:
+        read_rows(array.filename, array.offset, array.dtype, target, start)
+    else:
+        target[:] = array[start : start + len(target)]
 
 
 def _checked(name: str, data: Tensor, shape: Sequence[int] | None = None) -> Tensor:

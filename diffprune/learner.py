@@ -246,9 +246,12 @@ class Learner:
         order = sorted(torch.nonzero(bad).flatten().tolist(), key=lambda place: -_finite(losses[place].item()))
         keys = [all_keys[place] for place in order]
         more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+        # Other samples, lr or clipping make another run, which this folder's checkpoints do not go on with.
+        start = " that begins with --start-from the last one" if self.objective.kind == "dit" else ""
         message = (
             f"training stopped at step {draw.step + 1}: {what}, keys {', '.join(keys[:8])}{more}; checkpoints before "
-            f"it stand; look at these samples, or use a lower train.lr (now {self.train.lr:g}) or a train.grad_clip"
+            f"it stand; leave these samples out, or use a lower train.lr (now {self.train.lr:g}) or a train.grad_clip, "
+            f"in another run folder{start}"
         )
         each = [{"key": key, "loss": _text(value)} for key, value in zip(all_keys, losses.tolist(), strict=True)]
         details = {"step": draw.step + 1, "reason": what, "loss": _text(loss), "grad_norm": _text(grad_norm)}

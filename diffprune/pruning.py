@@ -19,7 +19,7 @@ from diffprune.packing import BLOCK, brace_pattern, check_prefix
 from diffprune.plans import claim_folder
 from diffprune.progress import progress
 from diffprune.shards import ShardSpec, find_shards
-from diffprune.storage import AnyPath, Stat, as_path
+from diffprune.storage import AnyPath, Stat, as_path, stats
 
 MANIFEST = "prune.json"
 WORKERS = 4
@@ -103,8 +103,9 @@ def prune(
         missing = claim_folder(out, MANIFEST, plan, paths, extra=beside, dry_run=dry_run)
         wanted = {path: range(len(selection.keys))[i * shard_size :][:shard_size] for i, path in enumerate(paths)}
         shards_about = [selection.about(path, rows) for path, rows in wanted.items()]
+        present = stats(path for path in paths if path not in missing)
         for path, about in zip(paths, shards_about, strict=True):
-            if path not in missing and (found := path.stat().st_size) != about["bytes"]:
+            if path not in missing and (found := present[path].st_size) != about["bytes"]:
                 raise InputError(
                     f"{path}: expected {about['bytes']} bytes, found {found}: it was changed; "
                     "delete it and run the same command again"

@@ -30,7 +30,8 @@ def map_over_samples(recorder: Recorder, func: Callable, ways: Sequence[tuple[tu
     """
     name = name_of(func)
     shapes = _shapes(func, *ways[0])
-    reason: Any = "it changes its input in place" if name.endswith("_") or shapes is None else None
+    in_place = name.endswith("_") and func is not Tensor.__getitem__
+    reason: Any = "it changes its input in place" if in_place or shapes is None else None
     if reason is None:
         for rows_apart, (args, kwargs) in product((False, True), ways):
             try:

@@ -46,6 +46,7 @@ def sample(
     batch_size: int = 256,
     shard_size: int = 1000,
     weights: Literal["ema", "model"] = "ema",
+    precision: Literal["float32", "bf16"] = "float32",
     grid: str | Path | None = None,
     device: str = "auto",
     dry_run: bool = False,
@@ -73,6 +74,7 @@ def sample(
         labels: "uniform" (classes in turn), "null" (no class, and no ``cls``), or class numbers, in turn, as a
             sequence or with commas. An unconditional model takes "uniform" or "null", which then mean the same.
         weights: "ema" or "model".
+        precision: of the models: "bf16" runs them under autocast. Latents, the solver and the VQ-VAE stay in float32.
         grid: PNG file of the first 100 images; with labels "uniform" and at most 20 classes, a column per class.
 
     Returns: out, shards (paths), count, written and present (shards), grid, labels (count per label),
@@ -94,10 +96,11 @@ def sample(
         check_output(grid, PNG, [checkpoint, vqvae, coarse, *paths])
     solver = Solver.checked(method, steps, rtol, atol)
     sampler = Sampler.load(checkpoint, vqvae, coarse, coarse_until, weights, pick_device(device))
-    sampler.set_up(solver, guidance, guidance_channels, labels, seed)
+    sampler.set_up(solver, guidance, guidance_channels, labels, seed, precision)
     ranges = [range(i * shard_size, min((i + 1) * shard_size, count)) for i in range(len(paths))]
     settings = {"count": count, **asdict(solver), "guidance": guidance, "seed": seed}
     settings |= {"guidance_channels": guidance_channels, "coarse_until": coarse_until}
+    settings["precision"] = None if precision == "float32" else precision  # as before there was a choice
     missing = set()
     if out is not None:
         plan = {**settings, **sampler.identity(), "shard_size": shard_size, "image_size": sampler.vqvae.image_size}

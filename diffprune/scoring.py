@@ -159,8 +159,10 @@ def score(
         config |= {"one_pass_group_size": group} if group else {}
         config |= {"learning_rates": surrogate.rates} if learning_rates else {}
         config |= {"training": training} if (training := surrogate.training()) else {}
-    inputs = source.identities() if hasattr(source, "identities") else {}
+    if hasattr(source, "check_finished"):
+        source.check_finished()
     shard_rows, failed_before = _checked_tables(source, surrogate, plan, where)
+    inputs = source.identities() if hasattr(source, "identities") else {}  # known by now from the tables
     rows = sum(shard_rows.values())
     paths = [] if surrogate is None else [str(path) for path in surrogate.paths]
     recipe = _Passes(
@@ -321,10 +323,14 @@ def _checked_tables(
     rows: dict[str, int] = {}
     failed = 0
     classes = surrogate.num_classes if surrogate else 0
-    for stem in source.stems:
+    columns = ["key", "label", "status"]
+    if hasattr(source, "tables"):
+        tables = source.tables(columns)
+    else:
         # A group of the one-pass estimate counts on how many samples there are, so their images have to be seen.
-        whole = source.table(stem) if plan.group else unread_table(source, stem)
-        table = whole.select(["key", "label", "status"])
+        read = source.table if plan.group else partial(unread_table, source)
+        tables = (read(stem).select(columns) for stem in source.stems)
+    for stem, table in zip(source.stems, tables, strict=True):
         good = table.filter(pc.equal(table["status"], "ok"))
         rows[stem] = table.num_rows
         failed += table.num_rows - good.num_rows

@@ -24,10 +24,12 @@ from diffprune.files import fingerprint
 from diffprune.outputs import PARQUET, check_output, is_stream
 from diffprune.requests import NEEDS, Request, read_quota
 from diffprune.storage import AnyPath, as_path
-from diffprune.tables import read_tables, stage_fingerprint, table_metadata, write_table
+from diffprune.tables import BASE_COLUMNS, read_tables, stage_fingerprint, table_header, table_metadata, write_table
 from diffprune.unique_keys import repeated_key
 
 __all__ = ["select"]
+
+_PLACE = ("key", "shard", "index", "offset", "size", "uid")
 
 
 def select(
@@ -84,9 +86,13 @@ def select(
     given = [scores] if isinstance(scores, (str, Path)) else list(scores)
     extra = [path for path in given if has_extra_columns(path)]
     folders = [path for path in given if path not in extra]
-    table = read_tables(folders)
     quota = None if quota is None else read_quota(quota)
     request = Request(order, by, seed, within, per, shares, quota, dedup, dedup_keep)
+    if extra:
+        table = read_tables(folders)
+    else:
+        request.check(table_header(folders))
+        table = read_tables(folders, sorted(request.columns().difference(BASE_COLUMNS)))
     table, extra_inputs = add_columns(table, extra, request.columns() if order in NEEDS else frozenset())
     request.check(table)
     total = int(pc.sum(pc.equal(table["status"], "ok")).as_py() or 0)
@@ -109,6 +115,7 @@ def select(
     if dry_run:
         return report | {"count": _planned(table, request, count, device)}
     points = None if points_folder is None else _aligned(table, points_folder)
+    table = table.select([*_PLACE, "status", *sorted(request.columns().difference(_PLACE, ["status"]))])
     rows = choose_rows(table, request, count, points, device)
     about["count"] = report["count"] = len(rows)
     about["fingerprint"] = report["fingerprint"] = fingerprint({**about, "inputs": inputs})
@@ -147,12 +154,12 @@ def _settings(request: Request) -> dict[str, Any]:
 
 def _kept(table: pa.Table, rows: np.ndarray) -> pa.Table:
     """The rows, by shard and place in it; those of no shard, as clip-retrieval's, last and in the table's order."""
-    kept = table.select(["key", "shard", "index", "offset", "size", "uid"]).take(pa.array(rows))
-    shards = kept["shard"].combine_chunks().dictionary_encode()
+    shards = table["shard"].take(pa.array(rows)).combine_chunks().dictionary_encode()
     codes = pc.fill_null(shards.indices, len(shards.dictionary)).to_numpy()
     ranks = np.append(pc.rank(shards.dictionary, tiebreaker="first").to_numpy(), len(shards.dictionary) + 1)[codes]
-    places = np.where(codes < len(shards.dictionary), kept["index"].to_numpy(), np.arange(len(kept)))
-    kept = kept.drop_columns(["index"]).take(pa.array(np.lexsort((places, ranks))))
+    index = table["index"].take(pa.array(rows)).to_numpy()
+    places = np.where(codes < len(shards.dictionary), index, np.arange(len(rows)))
+    kept = table.select([name for name in _PLACE if name != "index"]).take(pa.array(rows[np.lexsort((places, ranks))]))
     return kept if kept["uid"].null_count < len(kept) else kept.drop_columns(["uid"])
 
 
@@ -215,16 +222,14 @@ def _aligned(table: pa.Table, folder: EmbeddingFolders) -> np.ndarray:
             raise InputError(f"{folder.folder}: of another data set than the scores: key {key!r} has another {name}")
     places = np.full(len(theirs), -1)
     places[rows[there]] = there
-    arrays = [array.reshape(len(array), math.prod(array.shape[1:])) for array in map(folder.array, folder.stems)]
-    for stem, array in zip(folder.stems, arrays, strict=True):
-        if array.shape[1] != arrays[0].shape[1]:
-            raise InputError(
-                f"{folder.folder}: {stem}.npy has {array.shape[1]} dimensions, "
-                f"{folder.stems[0]}.npy {arrays[0].shape[1]}"
-            )
-    points = np.full((table.num_rows, arrays[0].shape[1]), np.nan, dtype=arrays[0].dtype)
+    arrays = [folder.array(stem, by_rows=True) for stem in folder.stems]
+    widths = [math.prod(array.shape[1:]) for array in arrays]
+    for stem, width in zip(folder.stems, widths, strict=True):
+        if width != widths[0]:
+            raise InputError(f"{folder.folder}: {stem}.npy has {width} dimensions, {folder.stems[0]}.npy {widths[0]}")
+    points = np.full((table.num_rows, widths[0]), np.nan, dtype=arrays[0].dtype)
     for array, here in zip(arrays, np.split(places, np.cumsum([len(array) for array in arrays])[:-1]), strict=True):
-        points[here[here >= 0]] = array[here >= 0]
+        points[here[here >= 0]] = array[here >= 0].reshape(-1, widths[0])
     return points
 
 

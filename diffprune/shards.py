@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -93,7 +93,12 @@ def find_shards(spec: ShardSpec, dangling: list[Path] | None = None) -> dict[Any
     ``dangling``: a list that gets the links to files that are not there, in place of an error.
     """
     specs = [spec] if isinstance(spec, (str, os.PathLike)) else list(spec)
-    paths = [path for one in specs for path in _expand(os.fspath(one))]
+    try:
+        paths = [path for one in specs for path in _expand(os.fspath(one))]
+    except RecursionError:
+        raise InputError(
+            f"{_show(specs)}: a list of shards that leads back to itself; expected .tar files in it"
+        ) from None
     if not paths:
         raise InputError(
             f"{_show(specs)}: no shards; expected a brace pattern, a glob, a folder with .tar files or a list file"
@@ -280,8 +285,25 @@ def index_shard(path: str | os.PathLike, about: Stat | None = None) -> ShardInde
     if isinstance(path, RemotePath):
         return ShardIndex(path, *_index_remote(path, size, version), size, version)
     with ShardReader(path, size) as reader:
-        samples, damage, ignored = index_tar(reader.read_at, size)
+        samples, damage, ignored = _index(reader.read_at, size)
     return ShardIndex(path, samples, damage, ignored, size)
+
+
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
+
+
+def _index(
+    read_at: Callable[[int, int], bytes], size: int, *windows: Any
+) -> tuple[SampleList, list[Damage], list[str]]:
+    """As ``index_tar``; a compressed tar is told as what it is, not as a damaged one."""
+    samples, damage, ignored = index_tar(read_at, size, *windows)
+    if damage and damage[0].offset == 0:
+        begin = read_at(0, 6)
+        for mark, name in _COMPRESSED.items():
+            if begin.startswith(mark):
+                message = f"compressed by {name}; samples are read by their place in a plain tar: decompress it"
+                return SampleList.empty(), [Damage(0, None, message)], []
+    return samples, damage, ignored
 
 
 def _index_remote(path: RemotePath, size: int, version: str) -> tuple[SampleList, list[Damage], list[str]]:
@@ -291,7 +313,7 @@ def _index_remote(path: RemotePath, size: int, version: str) -> tuple[SampleList
     index = load_index(path, size, version)
     if index is None:
         with RemoteFile(path, size, version) as file, HeaderReads(file) as reads:
-            index = index_tar(reads.read_at, size, WINDOWS)
+            index = _index(reads.read_at, size, WINDOWS)
         save_index(path, size, version, index)
     return index
 
@@ -341,7 +363,8 @@ def _read_list(path: AnyPath) -> list[AnyPath]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: expected a .tar, or a text file with one shard a line") from error
+        plain = "; decompress it" if path.suffix in (".gz", ".tgz", ".zst", ".bz2", ".xz") else ""
+        raise InputError(f"{path}: expected a .tar, or a text file with one shard a line{plain}") from error
     names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     return [one for name in names for one in _expand(name if _is_whole(name) else os.fspath(path.parent / name))]
 

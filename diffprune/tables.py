@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -243,7 +243,21 @@ def how_other(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     return " and ".join(_OTHERS[name] for name in names)
 
 
-def _read_shards(folder: AnyPath, columns: list[str] | None = None) -> pa.Table:
+def _first_schema(folder: AnyPath) -> pa.Schema:
+    """Of the first shard's table of a folder that is finished."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder of tables")
+    if _clip_retrieval(folder) is not None:
+        return BASE_SCHEMA
+    stems = read_stage(folder)["shards"]
+    check_finished(folder, stems)
+    return _schema(folder / f"{stems[0]}.parquet") if stems else BASE_SCHEMA
+
+
+def _read_shards(folder: AnyPath, columns: Sequence[str] | Set[str] | None = None) -> pa.Table:
+    """Of a set of ``columns`` those that are there."""
+    if isinstance(columns, Set):
+        columns = [name for name in _first_schema(folder).names if name in columns]
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder of tables")
     if (foreign := _clip_retrieval(folder)) is not None:
@@ -265,25 +279,41 @@ def _check_unique(table: pa.Table, folder: str | Path) -> None:
 
 
 def read_tables(folders: str | Path | Sequence[str | Path], columns: list[str] | None = None) -> pa.Table:
-    """Folders of tables joined by key: base columns once, then every score column (or those in ``columns``).
+    """Folders of tables joined by key: base columns once, then every score column (or those in ``columns`` alone).
 
     Row order is the first folder's. A row is "failed" if it failed in any of them. Raises InputError if the folders
     are of different data sets, or if two hold the same column.
     """
     paths = [folders] if isinstance(folders, (str, os.PathLike)) else list(folders)
-    if not paths:
-        raise InputError("expected at least one folder of score tables, got none")
-    result = read_folder(paths[0])
+    names = table_header(paths).column_names
+    if missing := [name for name in columns or () if name not in names]:
+        there = ", ".join(name for name in names if name not in BASE_COLUMNS)
+        raise InputError(f"{', '.join(map(str, paths))}: no column {missing[0]!r}; there are {there}")
+    wanted = None if columns is None else {*BASE_COLUMNS, *columns}
+    result = _read_shards(as_path(paths[0]), wanted)
+    _check_unique(result, paths[0])
     for path in paths[1:]:
-        result = _join(result, _read_shards(as_path(path)), paths[0], path)
+        result = _join(result, _read_shards(as_path(path), wanted), paths[0], path)
     if columns is not None:
-        missing = [name for name in columns if name not in result.column_names]
-        if missing:
-            raise InputError(
-                f"{', '.join(map(str, paths))}: no column {missing[0]!r}; there are {', '.join(score_columns(result))}"
-            )
         result = result.select([*BASE_COLUMNS, *(name for name in columns if name not in BASE_COLUMNS)])
     return result
+
+
+def table_header(folders: str | Path | Sequence[str | Path]) -> pa.Table:
+    """What ``read_tables`` gives, without a row. Raises InputError if two folders hold the same column."""
+    paths = [folders] if isinstance(folders, (str, os.PathLike)) else list(folders)
+    if not paths:
+        raise InputError("expected at least one folder of score tables, got none")
+    fields: dict[str, pa.Field] = {}
+    holder: dict[str, str | Path] = {}
+    for path in paths:
+        for field in _first_schema(as_path(path)):
+            if field.name not in BASE_COLUMNS and field.name in fields:
+                where = holder[field.name]
+                raise InputError(f"{path}: column {field.name!r} is in {where} too; give only one of the two")
+            fields.setdefault(field.name, field)
+            holder.setdefault(field.name, path)
+    return pa.schema(fields.values()).empty_table()
 
 
 def score_columns(table: pa.Table) -> list[str]:

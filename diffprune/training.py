@@ -44,6 +44,8 @@ def train_vqvae(
 ) -> dict[str, Any]:
     """Train a VQ-VAE, or a KL autoencoder, on the images of shards, or on those of a ``kept.parquet``.
 
+    ``config``: what ``config.load_config`` makes of a TOML file and overrides.
+
     The loss of an image is the mean squared (or absolute) error of its reconstruction; plus, for a VQ-VAE,
     ``commitment_weight`` times the mean squared error of its latents to their codes, for a KL autoencoder ``kl_weight``
     times their divergence over the number of the image's elements; plus ``lpips_weight`` times LPIPS; plus, from step

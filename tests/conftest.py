@@ -17,7 +17,7 @@ prepare()  # as the command line does
 
 @pytest.fixture(autouse=True)
 def progress_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command line's --quiet and --json switch it off for the process, that is for all tests after theirs."""
+    """The command line's --json switches it off for the process, that is for all tests after its own."""
     monkeypatch.setattr("diffprune.progress._enabled", True)
 
 

@@ -32,16 +32,21 @@ def photos() -> dict[str, bytes]:
     }
 
 
+def published_processor(name: str):
+    """An image processor of transformers that works by Pillow: what version 4 calls ``name``, 5 ``name`` + Pil."""
+    import transformers
+
+    return getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
+
+
 def for_transformers(data: bytes):
-    """The picture for a processor of transformers: they lay it on white, but old ones (5.17) drop what is clear."""
+    """The picture for a processor of transformers: in RGB, on white; old ones drop what is clear, or take no grey."""
     from PIL import Image
-    from transformers.image_transforms import convert_to_rgb
 
     image = Image.open(io.BytesIO(data))
-    clear = convert_to_rgb(Image.new("RGBA", (1, 1)))
-    if "A" in image.getbands() and clear.getpixel((0, 0)) == (0, 0, 0):
+    if "A" in image.getbands():
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image
+    return image.convert("RGB")
 
 
 def write_class_folder(folder: Path) -> dict[str, bytes]:

@@ -26,15 +26,6 @@ from xml.sax.saxutils import escape
 
 PAGE = 100  # objects of a listing's page
 
-FAULTS = {
-    "error": "500 InternalError, nothing done",
-    "busy": "503 SlowDown, nothing done",
-    "cut": "half of the body, then the connection is closed",
-    "dropped": "the connection is closed without an answer, nothing done",
-    "lost": "done, but the connection is closed without an answer",
-    "slow": "the body comes after a pause",
-}
-
 
 @dataclass
 class Object:
@@ -50,7 +41,12 @@ class Object:
 
 @dataclass
 class Faults:
-    """How often each fault comes, from 0 to 1; ``expired``: every request is refused for its credentials."""
+    """How often each fault comes, from 0 to 1; ``expired``: every request is refused for its credentials.
+
+    "error": 500 InternalError, nothing done. "busy": 503 SlowDown, nothing done. "cut": half of the body, then the
+    connection is closed. "dropped": the connection is closed without an answer, nothing done. "lost": the same, but
+    done. "slow": the body comes after a pause.
+    """
 
     rates: dict[str, float] = field(default_factory=dict)
     expired: bool = False

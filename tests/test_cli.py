@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import typer
 from small_run import DIT_OVERRIDES, VQVAE_OVERRIDES, SmallRun, write_digits
 from test_encoding import damage_image
 from typer.testing import CliRunner
@@ -132,6 +133,21 @@ def test_help_does_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     for command in ([], ["pack"], ["train", "dit"], ["select"]):
         assert "Usage" in invoke(*command, "--help").stdout
+
+
+def test_help_names_every_option_and_verb_in_full_at_80_columns(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    commands = [([], typer.main.get_command(app))]
+    while commands:
+        path, command = commands.pop()
+        text = invoke(*path, "--help").stdout
+        assert max(map(len, text.splitlines())) <= 80
+        named = [name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)]
+        assert [name for name in named if name not in text] == [], path
+        assert "…" not in text.replace(", …", ""), path
+        commands += [([*path, name], verb) for name, verb in getattr(command, "commands", {}).items()]
+    assert "MoSo:\n  --mode" in invoke("score", "--help").stdout
+    assert "Data:\n  pack" in invoke("--help").stdout
 
 
 @pytest.mark.parametrize(
@@ -325,7 +341,8 @@ def test_dry_run_writes_nothing(small_run, tmp_path):
     assert files(tmp_path) == [] and not out.exists()
 
 
-def test_interrupted_scoring_keeps_what_is_finished_and_finishes_the_rest(small_run, tmp_path):
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_scoring_keeps_what_is_finished_and_finishes_the_rest(small_run, tmp_path, sent, code):
     latents, out = small_run.latents, tmp_path / "scores"
     base = ["score", str(latents), "--checkpoint", str(small_run.surrogate), "--draws", "24", "--method", "loss,grand"]
     command = [sys.executable, "-m", "diffprune", *base, "-o", str(out)]
@@ -333,9 +350,9 @@ def test_interrupted_scoring_keeps_what_is_finished_and_finishes_the_rest(small_
     deadline = time.monotonic() + 300
     while not list(out.glob("[!.]*.parquet")) and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     told = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and "run the same command again" in told, told
+    assert process.returncode == code and "run the same command again" in told, told
     assert 1 <= len(list(out.glob("[!.]*.parquet"))) < 3
     assert not [name for name in files(out) if ".tmp-" in name]
     finished = {path.name: path.read_bytes() for path in out.glob("[!.]*.parquet")}

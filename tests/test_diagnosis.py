@@ -30,7 +30,7 @@ def test_every_implementation_has_its_word(ops: None) -> None:
         "reference": "runs",
     }
     assert found["ops"]["other"]["sdpa"] == "runs"
-    assert found["orders"] == {"other": f"sdpa, {', '.join(dispatch.PREFERENCE)}: it was measured"}
+    assert found["orders"] == {"other": "sdpa, triton, reference: it was measured"}
     assert found["unconfirmed"] == sorted(UNCONFIRMED)
 
 
@@ -49,7 +49,10 @@ def test_of_the_library() -> None:
     assert set(found["ops"]) >= {"attention", "kmeans_assign", "linear_grad_sqnorm_dot"}
     assert all("runs" in said.values() for said in found["ops"].values())
     assert next(iter(found["ops"]["attention"])) == "sdpa"
-    assert found["orders"]["attention"].startswith("sdpa, ") and "no GPU has measured" in found["orders"]["attention"]
+    assert (
+        found["orders"]["attention"].startswith("sdpa, triton, reference: ")
+        and "no GPU has measured" in found["orders"]["attention"]
+    )
     if not torch.cuda.is_available():
         assert found["device"].endswith("no CUDA device")
         assert "needs a CUDA device" in found["ops"]["linear_grad_dot"]["cuda"] or "_C" in str(found["ops"])

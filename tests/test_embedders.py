@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from photos import for_transformers, write_class_folder
+from photos import for_transformers, published_processor, write_class_folder
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -38,38 +38,38 @@ SQUASH = {"size": {"height": 32, "width": 32}}
 def make_clip():
     vision = {**LAYERS, "intermediate_size": 64, "projection_dim": 24}
     config = transformers.CLIPConfig(vision_config=vision, text_config=TEXT, projection_dim=24)
-    return transformers.CLIPModel(config), "CLIPImageProcessorPil", RESIZE
+    return transformers.CLIPModel(config), "CLIPImageProcessor", RESIZE
 
 
 def make_clip_tower():
     config = transformers.CLIPVisionConfig(**LAYERS, intermediate_size=64, projection_dim=24)
-    return transformers.CLIPVisionModelWithProjection(config), "CLIPImageProcessorPil", RESIZE
+    return transformers.CLIPVisionModelWithProjection(config), "CLIPImageProcessor", RESIZE
 
 
 def make_siglip():
     config = transformers.SiglipConfig(vision_config={**LAYERS, "intermediate_size": 64}, text_config=TEXT)
-    return transformers.SiglipModel(config), "SiglipImageProcessorPil", SQUASH
+    return transformers.SiglipModel(config), "SiglipImageProcessor", SQUASH
 
 
 def make_dinov2():
     config = transformers.Dinov2Config(**{**LAYERS, "image_size": 56}, mlp_ratio=2)  # made for other sizes than 32
-    return transformers.Dinov2Model(config), "BitImageProcessorPil", RESIZE
+    return transformers.Dinov2Model(config), "BitImageProcessor", RESIZE
 
 
 def make_dinov2_with_registers():
     config = transformers.Dinov2WithRegistersConfig(**LAYERS, mlp_ratio=2)
-    return transformers.Dinov2WithRegistersModel(config), "BitImageProcessorPil", RESIZE
+    return transformers.Dinov2WithRegistersModel(config), "BitImageProcessor", RESIZE
 
 
 def make_dinov3():
     config = transformers.DINOv3ViTConfig(**LAYERS, intermediate_size=64, num_register_tokens=2)
     # its own processor needs torchvision; the pixels are tested in test_preprocessing
-    return transformers.DINOv3ViTModel(config), "SiglipImageProcessorPil", {**SQUASH, "resample": 2}
+    return transformers.DINOv3ViTModel(config), "SiglipImageProcessor", {**SQUASH, "resample": 2}
 
 
 def make_dinov3_convnext():
     config = transformers.DINOv3ConvNextConfig(hidden_sizes=[8, 8, 16, 32], depths=[1, 1, 1, 1])
-    return transformers.DINOv3ConvNextModel(config), "SiglipImageProcessorPil", SQUASH
+    return transformers.DINOv3ConvNextModel(config), "SiglipImageProcessor", SQUASH
 
 
 MAKERS = [make_clip, make_clip_tower, make_siglip, make_dinov2, make_dinov2_with_registers, make_dinov3]
@@ -83,14 +83,14 @@ def save(folder: Path, maker) -> tuple:
     with torch.no_grad():
         for parameter in model.parameters():  # initial weights give every image nearly the same embedding
             parameter.copy_(torch.randn(parameter.shape) * (0.3 if parameter.dim() > 1 else 0.5))
-    processor = getattr(transformers, processor_name)(**options)
+    processor = published_processor(processor_name)(**options)
     model.eval().save_pretrained(folder)
     processor.save_pretrained(folder)
     return model, processor
 
 
 def published_embedding(model, processor, data: bytes) -> np.ndarray:
-    pixels = processor(for_transformers(data), return_tensors="pt")["pixel_values"]
+    pixels = processor(for_transformers(data), return_tensors="pt", input_data_format="channels_last")["pixel_values"]
     with torch.inference_mode():
         if hasattr(model, "get_image_features"):
             output = model.get_image_features(pixel_values=pixels)
@@ -148,7 +148,7 @@ def test_open_clip_weights_give_what_transformers_clip_gives(photo_shards, tmp_p
         )
         model = transformers.CLIPVisionModelWithProjection(config).eval()
         model.load_state_dict(as_transformers(tensors))
-        processor = transformers.CLIPImageProcessorPil(
+        processor = published_processor("CLIPImageProcessor")(
             size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
         )
         images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -233,3 +234,17 @@ def test_a_table_whose_array_was_lost_is_not_done(small_run, tmp_path, end):
     first.unlink()
     assert diffprune.encode(*given, flip_twins=True)["shards_done_before"] == 2
     assert lost.read_bytes() == content
+
+
+def test_latents_are_gathered_in_the_memory_that_they_take(small_run, monkeypatch):
+    folder = ArrayFolder(small_run.latents)
+    array, shape = folder.array, (64, 64, 64)
+    monkeypatch.setattr(folder, "array", lambda stem: np.broadcast_to(np.float16(2), (len(array(stem)), *shape)))
+    tracemalloc.start()
+    try:
+        _, values = folder.load(dtype=np.float16)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert values.shape == (120, *shape) and (values == 2).all()
+    assert peak < 1.9 * values.nbytes  # with two shards on the way, of 50 of the 120 images each; not everything twice

@@ -139,7 +139,8 @@ def test_evaluate_gives_each_metric_the_images_it_is_about(folders):
     assert context["embedder"] == {"model": "vqvae", "model_sha256": "a" * 64, "dimensions": 6}
     assert context["samples"]["metadata"]["model_path"] == "runs/vqvae"
     assert result["name"] == "grand" and context["flags"] == [
-        f"the memorization baseline rests on only {len(held_out)} held-out images"
+        "1 of the reference images failed when they were embedded, and are left out",
+        f"the memorization baseline rests on only {len(held_out)} held-out images",
     ]
 
 
@@ -234,6 +235,19 @@ def test_few_images_and_missing_labels_are_flagged(tmp_path):
     assert "fewer reference images (30) than embedding dimensions (64)" in flags
     assert "fewer samples (20) than embedding dimensions (64)" in flags
     assert "no labels" in flags and result["classes"] is None and result["metrics"]["class_kl_uniform"] is None
+
+
+def test_samples_that_are_missing_are_flagged(tmp_path):
+    write_embeddings(tmp_path / "real", unit_rows(30, 5, 2), [0] * 30, failed=(1, 7))
+    told = []
+    for name, count in (("whole", 25), ("cut", 50)):
+        sampled = {**SAMPLED, "count": count}
+        write_embeddings(tmp_path / name, unit_rows(25, 5, 3), [0] * 25, prefix="made", sampled=sampled, failed=(4,))
+        result = diffprune.evaluate(tmp_path / name, tmp_path / "real", tmp_path / f"{name}.json", device="cpu")
+        told.append(" / ".join(result["context"]["flags"]))
+        assert "1 of the samples failed when they were embedded, and are left out" in told[-1]
+        assert "2 of the reference images failed" in told[-1]
+    assert "only 25 of the 50 samples that were to be drawn" in told[1] and "to be drawn" not in told[0]
 
 
 def test_partly_labelled_reference_uses_the_labelled_part(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from test_tables import make_table
 
 import diffprune
+from diffprune import errors
 from diffprune.engines import Engine, run_stage
 from diffprune.errors import StoppedError
 from diffprune.failures import Streaks, Tally
@@ -129,3 +130,8 @@ def test_samples_that_failed_before_do_not_stop_score(small_run, tmp_path):
     with pytest.raises(StoppedError, match=r"50 samples in a row failed.*not finite"):
         score(Poisoned(), small_run.surrogate, tmp_path / "poisoned", methods="loss", max_failures=10)
     assert [path.stem for path in (tmp_path / "poisoned").glob("*.parquet")] == folder.stems[:1]
+
+
+def test_every_error_is_caught_by_a_public_name() -> None:
+    raised = {name: value for name, value in vars(errors).items() if isinstance(value, type)}
+    assert {name: getattr(diffprune, name, None) for name in raised} == raised

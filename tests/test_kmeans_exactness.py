@@ -240,6 +240,17 @@ def test_bad_weights(weights: Any, message: str) -> None:
         KMeans(2, weights=weights).fit(cloud(10))
 
 
+@pytest.mark.parametrize("exponent", [-1060, -133, -120, 900, 1020])  # as densities are, and sums of their inverses
+@pytest.mark.parametrize("batch_size", [None, 100])
+def test_only_ratios_of_weights_count(exponent: int, batch_size: int | None) -> None:
+    points = torch.randn(300, 5, generator=torch.Generator().manual_seed(0))
+    weights = np.arange(300.0) % 7
+    fits = [KMeans(9, weights=w, batch_size=batch_size).fit(points) for w in (weights, np.ldexp(weights, exponent))]
+    for name in ("centroids_", "assignment_", "distance_"):
+        assert torch.equal(*(getattr(fit, name) for fit in fits))
+    assert fits[1].inertia_ == pytest.approx(fits[0].inertia_ * 2.0**exponent, rel=1e-4)
+
+
 def test_weights_go_by_position() -> None:
     pandas = pytest.importorskip("pandas")
     points, weights = cloud(200), np.arange(200.0)

@@ -134,6 +134,68 @@ def written(x, index):
     return out
 
 
+class Picking(nn.Module):
+    """Rows of a table by numbers that the samples have, after what `look_up(table, numbers)` does."""
+
+    def __init__(self, *shape, look_up):
+        super().__init__()
+        self.table, self.look_up = nn.Parameter(torch.zeros(shape)), look_up
+
+    def forward(self, x):
+        return self.look_up(self.table, x).sin()
+
+
+LOOKED_UP = {
+    "an index": ((B, 3), lambda table, x: table[x]),
+    "an index, in a tuple": ((B, 3), lambda table, x: table[(x.int(),)]),
+    "from the end": ((B, 3), lambda table, x: table[-x - 1]),
+    "numbers": ((B,), lambda table, x: table[x]),
+    "matrices": ((B, 2, B), lambda table, x: table[x]),
+    "index_select": ((B, 3), lambda table, x: table.index_select(0, x.flatten()).unflatten(0, x.shape)),
+    "of one token": ((B, 3), lambda table, x: torch.index_select(table, 0, x[:, 0]) + table[x[:, 1]]),
+    "tokens first": ((B, 3), lambda table, x: table[x.T].transpose(0, 1)),
+    "of a scaled table": ((B, 3), lambda table, x: F.normalize(table, dim=1)[x]),
+    "tied": ((B, 3), lambda table, x: table[x] @ table.T),
+}
+
+
+class Queries(nn.Module):
+    """Learned queries, keys or values beside those of the samples, which may be as many as anything else."""
+
+    def __init__(self, attend):
+        super().__init__()
+        self.learned, self.linear = nn.Parameter(torch.zeros(1, 2, B, 3)), nn.Linear(6, 6)
+        self.attend = attend
+
+    def forward(self, x):
+        heads = self.linear(x).unflatten(2, (2, 3)).transpose(1, 2)
+        return self.attend(self.learned, heads).transpose(1, 2).flatten(2)
+
+
+def by_hand(query, key, value):
+    return (query @ key.mT).softmax(dim=-1) @ value
+
+
+def by_bmm(query, key, value):
+    query, key, value = (x.flatten(0, 1) for x in (query, key, value))
+    return torch.bmm(query.bmm(key.mT).softmax(dim=-1), value).unflatten(0, (-1, 2))
+
+
+ATTENTION = F.scaled_dot_product_attention
+QUERIES = {
+    "repeated": lambda own, x: ATTENTION(own.repeat(len(x), 1, 1, 1), x, x),
+    "expanded": lambda own, x: ATTENTION(own.expand(len(x), -1, -1, -1), x, x),
+    "one for all": lambda own, x: ATTENTION(own, x, x),
+    "keys and values": lambda own, x: ATTENTION(x, own.repeat(len(x), 1, 1, 1), own.sin().expand(len(x), -1, -1, -1)),
+    "with a bias": lambda own, x: ATTENTION(own.expand(len(x), -1, -1, -1), x, x, own[0].sum(dim=2, keepdim=True)),
+    "by hand, repeated": lambda own, x: by_hand(own.repeat(len(x), 1, 1, 1), x, x),
+    "by hand, one for all": lambda own, x: by_hand(own, x, x),
+    "by hand, keys and values": lambda own, x: by_hand(x, own, own.repeat(len(x), 1, 1, 1)),
+    "by bmm": lambda own, x: by_bmm(own.repeat(len(x), 1, 1, 1), x, x),
+    "by bmm, keys and values": lambda own, x: by_bmm(x, *[own.repeat(len(x), 1, 1, 1)] * 2),
+}
+
+
 class Turned(nn.Linear):
     """By angles that are looked up in one row of a batch of positions."""
 
@@ -506,6 +568,26 @@ def test_a_table_of_as_many_rows_as_samples_is_no_batch():
             return x * self.inner(self.table(places)).tanh() + self.inner(self.waves)
 
     check(randomised(Positions()), randn(B, B, 5, seed=1))
+
+
+@pytest.mark.parametrize("name", LOOKED_UP)
+@pytest.mark.parametrize("rows_per_sample", [1, 2])
+def test_rows_of_a_table_by_the_numbers_of_samples(name, rows_per_sample):
+    shape, look_up = LOOKED_UP[name]
+    x = torch.tensor([[0, 1, 1], [3, 3, 3], [2, 0, 1], [1, 3, 0]])
+    check(randomised(Picking(*shape, look_up=look_up)), x, rows_per_sample)
+
+
+def test_a_row_that_is_not_in_the_table_is_an_index_error():
+    model = Picking(B, 3, look_up=lambda table, x: table[x])
+    with pytest.raises(IndexError, match="out of bounds"), per_sample_gradients(model):
+        model(torch.tensor([[0], [B]]))
+
+
+@pytest.mark.parametrize("name", QUERIES)
+@pytest.mark.parametrize("tokens", [B, 5])
+def test_learned_queries_keys_and_values(name, tokens):
+    check(randomised(Queries(QUERIES[name])), randn(B, tokens, 6, seed=1))
 
 
 @pytest.mark.parametrize("through", ["distances", "nearest"])

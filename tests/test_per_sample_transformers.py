@@ -26,6 +26,10 @@ def clip() -> nn.Module:
     )
 
 
+def siglip() -> nn.Module:
+    return transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**HIDDEN, **IMAGE))
+
+
 def dinov2() -> nn.Module:
     del (sizes := dict(HIDDEN))["intermediate_size"]
     return transformers.Dinov2ForImageClassification(
@@ -66,7 +70,7 @@ def swin() -> nn.Module:
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    f.__name__: f for f in (vit, clip, dinov2, bert, gpt2, resnet, llama, swin)
+    f.__name__: f for f in (vit, clip, siglip, dinov2, bert, gpt2, resnet, llama, swin)
 }
 
 
@@ -82,7 +86,7 @@ def inputs_of(name: str) -> Inputs:
 
 def losses_of(model: nn.Module, inputs: Inputs) -> Tensor:
     output = model(**inputs)
-    y = output.image_embeds if "image_embeds" in output else output.logits
+    y = next(output[name] for name in ("image_embeds", "logits", "pooler_output") if name in output)
     weights = torch.linspace(-1, 2, y[0].numel(), dtype=torch.float64).view(y.shape[1:]).to(y.dtype)
     return (weights * y.sin()).flatten(1).sum(dim=1)
 

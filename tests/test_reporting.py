@@ -303,10 +303,20 @@ def test_best_value_of_a_column_is_marked_by_its_direction_ties_included():
 
 
 @pytest.mark.parametrize(
-    "change", [("samples", {"count": 6}), ("k", 5), ("embedder", {"model": "other"}), ("sampling", {"steps": 30})]
+    "change",
+    [
+        ("samples", {"count": 6}),
+        ("k", 5),
+        ("embedder", {"model": "other"}),
+        ("sampling", {"steps": 30}),
+        ("reference", {"count": 9, "vendi_score": 4.5, "path": "a"}),  # as many real images, and others
+    ],
 )
 def test_rows_that_cannot_be_compared_have_no_best_value(change):
     given = evaluations(3.0, 1.0)
+    for one, path in zip(given, ("a", "elsewhere/a"), strict=True):
+        one["context"]["reference"] = {"count": 9, "vendi_score": 4.25, "path": path}
+    assert tables.metric_table(given)["comparable"]
     given[1]["context"][change[0]] = change[1]
     table = tables.metric_table(given)
     assert not table["comparable"] and best(table, 0) == [False, False] and table["real"] is None

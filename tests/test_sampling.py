@@ -94,6 +94,34 @@ def test_batches_shards_and_count_do_not_change_an_image(small_run, lively, tmp_
     assert np.abs(read(tmp_path / "e")[2] - images).max() > 20
 
 
+@pytest.mark.parametrize("options", [{"steps": 3, "guidance": 2.5}, {"method": "dopri5"}])
+def test_bf16_runs_the_model_alone_in_it(small_run, lively, tmp_path, options, monkeypatch):
+    from diffprune import generation
+
+    real, seen = generation.guided_velocity, []
+
+    def watched(model, x, t, *arguments):
+        velocity = real(model, x, t, *arguments)
+        seen.append((x.dtype, velocity.dtype, bool((velocity == velocity.bfloat16()).all())))
+        return velocity
+
+    monkeypatch.setattr(generation, "guided_velocity", watched)
+    found = []
+    for precision in ("float32", "bf16"):
+        seen.clear()
+        out = tmp_path / precision
+        diffprune.sample(lively, small_run.vqvae, out, count=12, precision=precision, **options)
+        assert {dtype for *dtypes, _ in seen for dtype in dtypes} == {torch.float32}
+        # The model's output has 8 bits, what guidance makes of two of them more.
+        assert all(rounded for *_, rounded in seen) == (precision == "bf16" and "guidance" not in options)
+        found.append(read(out)[2])
+    assert 0 < np.abs(found[0] - found[1]).mean() < 8
+    with pytest.raises(ResumeError, match="precision: 'bf16' there, None now"):
+        diffprune.sample(lively, small_run.vqvae, tmp_path / "bf16", count=12, **options)
+    found = [json.loads((tmp_path / name / "sample.json").read_text())["plan"] for name in ("float32", "bf16")]
+    assert [plan["precision"] for plan in found] == [None, "bf16"]
+
+
 def test_where_memory_runs_out_fewer_images_are_decoded_at_once(small_run, lively, tmp_path, monkeypatch):
     decode, seen = VQVAE.decode, []
 
@@ -314,6 +342,7 @@ def test_unconditional_models_and_models_without_a_null_label(small_run, tmp_pat
         ({"labels": "some"}, "labels: expected uniform, null, or class numbers such as 0,3,7, got 'some'"),
         ({"labels": [3, 10]}, "labels: expected numbers from 0 to 9, got 10"),
         ({"labels": []}, "labels: expected numbers from 0 to 9, got none"),
+        ({"precision": "fp16"}, "precision: expected one of float32, bf16, got 'fp16'"),
         ({"weights": "best"}, "weights: expected ema or model, got 'best'"),
     ],
 )

@@ -70,6 +70,23 @@ def test_rankings_equal_a_sort_with_ties_by_key(table, count):
         assert got.tolist() == sorted(r["row"] for r in ranking)
 
 
+@pytest.mark.parametrize("kind", [np.int64, np.uint64])  # nanoseconds, hashes
+def test_whole_numbers_that_float64_does_not_hold(table, kind):
+    values = np.array(np.random.default_rng(3).integers(0, 50, table.num_rows), kind) + kind(2**63 - 99)
+    table = table.append_column("stamp", pa.array(values))
+    rows = ok_rows(table)
+    up = sorted(rows, key=lambda r: (r["stamp"], r["key"]))
+    assert set(keys_of(table, choose(table, "lowest", 20, by="stamp"))) == {row["key"] for row in up[:20]}
+    down = sorted(rows, key=lambda r: (-r["stamp"], r["key"]))
+    assert set(keys_of(table, choose(table, "highest", 20, by="stamp"))) == {row["key"] for row in down[:20]}
+    of_each = choose(table, "random", per="stamp", quota={"*": 1})
+    assert sorted(values[of_each].tolist()) == sorted({row["stamp"] for row in rows})
+    missing = [None if i == rows[0]["row"] else value for i, value in enumerate(values.tolist())]
+    holed = table.drop_columns(["stamp"]).append_column("stamp", pa.array(missing, pa.from_numpy_dtype(kind)))
+    with pytest.raises(InputError, match="'stamp': 1 of 55 samples that did not fail have no score"):
+        choose(holed, "lowest", 20, by="stamp")
+
+
 def test_middle_drops_one_more_at_the_top():
     np.testing.assert_array_equal(orders.middle(np.array([5.0, 1.0, 4.0, 2.0, 3.0]), 2), [3, 4])
 

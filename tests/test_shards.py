@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import tarfile
 from pathlib import Path
@@ -348,3 +349,26 @@ def test_a_checksum_that_is_no_number_is_right_for_no_header(tmp_path):
     data[157 + low] = rest % 256
     path.write_bytes(data)
     assert [one.message for one in index_shard(path).damage] == ["a tar header whose checksum is wrong: damaged"]
+
+
+@pytest.mark.parametrize("compress", ["gzip", "bz2", "lzma"])
+def test_a_compressed_tar_is_told_as_one(tmp_path, compress):
+    """Not as a damaged one, which would be fetched again in vain."""
+    plain = io.BytesIO()
+    with tarfile.open(fileobj=plain, mode="w") as tar:
+        tar.addfile(tarfile.TarInfo("a.jpg"))
+    data = importlib.import_module(compress).compress(plain.getvalue())
+    (tmp_path / "a.tar").write_bytes(data)
+    (tmp_path / "b.tar.gz").write_bytes(data)
+    name = {"bz2": "bzip2", "lzma": "xz"}.get(compress, compress)
+    for spec in (tmp_path / "a.tar", tmp_path / "*.tar.gz"):
+        with pytest.raises(InputError, match=f"compressed by {name}; .* decompress it"):
+            index_shards(spec)
+    with pytest.raises(InputError, match=r"b.tar.gz: expected a .tar, .*; decompress it"):
+        index_shards(tmp_path / "b.tar.gz")
+
+
+def test_a_list_that_names_itself_is_refused(tmp_path):
+    (tmp_path / "list.txt").write_text("list.txt\n")
+    with pytest.raises(InputError, match=r"list.txt: a list of shards that leads back to itself"):
+        index_shards(tmp_path / "list.txt")

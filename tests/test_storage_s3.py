@@ -913,11 +913,54 @@ def test_arrays_that_are_none_are_refused(s3, kind):
             load_array(as_path("s3://bucket/a.npy"), "make it again", by_rows)
 
 
-def test_a_small_table_costs_two_requests(s3, small_run):
+def test_a_small_table_costs_one_request(s3, small_run):
     upload(s3, small_run.scores, "scores")
     name = "images-000000.parquet"
     assert read_table(f"s3://bucket/scores/{name}", ["key"]) == read_table(small_run.scores / name, ["key"])
-    assert [method for method, _, _ in s3.requests] == ["HEAD", "GET"]
+    assert [method for method, _, _ in s3.requests] == ["GET"]
+
+
+def test_whole_objects_of_any_size_are_read(s3, monkeypatch):
+    monkeypatch.setattr(reading, "SKIP", 1000)
+    for size in (0, 1, 999, 1000, 1001, 5000):
+        data = np.random.default_rng(size).bytes(size)
+        s3.objects["bucket/x"] = Object(data)
+        with reading.open_remote(as_path("s3://bucket/x")) as file:
+            assert file.read() == data
+        assert as_path("s3://bucket/x").read_bytes() == data
+    for missing in ("s3://bucket/none", "s3://bucket"):
+        with pytest.raises(FileNotFoundError):
+            as_path(missing).read_bytes()
+    s3.faults = Faults({"cut": 0.3, "busy": 0.2, "dropped": 0.2}, seed=3)
+    assert all(as_path("s3://bucket/x").read_bytes() == data for _ in range(20))
+    assert s3.faults.seen["cut"] > 2
+
+
+def test_score_and_cluster_read_each_table_twice_and_each_array_once(s3, small_run, tmp_path):
+    latents, embeddings = upload(s3, small_run.latents, "latents"), upload(s3, small_run.embeddings, "embeddings")
+
+    def asked(folder, work):
+        """(GETs of tables, GETs of arrays, HEADs of either) of the input, for each of the three shards."""
+        s3.requests.clear()
+        work()
+        ours = [(method, path.partition("?")[0]) for method, path, _ in s3.requests if f"/{folder}/images" in path]
+        gets = [path for method, path in ours if method == "GET"]
+        heads = len(ours) - len(gets)
+        return tuple(
+            n / 3 for n in (*(sum(path.endswith(end) for path in gets) for end in (".parquet", ".npy")), heads)
+        )
+
+    # two: what is known before the first shard is begun, and its rows; a HEAD each for whether they are there
+    score = {"methods": "loss", "batch_size": 64}
+    assert asked("latents", lambda: diffprune.score(latents, small_run.surrogate, "s3://bucket/a", **score)) == (
+        2,
+        1,
+        2,
+    )
+    moso = {"methods": ("moso", "loss"), "batch_size": 64}
+    found = asked("latents", lambda: diffprune.score(latents, small_run.surrogate, "s3://bucket/b", **moso))
+    assert found[1] == 0, "they are here already"
+    assert asked("embeddings", lambda: diffprune.cluster(embeddings, "s3://bucket/c", k=6)) == (2, 2, 2)
 
 
 def test_large_tables_are_read_by_columns(s3, tmp_path, monkeypatch):

@@ -9,10 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from diffprune import engines
+from diffprune import engines, tables
 from diffprune.engines import run_stage
 from diffprune.errors import DiskFullError, InputError, ResumeError
 from diffprune.files import atomic_dir, atomic_path, fingerprint, read_json, write_json
+from diffprune.selection import select
 from diffprune.shards import Member, Sample
 from diffprune.tables import (
     BASE_SCHEMA,
@@ -55,6 +56,15 @@ def test_folders_are_joined_by_key_whatever_their_order(tmp_path):
     assert table["grand"].to_pylist() == [10.0, 20.0, 30.0]
     assert score_columns(table) == ["loss", "grand"]
     assert score_columns(read_tables([tmp_path / "a", tmp_path / "b"], ["grand"])) == ["grand"]
+
+
+def test_only_columns_that_are_asked_for_are_read(tmp_path, monkeypatch):
+    stage(tmp_path / "a", {"s": make_table("s", ["k0", "k1"], loss=[1.0, 2.0], el2n=[3.0, 4.0])})
+    stage(tmp_path / "b", {"s": make_table("s", ["k0", "k1"], grand=[5.0, 6.0])})
+    read, files = [], tables.read_table
+    monkeypatch.setattr(tables, "read_table", lambda path, names, **kw: read.extend(names) or files(path, names, **kw))
+    select([tmp_path / "a", tmp_path / "b"], tmp_path / "kept.parquet", by="loss", count=1)
+    assert "loss" in read and not {"el2n", "grand"} & set(read)
 
 
 def test_a_row_that_failed_anywhere_is_failed(tmp_path):

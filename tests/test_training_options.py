@@ -258,6 +258,14 @@ def test_training_starts_from_another_run_on_the_same_latents(small_run, tmp_pat
         diffprune.train_dit(config, latents, tmp_path / "other", start_from=tmp_path / "first")
 
 
+@pytest.mark.parametrize(("name", "value"), [("num_heads", 4), ("time_scale", 1.0), ("rope", True)])
+def test_weights_that_fit_another_model_are_no_start(small_run, tmp_path, name, value):
+    train(small_run, tmp_path / "first", "train.steps=1")
+    with pytest.raises(InputError, match=rf"step_00000001: model.{name} is .* there, {value} now"):
+        start = {"start_from": tmp_path / "first"}
+        train(small_run, tmp_path / "next", "train.steps=1", f"model.{name}={str(value).lower()}", **start)
+
+
 # QK-norm and RoPE
 
 

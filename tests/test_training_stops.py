@@ -16,7 +16,7 @@ from diffprune import dit_objective
 from diffprune.arrays import ArrayFolder
 from diffprune.checkpoints import load_dit
 from diffprune.config import load_config
-from diffprune.errors import DiffpruneError, DiskFullError
+from diffprune.errors import DiffpruneError, DiskFullError, ResumeError
 from diffprune.learner import LEAST_HISTORY
 from diffprune.training_order import batch_rows
 
@@ -44,14 +44,20 @@ def test_an_exploding_loss_stops_before_the_step_and_names_the_batch(small_run, 
     batch = [keys[row] for row in batch_rows(120, 8, 0, 24)]
     config = dit_config("train.steps=40", "train.explosion_factor=4")
     poison(monkeypatch, 25, [1, 1, 1, 300, 1, 9, 1, 1])
-    with pytest.raises(DiffpruneError, match=rf"step 25: the loss is .*, over 4 times .*, keys {batch[3]}, {batch[5]}"):
+    told = rf"step 25: the loss is .*, over 4 times .*, keys {batch[3]}, {batch[5]}.* --start-from the last one"
+    with pytest.raises(DiffpruneError, match=told):
         diffprune.train_dit(config, small_run.latents, tmp_path / "run")
     stopped = json.loads((tmp_path / "run" / "stopped.json").read_text())
     assert stopped["step"] == 25 and stopped["last_checkpoint"] == str(tmp_path / "run" / "step_00000020")
     assert [sample["key"] for sample in stopped["samples"]] == batch
     found = [sample["loss"] for sample in stopped["samples"]]
     assert max(found) == found[3] > 100 and stopped["loss"] == pytest.approx(sum(found) / 8, rel=1e-5)
-    monkeypatch.undo()  # the samples were mended: the run goes on from there, as one that never stopped
+    monkeypatch.undo()
+    slower = dit_config("train.lr=1e-4", "train.steps=1")  # as it is told to
+    with pytest.raises(ResumeError, match=r"train.lr: 0\.001 there, 0\.0001 now"):
+        diffprune.train_dit(slower, small_run.latents, tmp_path / "run")
+    diffprune.train_dit(slower, small_run.latents, tmp_path / "slower", start_from=tmp_path / "run")
+    # The samples were mended: the run goes on from there, as one that never stopped.
     diffprune.train_dit(config, small_run.latents, tmp_path / "run")
     assert not (tmp_path / "run" / "stopped.json").exists()
     diffprune.train_dit(config, small_run.latents, tmp_path / "whole")

@@ -9,18 +9,25 @@ import typer
 
 import diffprune
 from diffprune.cli import data_verbs, feature_verbs, model_verbs, proof_verbs, selection_verbs
-from diffprune.cli.once import OnceCommand
+from diffprune.cli.commands import Verb, Verbs
 from diffprune.environment import prepare, prepare_streams
 
+# rich_markup_mode=None: rich's tables of options cut their names at 80 columns
 app = typer.Typer(
     name="diffprune",
     help="Score every image of a diffusion model's training set, say which to keep, and prove it.",
+    cls=Verbs,
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-train = typer.Typer(help="Train the VQ-VAE or the DiT, from a TOML config and overrides.", no_args_is_help=True)
+train = typer.Typer(
+    help="Train the VQ-VAE or the DiT, from a TOML config and overrides.",
+    cls=Verbs,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 
 VERBS = {
     "Data": (data_verbs.pack, data_verbs.verify, data_verbs.prune, data_verbs.export),
@@ -29,14 +36,14 @@ VERBS = {
     "Models": (train, model_verbs.convert, model_verbs.reconstruct, model_verbs.sample),
     "Proof": (proof_verbs.evaluate, proof_verbs.sweep, proof_verbs.report, proof_verbs.doctor),
 }
-train.command("vqvae", cls=OnceCommand)(model_verbs.train_vqvae)
-train.command("dit", cls=OnceCommand)(model_verbs.train_dit)
+train.command("vqvae", cls=Verb)(model_verbs.train_vqvae)
+train.command("dit", cls=Verb)(model_verbs.train_dit)
 for panel, verbs in VERBS.items():
     for verb in verbs:
         if isinstance(verb, typer.Typer):
             app.add_typer(verb, name="train", rich_help_panel=panel)
         else:
-            app.command(rich_help_panel=panel, cls=OnceCommand)(verb)
+            app.command(rich_help_panel=panel, cls=Verb)(verb)
 
 
 def main() -> None:

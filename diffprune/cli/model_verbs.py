@@ -176,6 +176,7 @@ def sample(
     ] = None,
     labels: Annotated[str, typer.Option(help="uniform, null, or class numbers with commas.")] = "uniform",
     weights: Annotated[str, typer.Option(help="ema or model.")] = "ema",
+    precision: Annotated[str, typer.Option(help="float32, or bf16: the models run under autocast.")] = "float32",
     grid: Annotated[Path | None, typer.Option(help="Also write the first images as one PNG.")] = None,
     seed: Seed = 0,
     batch_size: BatchSize = 256,
@@ -187,5 +188,6 @@ def sample(
     options = {"count": count, "steps": steps, "method": method, "rtol": rtol, "atol": atol, "labels": labels}
     options |= {"guidance": guidance, "guidance_channels": guidance_channels}
     options |= {"coarse": coarse, "coarse_until": coarse_until}
-    options |= {"weights": weights, "grid": grid, "seed": seed, "batch_size": batch_size, "device": device}
+    options |= {"weights": weights, "precision": precision, "grid": grid}
+    options |= {"seed": seed, "batch_size": batch_size, "device": device}
     run(diffprune.sample, checkpoint, vqvae, out, **options, writes=grid, dry_run=dry_run, as_json=as_json)

@@ -41,7 +41,9 @@ Ray = Annotated[
     str | None, typer.Option(help="A Ray cluster's address, or none for this machine's: its actors take the shards.")
 ]
 MaxFailures = Annotated[int, typer.Option(min=0, help="Stop after so many failures in a row; 0: never.")]
-Resume = Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")]
+Resume = Annotated[
+    bool, typer.Option(help="Go on from the last checkpoint in --out; without it, refuse a folder that has any.")
+]
 
 
 def latents_source(given: list[str], vqvae: Path | None, **decoding: Any) -> Any:

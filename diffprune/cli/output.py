@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, redirect_stdout
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,12 @@ from diffprune.errors import DiffpruneError, InputError
 from diffprune.outputs import is_stdout, is_stream
 from diffprune.progress import set_enabled
 
-INTERRUPTED = 130
+INTERRUPTED = 130  # as shells say it: 128 and the number of the signal
+TERMINATED = 143
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which schedulers send some time before SIGKILL."""
 
 
 def run(
@@ -36,9 +43,11 @@ def run(
     try:
         if sum(map(is_stdout, written)) > 1:
             raise InputError("two outputs are standard output: give one of them a name")
-        result = function(*args, **options)
-    except KeyboardInterrupt:
-        _fail("interrupted: what is finished is kept; run the same command again to finish the rest", INTERRUPTED)
+        with _hearing_sigterm():
+            result = function(*args, **options)
+    except KeyboardInterrupt as stop:
+        how, code = ("ended by SIGTERM", TERMINATED) if isinstance(stop, Terminated) else ("interrupted", INTERRUPTED)
+        _fail(f"{how}: what is finished is kept; run the same command again to finish the rest", code)
     except DiffpruneError as error:
         _fail(str(error), 1)
     except UnicodeEncodeError as error:  # of a path or a name, which files of results cannot hold
@@ -62,6 +71,27 @@ def run(
     except OSError as error:  # standard output goes to a disk that is full
         _fail(f"the result could not be printed ({error}); what it is about is done", 1)
     return result
+
+
+@contextmanager
+def _hearing_sigterm() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does: nothing is left half-written, parts of uploads neither. A second one ends
+    the process at once. torchrun's processes leave it as it is: they may wait for each other.
+    """
+    alone = "RANK" not in os.environ and threading.current_thread() is threading.main_thread()
+    if not alone or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def show(result: dict[str, Any]) -> None:

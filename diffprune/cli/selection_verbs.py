@@ -25,7 +25,8 @@ from diffprune.cli.output import run
 def score(
     latents: Latents,
     checkpoint: Annotated[
-        list[Path], typer.Option(help="The surrogate: checkpoints, or a run folder with all of its.")
+        list[Path],
+        typer.Option(help="The surrogate: a run folder, with all its checkpoints, or one of them. Repeatable."),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder of score tables.")],
     method: Annotated[str, typer.Option(help="loss, el2n, grand, moso, monotonicity, random; several with commas.")] = (

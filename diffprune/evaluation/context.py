@@ -11,7 +11,7 @@ FEW_HELD_OUT = 100
 # of `sample`'s plan, what a result states; the hashes say which checkpoints
 _SAMPLING = (
     *("steps", "method", "rtol", "atol", "guidance", "guidance_channels", "seed", "count", "image_size"),
-    *("coarse_until", "model_sha256", "coarse_sha256", "vqvae_sha256"),
+    *("precision", "coarse_until", "model_sha256", "coarse_sha256", "vqvae_sha256"),
 )
 
 
@@ -68,6 +68,15 @@ def flags(
         )
         if part < whole
     ]
+    told += [
+        f"{folder.failed:,} of the {what} failed when they were embedded, and are left out"
+        for what, folder in (("samples", samples), ("reference images", reference))
+        if folder.failed
+    ]
+    sampling, embedded = sampling_of(samples), len(samples) + samples.failed
+    drawn = (sampling or {}).get("count", embedded)
+    if embedded < drawn:
+        told.append(f"only {embedded:,} of the {drawn:,} samples that were to be drawn are here")
     if nearness["baseline"] == "leave-one-out":
         told.append("no held-out images: memorization is judged against the training images' own neighbours")
     elif held_out < FEW_HELD_OUT:
@@ -84,7 +93,7 @@ def flags(
         )
     if not has_classes:
         told.append("the reference has no labels: no class balance")
-    sampling, size = sampling_of(samples), samples.embedder.get("image_size")
+    size = samples.embedder.get("image_size")
     if sampling is None:
         told.append("how the samples were drawn (steps, guidance, seed) is not recorded")
     elif sampling.get("image_size") not in (None, size) and samples.embedder.get("model") == "inception":

@@ -22,7 +22,8 @@ class FeatureFolder:
     """The rows of an embeddings folder that are ok, as float32 on ``device``; iterating gives [n, D] per shard.
 
     ``rows``: their table, in shard order, which numbers them. ``embedder``: everything that made them but the images.
-    Nothing is held in memory but the table. A row that is not finite raises InputError with its key when it is read.
+    ``failed`` counts the other rows. Nothing is held in memory but the table. A row that is not finite raises
+    InputError with its key when it is read.
     """
 
     def __init__(self, folder: str | Path, device: torch.device) -> None:
@@ -37,6 +38,7 @@ class FeatureFolder:
         table = self.arrays.whole_table()
         self._ok = pc.equal(table["status"], "ok").to_numpy()
         self.rows: pa.Table = table.filter(pa.array(self._ok))
+        self.failed = len(table) - len(self.rows)
         if not len(self.rows):
             raise InputError(f"{folder}: no image in it is ok; there is nothing to measure")
 

@@ -69,9 +69,9 @@ def evaluate(
         split: what the reference is ("train", "validation", ...); by default the name of its folder.
         k: neighbours for precision, recall, density and coverage. ``class_k``: for the class vote.
         vendi_orders: of the Vendi scores, 0 to infinity; order 1 is always among them.
-        limit: precision, recall, density, coverage, kernel distance, classes and the memorization baseline use at most
-            this many images of each folder, drawn by ``seed`` and key; Fréchet distance, Vendi score and nearest
-            training images use all.
+        limit: precision, recall, density, coverage, classes and the memorization baseline use at most this many images
+            of each folder, drawn by ``seed`` and key, and the kernel distance as many of the reference; Fréchet
+            distance, Vendi score and nearest training images use all.
         dry_run: check the inputs, say how much would be done, write nothing.
 
     Returns what ``out`` holds: ``name``; ``metrics``: frechet_distance, frechet_distance_infinity, kernel_distance,

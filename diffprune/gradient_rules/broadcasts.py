@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffprune.batch_layout import Layout
-from diffprune.gradient_rules.registry import channel_shape, elementwise, rule, unknown
+from diffprune.gradient_rules.registry import beside, channel_shape, elementwise, rule, unknown
 from diffprune.weight_tensors import Contribution, Recorder, Weight
 
 
@@ -122,13 +122,20 @@ def attention(
     *args: Any,
     **kw: Any,
 ) -> Tensor:
-    """A weight in the mask: a bias by relative position."""
-    if not isinstance(attn_mask, Weight) or any(isinstance(x, Weight) for x in (query, key, value)):
+    """A weight in the mask, a bias by relative position; queries, keys or values that are learned."""
+    seen = [x for x in (query, key, value) if not isinstance(x, Weight) and recorder.tracker.depends_on_batch(x)]
+    if not seen:
         raise unknown(func, query, key, value, attn_mask)
-    layout = recorder.layout(query, attn_mask)
-    recorder.refuse_mixed([x for x in (query, key, value) if recorder.tracker.depends_on_batch(x)], attn_mask)
-    wide = recorder.spread(attn_mask, (*query.shape[:-1], key.shape[-2]), layout)
-    return func(query, key, value, wide, *args, **kw)
+    recorder.refuse_mixed(seen, query, key, value, attn_mask)
+    query, key, value = (
+        beside(recorder, func, x, seen[0]) if isinstance(x, Weight) else x for x in (query, key, value)
+    )
+    if isinstance(attn_mask, Weight):
+        layout = recorder.layout(seen[0], attn_mask)
+        shape = [*query.shape[:-1], key.shape[-2]]
+        shape[layout.dim] = seen[0].shape[layout.dim]
+        attn_mask = recorder.spread(attn_mask, shape, layout)
+    return func(query, key, value, attn_mask, *args, **kw)
 
 
 def _before(func: Callable, seen: Tensor) -> Tensor:

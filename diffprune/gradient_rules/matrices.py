@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from diffprune.batch_layout import Layout
 from diffprune.errors import InputError
 from diffprune.gradient_parts import Outer
-from diffprune.gradient_rules.registry import autocast, rule, unknown, weight_names
+from diffprune.gradient_rules.registry import autocast, beside, rule, unknown, weight_names
 from diffprune.weight_tensors import Contribution, Recorder, Weight
 
 
@@ -60,6 +60,8 @@ def addmm(
 def matmul(recorder: Recorder, func: Callable, input: Tensor, other: Tensor) -> Tensor:
     first = isinstance(input, Weight)
     weight, seen = (input, other) if first else (other, input)
+    if weight.dim() > 2:
+        return matrices_of_samples(recorder, func, input, other)
     if isinstance(seen, Weight) or weight.dim() != 2 or seen.dim() < 2:
         raise unknown(func, input, other)
     seen = autocast(recorder, seen, weight)
@@ -76,6 +78,16 @@ def matmul(recorder: Recorder, func: Callable, input: Tensor, other: Tensor) -> 
         yield weight, Outer([(left, right)])
 
     return recorder.record(output, (seen,), contribute, weight)
+
+
+@rule(torch.bmm, Tensor.bmm)
+def matrices_of_samples(recorder: Recorder, func: Callable, input: Tensor, other: Tensor) -> Tensor:
+    """A weight that has a matrix for each of those it meets: learned queries, repeated for each sample."""
+    weight, seen = (input, other) if isinstance(input, Weight) else (other, input)
+    if isinstance(seen, Weight):
+        raise unknown(func, input, other)
+    wide = beside(recorder, func, weight, seen)
+    return func(wide, seen) if weight is input else func(seen, wide)
 
 
 def _tokens_layout(recorder: Recorder, input: Tensor, *weights: Any) -> Layout:

@@ -43,6 +43,16 @@ def autocast(recorder: Recorder, input: Tensor, *others: Any) -> Tensor:
         return input.to(torch.get_autocast_dtype(device))
 
 
+def beside(recorder: Recorder, func: Callable, weight: Weight, seen: Tensor) -> Tensor:
+    """A weight [..., R, C] with as many matrices as what it meets, as a tensor that depends on the samples."""
+    layout = recorder.layout(seen, weight)
+    if weight.dim() != seen.dim() or layout.dim >= seen.dim() - 2:
+        raise unknown(func, weight)
+    shape = [*weight.shape]
+    shape[layout.dim] = seen.shape[layout.dim]
+    return recorder.spread(weight, shape, layout)
+
+
 def channel_shape(weight: Tensor, output: Tensor) -> tuple[int, ...]:
     return (weight.numel(), *[1] * (output.dim() - 2))
 

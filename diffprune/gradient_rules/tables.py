@@ -59,6 +59,32 @@ def embedding(
     return recorder.record(output, (indices,), contribute, weight)
 
 
+@rule(torch.index_select, Tensor.index_select)
+def index_select(recorder: Recorder, func: Callable, input: Tensor, dim: int, index: Tensor) -> Tensor:
+    if not isinstance(input, Weight) or dim % max(1, input.dim()):
+        raise unknown(func, input, index)
+    return picked_rows(recorder, func, input, index, dim)
+
+
+@rule(Tensor.__getitem__)
+def picked_rows(recorder: Recorder, func: Callable, input: Tensor, index: Any, dim: int | None = None) -> Tensor:
+    """A table's rows by the numbers that the samples have: `codebook[index]`."""
+    if isinstance(index, tuple) and len(index) == 1:
+        [index] = index
+    if not isinstance(input, Weight) or not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
+        raise unknown(func, input, index)
+    layout = recorder.layout(index, input)
+    output = recorder.run(func, input, index) if dim is None else recorder.run(func, input, dim, index)
+    table = torch.Size([len(input), input[0].numel()])
+
+    def contribute(index: Tensor, gradient: Tensor) -> Iterator[Contribution]:
+        rows = recorder.tokens(index.long().remainder(table[0]), layout)  # from the end, where negative
+        gradient = recorder.tokens(gradient.reshape(*index.shape, table[1]), layout).squeeze(1)
+        yield input, Scatter(rows, gradient, table)
+
+    return recorder.record(output, (index,), contribute, input)
+
+
 @rule(torch._VF.cdist)
 def distance(recorder: Recorder, func: Callable, x1: Tensor, x2: Tensor, p: float, mode: int | None) -> Tensor:
     """To each row of a table. Where only the index of the nearest is used, no gradient comes and nothing is done."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from diffprune.kernels.arrays import any_array
+from diffprune.kernels.arrays import Array, any_array
 from diffprune.kernels.checks import expect, expect_equal
 from diffprune.kernels.dispatch import Op
 from diffprune.kernels.registration import custom_op
@@ -17,7 +17,7 @@ _backward_implementations = Op("adaln_modulate_backward")
 
 
 @any_array
-def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, *, impl: str = "auto") -> Tensor:
+def adaln_modulate(x: Array, shift: Array, scale: Array, *, impl: str = "auto") -> Array:
     """y = LN(x)·(1 + scale) + shift, with LN(x) = (x − mean)/√(variance + 1e-6) over the features of a token.
 
     adaLN of DiT (Peebles & Xie 2023, arXiv 2212.09748, section 3.2; LayerNorm: Ba et al. 2016, arXiv 1607.06450).

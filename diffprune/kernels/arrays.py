@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Array = TypeVar("Array", bound=Any)
+"""A torch, NumPy or CuPy array, in the signatures of ops: those of one call are of one kind, and so is the answer."""
 
 LIBRARIES = ("numpy", "cupy")
 """Never imported here: who passes an array of theirs has imported them."""
 
 AS_THEY_ARE = {
-    "Tensor": Tensor,
-    "Tensor | None": (Tensor, type(None)),
+    "Array": Tensor,
+    "Array | None": (Tensor, type(None)),
     "int": (int, torch.SymInt),
     "bool": (bool, int),
     "str": str,
@@ -56,7 +58,7 @@ def _run(op: Callable[..., Any], bound: Any, parameters: Any) -> Any:
     libraries = {}
     for name, value in bound.arguments.items():
         annotation = parameters[name].annotation
-        if annotation == "Tensor" or (annotation == "Tensor | None" and value is not None):
+        if annotation == "Array" or (annotation == "Array | None" and value is not None):
             libraries[name] = _library(name, value)
         elif not isinstance(value, AS_THEY_ARE[annotation]):
             bound.arguments[name] = _plain(name, value, annotation)

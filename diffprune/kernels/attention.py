@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffprune.kernels.arrays import any_array
+from diffprune.kernels.arrays import Array, any_array
 from diffprune.kernels.checks import compute_dtype, expect, expect_equal
 from diffprune.kernels.dispatch import PREFERENCE, Op
 from diffprune.kernels.registration import custom_op
@@ -21,7 +21,7 @@ _backward_implementations = Op("attention_backward")
 
 
 @any_array
-def attention(query: Tensor, key: Tensor, value: Tensor, *, impl: str = "auto") -> Tensor:
+def attention(query: Array, key: Array, value: Array, *, impl: str = "auto") -> Array:
     """softmax(Q·Kᵀ/√d)·V for each sample and head, not causal (Vaswani et al. 2017, arXiv 1706.03762, equation 1).
 
     Args:

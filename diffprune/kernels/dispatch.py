@@ -31,7 +31,7 @@ _ops: dict[str, Op] = {}
 def report() -> dict[str, dict[str, str | None]]:
     """Per op, the implementations that exist: None if it can run on this machine, else the reason why it cannot.
 
-    In the order in which "auto" tries them.
+    In the order in which "auto" tries them, which passes over those in ``UNCONFIRMED``.
     """
     return {
         name: {n: module if isinstance(module, str) else None for n, module in op.implementations.items()}
@@ -40,8 +40,9 @@ def report() -> dict[str, dict[str, str | None]]:
 
 
 def orders() -> dict[str, tuple[tuple[str, ...], str]]:
-    """Per op whose order is not the usual one: that order, and on what evidence."""
-    return {name: (op.preference, op.because) for name, op in sorted(_ops.items()) if op.preference != PREFERENCE}
+    """Per op whose order is not the usual one: the order of its implementations, and on what evidence."""
+    unusual = {name: op for name, op in sorted(_ops.items()) if op.preference != PREFERENCE}
+    return {name: (tuple(op.implementations), op.because) for name, op in unusual.items()}
 
 
 class Op:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from diffprune.kernels.arrays import any_array
+from diffprune.kernels.arrays import Array, any_array
 from diffprune.kernels.checks import expect, expect_equal
 from diffprune.kernels.dispatch import Op
 from diffprune.kernels.philox import expect_counter, expect_words
@@ -14,7 +14,7 @@ _implementations = Op("flow_interpolate")
 
 
 @any_array
-def flow_interpolate(x1: Tensor, t: Tensor, hashes: Tensor, seed: int, draw: int, *, impl: str = "auto") -> Tensor:
+def flow_interpolate(x1: Array, t: Array, hashes: Array, seed: int, draw: int, *, impl: str = "auto") -> Array:
     """xt = (1 − t)·x0 + t·x1, with the noise x0 of each sample made where it is used.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from diffprune.kernels.arrays import any_array
+from diffprune.kernels.arrays import Array, any_array
 from diffprune.kernels.checks import FLOATING, compute_dtype, expect, expect_dense, expect_equal
 from diffprune.kernels.dispatch import Op
 from diffprune.kernels.philox import expect_counter, expect_words
@@ -15,9 +15,7 @@ _grad_implementations = Op("flow_matching_loss_grad")
 
 
 @any_array
-def flow_matching_loss(
-    velocity: Tensor, x1: Tensor, hashes: Tensor, seed: int, draw: int, *, impl: str = "auto"
-) -> Tensor:
+def flow_matching_loss(velocity: Array, x1: Array, hashes: Array, seed: int, draw: int, *, impl: str = "auto") -> Array:
     """ℓ_b = mean((v − (x1 − x0))²) over the elements of sample b, with x0 re-made from the counter.
 
     Args:
@@ -44,8 +42,8 @@ def flow_matching_loss(
 
 @any_array
 def flow_matching_loss_grad(
-    velocity: Tensor, x1: Tensor, hashes: Tensor, seed: int, draw: int, weight: Tensor, *, impl: str = "auto"
-) -> tuple[Tensor, Tensor]:
+    velocity: Array, x1: Array, hashes: Array, seed: int, draw: int, weight: Array, *, impl: str = "auto"
+) -> tuple[Array, Array]:
     """``flow_matching_loss`` and the gradient of Σ_b w_b·ℓ_b with respect to the velocity, in one pass.
 
     For a step of training with the mean loss: w = 1/B and ``velocity.backward(grad_velocity)``.

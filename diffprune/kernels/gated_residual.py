@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from diffprune.kernels.arrays import any_array
+from diffprune.kernels.arrays import Array, any_array
 from diffprune.kernels.checks import expect, expect_equal
 from diffprune.kernels.dispatch import Op
 from diffprune.kernels.registration import custom_op
@@ -14,7 +14,7 @@ _backward_implementations = Op("gated_residual_backward")
 
 
 @any_array
-def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor, *, impl: str = "auto") -> Tensor:
+def gated_residual(residual: Array, branch: Array, gate: Array, *, impl: str = "auto") -> Array:
     """y = residual + gate·branch: adaLN-Zero's residual connection (DiT, arXiv 2212.09748, section 3.2).
 
     Args:

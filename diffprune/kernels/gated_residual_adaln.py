@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from diffprune.kernels.adaln_modulate import EPS
-from diffprune.kernels.arrays import any_array
+from diffprune.kernels.arrays import Array, any_array
 from diffprune.kernels.checks import expect, expect_equal
 from diffprune.kernels.dispatch import Op
 from diffprune.kernels.registration import custom_op
@@ -16,8 +16,8 @@ _backward_implementations = Op("gated_residual_adaln_backward")
 
 @any_array
 def gated_residual_adaln(
-    residual: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, *, impl: str = "auto"
-) -> tuple[Tensor, Tensor]:
+    residual: Array, branch: Array, gate: Array, shift: Array, scale: Array, *, impl: str = "auto"
+) -> tuple[Array, Array]:
     """x = residual + gate·branch and y = LN(x)·(1 + scale) + shift: what DiT does between one branch and the next.
 
     Args:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffprune.kernels.arrays import any_array
+from diffprune.kernels.arrays import Array, any_array
 from diffprune.kernels.checks import compute_dtype, expect, expect_equal, expect_finite
 from diffprune.kernels.dispatch import Op
 from diffprune.kernels.registration import custom_op
@@ -17,8 +17,8 @@ _implementations = Op("kmeans_assign")
 
 @any_array
 def kmeans_assign(
-    points: Tensor, centroids: Tensor, *, impl: str = "auto", check_values: bool = True
-) -> tuple[Tensor, Tensor]:
+    points: Array, centroids: Array, *, impl: str = "auto", check_values: bool = True
+) -> tuple[Array, Array]:
     """The nearest centroid of each point, and the squared Euclidean distance to it.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffprune.kernels.arrays import any_array
+from diffprune.kernels.arrays import Array, any_array
 from diffprune.kernels.checks import FLOATING, expect, expect_equal
 from diffprune.kernels.dispatch import Op
 from diffprune.kernels.registration import custom_op
@@ -15,14 +15,14 @@ _implementations = Op("kmeans_update")
 
 @any_array
 def kmeans_update(
-    points: Tensor,
-    assignment: Tensor,
+    points: Array,
+    assignment: Array,
     k: int,
-    weights: Tensor | None = None,
+    weights: Array | None = None,
     *,
     impl: str = "auto",
     check_values: bool = True,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Array, Array]:
     """The sum of the points assigned to each centroid, and how many they are: sums / counts are the new centroids.
 
     Args:

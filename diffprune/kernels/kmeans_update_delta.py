@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffprune.kernels.arrays import any_array
+from diffprune.kernels.arrays import Array, any_array
 from diffprune.kernels.checks import expect, expect_equal
 from diffprune.kernels.dispatch import Op
 from diffprune.kernels.registration import custom_op
@@ -15,14 +15,14 @@ _implementations = Op("kmeans_update_delta")
 
 @any_array
 def kmeans_update_delta(
-    points: Tensor,
-    old_assignment: Tensor,
-    new_assignment: Tensor,
-    sums: Tensor,
-    counts: Tensor,
+    points: Array,
+    old_assignment: Array,
+    new_assignment: Array,
+    sums: Array,
+    counts: Array,
     *,
     impl: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Array, Array]:
     """What ``kmeans_update`` returns for the new assignment, from what it returned for the old one.
 
     Reads only the points whose centroid changed: in k-means' later rounds, few.

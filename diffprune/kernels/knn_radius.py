@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from diffprune.kernels.arrays import any_array
+from diffprune.kernels.arrays import Array, any_array
 from diffprune.kernels.checks import expect
 from diffprune.kernels.pairwise_topk import pairwise_topk
 
 
 @any_array
-def knn_radius(points: Tensor, k: int, *, impl: str = "auto") -> Tensor:
+def knn_radius(points: Array, k: int, *, impl: str = "auto") -> Array:
     """The distance of each point to its ``k``-th nearest other one: the radius of the balls of precision and recall.
 
     Kynkäänniemi et al., "Improved precision and recall metric for assessing generative models", 2019, section 3.

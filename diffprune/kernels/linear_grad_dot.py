@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from diffprune.kernels.arrays import any_array
+from diffprune.kernels.arrays import Array, any_array
 from diffprune.kernels.checks import compute_dtype, expect, expect_equal
 from diffprune.kernels.dispatch import Op
 from diffprune.kernels.registration import custom_op
@@ -14,8 +14,8 @@ _implementations = Op("linear_grad_dot")
 
 @any_array
 def linear_grad_dot(
-    input: Tensor, grad_output: Tensor, direction: Tensor, bias_direction: Tensor | None = None, *, impl: str = "auto"
-) -> Tensor:
+    input: Array, grad_output: Array, direction: Array, bias_direction: Array | None = None, *, impl: str = "auto"
+) -> Array:
     """⟨∂ℓ_b/∂W, M⟩ (+ ⟨∂ℓ_b/∂bias, m⟩) of y = x·Wᵀ + bias for each sample b, with ∂ℓ_b/∂W = Gᵀ·A.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from diffprune.kernels.arrays import any_array
+from diffprune.kernels.arrays import Array, any_array
 from diffprune.kernels.checks import compute_dtype, expect, expect_equal
 from diffprune.kernels.dispatch import Op
 from diffprune.kernels.registration import custom_op
@@ -13,7 +13,7 @@ _implementations = Op("linear_grad_sqnorm")
 
 
 @any_array
-def linear_grad_sqnorm(input: Tensor, grad_output: Tensor, bias: bool, *, impl: str = "auto") -> Tensor:
+def linear_grad_sqnorm(input: Array, grad_output: Array, bias: bool, *, impl: str = "auto") -> Array:
     """‖∂ℓ_b/∂W‖² (+ ‖∂ℓ_b/∂bias‖²) of y = x·Wᵀ + bias for each sample b, with ∂ℓ_b/∂W = Gᵀ·A.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from diffprune.kernels.arrays import any_array
+from diffprune.kernels.arrays import Array, any_array
 from diffprune.kernels.checks import compute_dtype
 from diffprune.kernels.dispatch import Op
 from diffprune.kernels.linear_grad_dot import check
@@ -15,8 +15,8 @@ _implementations = Op("linear_grad_sqnorm_dot")
 
 @any_array
 def linear_grad_sqnorm_dot(
-    input: Tensor, grad_output: Tensor, direction: Tensor, bias_direction: Tensor | None = None, *, impl: str = "auto"
-) -> tuple[Tensor, Tensor]:
+    input: Array, grad_output: Array, direction: Array, bias_direction: Array | None = None, *, impl: str = "auto"
+) -> tuple[Array, Array]:
     """‖∂ℓ_b/∂W‖² and ⟨∂ℓ_b/∂W, M⟩ of y = x·Wᵀ + bias for each sample b, with ∂ℓ_b/∂W = Gᵀ·A: GraNd and MoSo at once.
 
     Args:

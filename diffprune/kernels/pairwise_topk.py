@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffprune.kernels.arrays import any_array
+from diffprune.kernels.arrays import Array, any_array
 from diffprune.kernels.checks import compute_dtype, expect, expect_equal, expect_finite
 from diffprune.kernels.dispatch import Op
 from diffprune.kernels.magnitudes import squaring_shift
@@ -16,8 +16,8 @@ _implementations = Op("pairwise_topk")
 
 @any_array
 def pairwise_topk(
-    queries: Tensor, points: Tensor, k: int, exclude_self: bool = False, *, impl: str = "auto"
-) -> tuple[Tensor, Tensor]:
+    queries: Array, points: Array, k: int, exclude_self: bool = False, *, impl: str = "auto"
+) -> tuple[Array, Array]:
     """The ``k`` points nearest to each query, by Euclidean distance.
 
     Args:

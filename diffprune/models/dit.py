@@ -108,7 +108,7 @@ class DiT(nn.Module):
     @property
     def null_label(self) -> int | None:
         """The label that means "no label", or None if the model was built without one."""
-        return self.num_classes if self.num_classes and self.config.class_dropout_prob > 0 else None
+        return self.config.null_label
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Velocity at ``(x, t)`` given labels ``y``.

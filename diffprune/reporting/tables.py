@@ -223,9 +223,13 @@ def _minus(text: str) -> str:
 def _terms(evaluation: dict[str, Any]) -> str:
     """What must agree for two evaluations' numbers to be compared."""
     context = evaluation["context"]
-    parts = [context["embedder"], context["reference"]["count"], context["samples"]["count"]]
+    reference = context["reference"]
+    # Paths are spelled in many ways: the same features have the same Vendi score.
+    likeness = f"{reference.get('vendi_score') or 0:.6g}"
+    parts = [context["embedder"], reference["count"], likeness, context["samples"]["count"]]
     sampling = context.get("sampling") or {}
-    parts += [sampling.get(name) for name in ("steps", "method", "rtol", "atol", "guidance", "guidance_channels")]
+    how = ("steps", "method", "rtol", "atol", "guidance", "guidance_channels", "precision")
+    parts += [sampling.get(name) for name in how]
     return repr([*parts, *(context.get(name) for name in ("k", "class_k", "limit"))])
 
 

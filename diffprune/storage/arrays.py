@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from diffprune.row_files import RowFile
 from diffprune.storage.paths import RemotePath
 from diffprune.storage.reading import ReadAhead, RemoteFile
 from diffprune.storage.spool import spooled
@@ -20,13 +21,14 @@ _HEADER_BYTES = 64 << 10
 class RemoteArray:
     """An array [n, ...] of which the rows that are asked for are read.
 
-    From a local copy, made when the first rows are asked for, where the spool has room for it; else by ranges of the
-    object. Raises ValueError, as ``np.load`` does, for what is no ``.npy`` or holds Python objects.
+    From a local copy, made when the first rows are asked for or, with ``copy``, at once, where the spool has room for
+    it; else by ranges of the object. Raises ValueError, as ``np.load`` does, for what is no ``.npy`` or holds Python
+    objects.
     """
 
-    def __init__(self, path: RemotePath) -> None:
+    def __init__(self, path: RemotePath, *, copy: bool = False) -> None:
         self._file = RemoteFile(path)
-        head = io.BytesIO(self._file.read_at(0, _HEADER_BYTES))
+        head = io.BytesIO(self._head(spooled(self._file) if copy else None))
         version = np.lib.format.read_magic(head)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
         if read is None:
@@ -40,7 +42,7 @@ class RemoteArray:
             raise ValueError(
                 f"{self._file.size:,} bytes; its header says {self._begin + self._row_bytes * len(self):,}"
             )
-        self._local: int | None = None  # descriptor of the local copy
+        self._local: RowFile | None = None  # of the local copy
         self._looked = False
         self._lock = threading.Lock()
 
@@ -53,20 +55,19 @@ class RemoteArray:
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
         """A run of rows, or rows by number or mask, in memory."""
+        if (local := self._copy()) is not None:
+            return local[rows]
         if isinstance(rows, slice):
             start, stop, step = rows.indices(len(self))
             if step != 1:
                 return self[np.arange(start, stop, step)]
-            return self._rows(self._read(start, max(start, stop)), max(0, stop - start))
+            size = max(0, stop - start)
+            return self._rows(self._file.read_at(self._at(start), size * self._row_bytes), size)
         rows = np.flatnonzero(rows) if rows.dtype == bool else np.where(rows < 0, rows + len(self), rows)
         runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if len(rows) else []
-        bounds = [(int(run[0]), int(run[-1]) + 1) for run in runs]
-        if self._copy() is not None:
-            pieces = [self._read(*one) for one in bounds]
-        else:
-            ranges = [(self._at(start), self._at(stop)) for start, stop in bounds]
-            with ReadAhead(self._file, ranges) as ahead:
-                pieces = [ahead.read_at(start, stop - start) for start, stop in ranges]
+        ranges = [(self._at(int(run[0])), self._at(int(run[-1]) + 1)) for run in runs]
+        with ReadAhead(self._file, ranges) as ahead:
+            pieces = [ahead.read_at(start, stop - start) for start, stop in ranges]
         return self._rows(b"".join(pieces), len(rows))
 
     def whole(self) -> np.ndarray:
@@ -83,23 +84,16 @@ class RemoteArray:
     def _at(self, row: int) -> int:
         return self._begin + row * self._row_bytes
 
-    def _read(self, start: int, stop: int) -> bytes:
-        local, size = self._copy(), self._at(stop) - self._at(start)
+    def _head(self, local: Path | None) -> bytes:
         if local is None:
-            return self._file.read_at(self._at(start), size)
-        data = os.pread(local, size, self._at(start))
-        while len(data) < size and (more := os.pread(local, size - len(data), self._at(start) + len(data))):
-            data += more
-        return data
+            return self._file.read_at(0, _HEADER_BYTES)
+        with open(local, "rb") as file:
+            return file.read(_HEADER_BYTES)
 
-    def _copy(self) -> int | None:
+    def _copy(self) -> RowFile | None:
         with self._lock:
             if not self._looked:
                 path = spooled(self._file)
-                self._local = None if path is None else os.open(path, os.O_RDONLY)
+                self._local = None if path is None else RowFile(path)
                 self._looked = True
             return self._local
-
-    def __del__(self) -> None:
-        if getattr(self, "_local", None) is not None:
-            os.close(self._local)

@@ -153,10 +153,9 @@ class RemotePath(os.PathLike):
         return (self / name for name in sorted(found) if found[name] is not None and fnmatch.fnmatchcase(name, pattern))
 
     def read_bytes(self) -> bytes:
-        from diffprune.storage.reading import RemoteFile
+        from diffprune.storage.reading import read_whole
 
-        with RemoteFile(self) as file:
-            return file.read_at(0, file.size)
+        return read_whole(self)
 
     def read_text(self, encoding: str = "utf-8") -> str:
         return self.read_bytes().decode(encoding)

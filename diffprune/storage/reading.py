@@ -237,7 +237,23 @@ class _Stream(io.RawIOBase):
 
 def open_remote(path: RemotePath) -> BinaryIO:
     """An object as a file, see ``as_stream``."""
-    return as_stream(RemoteFile(path))
+    file, data = _begun(path)
+    return io.BytesIO(data) if file is None else as_stream(file)
+
+
+def read_whole(path: RemotePath) -> bytes:
+    """All of an object."""
+    file, data = _begun(path)
+    return data if file is None else file.read_at(0, file.size)
+
+
+def _begun(path: RemotePath) -> tuple[RemoteFile | None, bytes]:
+    """A small object's bytes, or a larger one to be read; on S3 one request tells which of both it is."""
+    client = client_of(path)
+    if not client.ties_reads:
+        return RemoteFile(path), b""
+    data, about = client.first(path, SKIP)
+    return (None, data) if len(data) == about.st_size else (RemoteFile(path, *about), b"")
 
 
 def as_stream(file: RemoteFile) -> BinaryIO:

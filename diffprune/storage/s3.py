@@ -7,7 +7,7 @@ from typing import Any
 from diffprune.errors import RemoteError
 from diffprune.storage.clients import Client
 from diffprune.storage.paths import RemotePath, Stat
-from diffprune.storage.retries import answer, retrying
+from diffprune.storage.retries import Truncated, answer, retrying
 
 _UNNAMED = (400, 403)  # the statuses whose reason a HEAD, which has no body, cannot tell
 
@@ -40,6 +40,32 @@ class S3Client(Client):
                     self._range(path, 0, 1, "")  # says why
                 raise
             return Stat(int(about["ContentLength"]), str(about.get("ETag", "")).strip('"'))
+
+        if not key:
+            raise FileNotFoundError(str(path))
+        return retrying(str(path), request)
+
+    def first(self, path: RemotePath, size: int) -> tuple[bytes, Stat]:
+        """The first ``size`` bytes, fewer of a smaller object, and what ``head`` tells: one request for both."""
+        bucket, key = self._place(path)
+
+        async def ask() -> tuple[dict[str, Any], bytes]:
+            response = await self.fs._call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes=0-{size - 1}")
+            async with response["Body"] as stream:
+                return response, await stream.read()
+
+        def request() -> tuple[bytes, Stat]:
+            try:
+                response, data = self._wait(ask, bytes_asked=size)
+            except Exception as error:
+                if answer(error)[0] != 416:
+                    raise
+                return b"", self.head(path)  # an empty object has no first byte
+            told = str(response.get("ContentRange", "")).rpartition("/")[2]
+            total = int(told) if told.isdecimal() else int(response["ContentLength"])
+            if len(data) < min(size, total):
+                raise Truncated(f"{min(size, total):,} bytes asked for, {len(data):,} received")
+            return data, Stat(total, str(response.get("ETag", "")).strip('"'))
 
         if not key:
             raise FileNotFoundError(str(path))

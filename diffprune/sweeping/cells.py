@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from diffprune._version import __version__
+from diffprune.checkpoints import find_checkpoints
 from diffprune.encoding import embed
 from diffprune.errors import InputError, ResumeError
 from diffprune.evaluation import evaluate
@@ -94,9 +96,12 @@ def run_cell(config: SweepConfig, cell: Cell, out: Path, device: str) -> dict[st
     run = with_device(config.dit, device, seed=cell.seed)
     decode_with = shared.vqvae if run.train.sample_every else None
     trained = timed("train", train_dit, run, shared.latents, folder / "model", kept=kept, decode_with=decode_with)
+    for earlier in find_checkpoints(folder / "model")[:-1]:
+        shutil.rmtree(earlier)  # nothing goes on from it any more, and a DiT-XL/2's has 11 GB
     s = config.sample
     drawn = {"count": s.count, "steps": s.steps, "method": s.method, "guidance": s.guidance, "labels": s.labels}
-    drawn |= {"seed": s.seed, "batch_size": s.batch_size, "device": device}
+    drawn |= {"seed": s.seed, "batch_size": s.batch_size, "precision": s.precision, "device": device}
+    drawn["weights"] = "ema" if run.train.ema_decay else "model"  # as the grids of `train dit`
     timed("sample", sample, folder / "model", shared.vqvae, folder / "samples", **drawn)
     e = config.evaluate
     features, model = folder / "features", shared.embedder(e.model)

@@ -13,6 +13,7 @@ import torch
 from diffprune.config import DitRun
 from diffprune.dit_objective import DitObjective
 from diffprune.flow import guided_velocity
+from diffprune.generation import in_precision
 from diffprune.learner import Learner
 from diffprune.models.dit import DiT
 from diffprune.ranks import training_ranks
@@ -110,6 +111,7 @@ def _training_step(run: DitRun, batch: int, device: str) -> Callable[[], None]:
 def _sampling_step(config: SweepConfig, batch: int, device: str) -> Callable[[], None]:
     run, chosen = config.dit, training_ranks(device, 1)[1]
     model = DiT(**asdict(run.model)).to(chosen).eval()
+    evaluated = in_precision(model, config.sample.precision)
     size = run.model.input_size
     x = torch.zeros(batch, run.model.in_channels, size, size, device=chosen)
     t = torch.full((batch,), 0.5, device=chosen)
@@ -117,6 +119,6 @@ def _sampling_step(config: SweepConfig, batch: int, device: str) -> Callable[[],
 
     def step() -> None:
         with torch.inference_mode():
-            guided_velocity(model, x, t, labels, config.sample.guidance, model.null_label)
+            guided_velocity(evaluated, x, t, labels, config.sample.guidance, model.null_label)
 
     return step

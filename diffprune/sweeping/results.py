@@ -158,7 +158,7 @@ def _material(
     samples: dict[tuple[str, float], Path] = {}
     for cell, _ in cells:
         folder = out / "cells" / cell.name / "samples"
-        if folder.is_dir():  # of the first seed that there is; somebody may have made room
+        if any(folder.glob("*-000000.tar")):  # of the first seed that there is; somebody may have made room
             samples.setdefault((cell.method, cell.prune), folder)
     return SweepMaterial(
         config.sweep.title or "Pruning methods compared",

@@ -16,13 +16,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from diffprune.config import DitRun, VqvaeRun, read_toml, run_from_tables, section_from_table, to_dict
 from diffprune.errors import InputError
+from diffprune.generation import check_guidance, label_sequence
 from diffprune.sweeping.methods import METHODS, Method, check_methods, own_methods
 
 
@@ -84,6 +85,7 @@ class SampleConfig:
     labels: str = "uniform"
     seed: int = 0
     batch_size: int = 256
+    precision: Literal["float32", "bf16"] = "float32"
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,8 @@ class SweepConfig:
         """Everything that a cell's result depends on beside its method, ratio and seed; JSON-able."""
         told = {name: asdict(getattr(self, name)) for name in ("data", "score", "cluster", "sample", "evaluate")}
         told["data"] = {key: list(value) if isinstance(value, tuple) else value for key, value in told["data"].items()}
+        if self.sample.precision == "float32":  # as before there was a choice
+            del told["sample"]["precision"]
         for name in ("vqvae", "dit", "surrogate"):
             run = getattr(self, name)
             told[name] = run if isinstance(run, str) else to_dict(run)
@@ -231,11 +235,11 @@ def _check(config: SweepConfig, where: str) -> None:
         ("score.draws", config.score.draws, 1),
         ("score.batch_size", config.score.batch_size, 1),
         ("cluster.k", config.cluster.k, 1),
-        ("sample.count", sample.count, 2),
+        ("sample.count", sample.count, config.evaluate.k + 1),
         ("sample.steps", sample.steps, 1),
         ("sample.batch_size", sample.batch_size, 1),
         ("evaluate.k", config.evaluate.k, 1),
-        ("evaluate.limit", config.evaluate.limit, 2),
+        ("evaluate.limit", config.evaluate.limit, config.evaluate.k + 1),
         ("sweep.threads", grid.threads, 1),
     ):
         expect(value >= least, key, f"{least} or more", value)
@@ -256,6 +260,30 @@ def _check(config: SweepConfig, where: str) -> None:
         values = getattr(grid, key)
         expect(len(set(values)) == len(values), f"sweep.{key}", "each value once", list(values))
     expect(config.dit.train.seed == 0, "dit.train.seed", "none: sweep.seeds are a cell's seeds", config.dit.train.seed)
+    _check_stages(config, where, expect)
+
+
+def _check_stages(config: SweepConfig, where: str, expect: Callable[..., None]) -> None:
+    """What a stage would refuse only after those before it have trained for days, and no other config could go on."""
+    try:
+        check_guidance(config.sample.guidance, config.sample.labels, config.dit.model)
+        label_sequence(config.sample.labels, config.dit.model)
+    except InputError as error:
+        raise InputError(f"{where}: sample.{error}") from None
+    vqvae, surrogate = config.vqvae, config.surrogate
+    for name, run in (("dit", config.dit), ("surrogate", surrogate)):
+        if not isinstance(run, str) and not isinstance(vqvae, str):
+            side = vqvae.model.image_size // vqvae.model.downsampling
+            made, taken = (vqvae.model.latent_channels, side, side), run.model.latent_shape
+            told = f"in_channels, input_size and input_size as in the latents {list(made)} of [vqvae.model]"
+            expect(taken == made, f"{name}.model", told, list(taken))
+    if isinstance(surrogate, str):
+        return
+    averages = config.score.weights == "model" or surrogate.train.ema_decay
+    expect(averages, "score.weights", "'model' with surrogate.train.ema_decay = 0", config.score.weights)
+    if any("monotonicity" in config.method(name).columns for name in config.sweep.methods):
+        every, steps = surrogate.train.checkpoint_every, surrogate.train.steps
+        expect(every < steps, "surrogate.train.checkpoint_every", f"below {steps}: monotonicity needs 2 of them", every)
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any], prefix: str = "") -> list[str]:
