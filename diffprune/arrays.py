@@ -216,7 +216,7 @@ def load_array(path: AnyPath, remedy: str, by_rows: bool = False) -> np.ndarray:
             return RemoteArray(path) if by_rows else RemoteArray(path, copy=True).whole()
         # `open_memmap`, not `np.load`, which opens zip files as well
         return RowFile(path) if by_rows else np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, OverflowError) as error:  # the last of a length below zero
         raise InputError(f"{path}: not a readable .npy file ({error}); {remedy}") from error
 
 

@@ -257,6 +257,14 @@ def test_changed_stage_files_are_told(small_run, tmp_path, change):
     assert not broken, "\n".join(broken)
 
 
+def test_an_array_of_a_length_below_zero_is_told(small_run, tmp_path):
+    shutil.copytree(small_run.latents, tmp_path / "latents")
+    path = tmp_path / "latents" / "images-000001.npy"
+    path.write_bytes(path.read_bytes().replace(b"(50, ", b"(-5, "))
+    with pytest.raises(DiffpruneError, match=r"images-000001\.npy: not a readable \.npy file"):
+        diffprune.score(tmp_path / "latents", small_run.surrogate, tmp_path / "out", methods="loss")
+
+
 @pytest.mark.parametrize("about", ["true", "[1]", '{"plan": 5}', '{"plan": {"rtol": NaN}}', "{"])
 def test_a_changed_sample_json_is_told(small_run, tmp_path, about):
     shutil.copytree(small_run.shards, tmp_path / "shards")
