@@ -56,8 +56,8 @@ class KMeans(Clusterer):
         n_init: number of starts; the one with the smallest inertia is kept.
         algorithm: "lloyd" computes every distance in every round; "yinyang" leaves out those that bounds rule out;
             "auto" does so once that is faster. All give the same bytes.
-        batch_size: learn the centroids from random batches of so many points (Sculley 2010) instead of full rounds. The
-            final assignment is exact all the same.
+        batch_size: learn the centroids from random batches of so many points, at most all (Sculley 2010), instead of
+            full rounds. The final assignment is exact all the same.
         memory: bytes of rows held at a time when the points are files; they are held whole if they fit.
 
     After ``fit``, of the kind of the points (torch tensors on their device, CuPy or NumPy arrays):
@@ -264,9 +264,8 @@ class KMeans(Clusterer):
     ) -> Fit:
         if self.batch_size is None:
             return lloyd.run(start, self.max_iter, tolerance, kept)
-        learnt, rounds = minibatch(
-            lloyd.points, start, self.batch_size, self.max_iter, tolerance, generator, lloyd.weights
-        )
+        size = min(self.batch_size, lloyd.points.rows)
+        learnt, rounds = minibatch(lloyd.points, start, size, self.max_iter, tolerance, generator, lloyd.weights)
         fit = lloyd.run(learnt, 0, tolerance)
         fit.rounds = rounds
         return fit

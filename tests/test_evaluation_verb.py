@@ -288,6 +288,7 @@ def test_evaluate_refuses_what_cannot_be_compared(folders):
     write_embeddings(root / "lost", made, [0] * 20, prefix="made", failed=tuple(range(20)))
     refuse(root, "no image in it is ok", samples=root / "lost")
     refuse(root, "k: expected at least 1, got 0", k=0)
+    refuse(root, r"seed: expected 0 to 2\*\*32 - 1, got -1", seed=-1)
     refuse(root, "samples: expected at least 91 rows for k = 90, got 90", k=90)
     refuse(root, "samples: expected at least 4 rows for k = 3, got 3", limit=3)
     refuse(root, "vendi_orders: expected numbers from 0", vendi_orders=[-1])

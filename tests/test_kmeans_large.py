@@ -132,6 +132,8 @@ def test_minibatches(metric: str) -> None:
     assert torch.equal(quick.centroids_, again.centroids_) and not torch.equal(quick.centroids_, other.centroids_)
     assert torch.equal(quick.assignment_, quick.predict(points))  # exact, of the final centroids
     assert quick.assignment_.unique().tolist() == list(range(16))
+    huge, whole = (KMeans(16, metric=metric, batch_size=size).fit(points) for size in (1 << 40, len(points)))
+    assert torch.equal(huge.centroids_, whole.centroids_)  # and not so many rows at a time
 
 
 def test_transform() -> None:

@@ -87,6 +87,8 @@ def evaluate(
     for what, value, least in (("k", k, 1), ("class_k", class_k, 1), ("limit", limit, 2)):
         if value < least:
             raise InputError(f"{what}: expected at least {least}, got {value}")
+    if not 0 <= seed < 1 << 32:
+        raise InputError(f"seed: expected 0 to 2**32 - 1, got {seed}")
     orders = sorted({1.0, *map(float, vendi_orders)})
     if not all(q >= 0 for q in orders):
         raise InputError(f"vendi_orders: expected numbers from 0 to infinity, got {list(vendi_orders)}")
