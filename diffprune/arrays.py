@@ -136,12 +136,12 @@ class ArrayFolder:
             raise InputError(f"{path}: expected float16 with {rows} rows, found {array.dtype} {array.shape}")
         return array
 
-    def twins(self, stem: str) -> np.ndarray:
+    def twins(self, stem: str, *, by_rows: bool = False) -> np.ndarray:
         """As ``array``, of the mirrored images; InputError where `encode` did not write them."""
         path = self.folder / f"{stem}{TWIN_SUFFIX}"
         if not path.is_file():
             raise InputError(f"{path}: no such file; make the latents with `diffprune encode --flip-twins`")
-        return self._checked(path, stem)
+        return self._checked(path, stem, by_rows)
 
     def load(self, kept: str | Path | None = None, dtype: type = np.float32) -> tuple[pa.Table, np.ndarray]:
         """All rows that are ok, in memory: (table, ``dtype`` [N, ...]), row-aligned, in shard order.
@@ -149,14 +149,14 @@ class ArrayFolder:
         ``kept`` (a kept.parquet) restricts them to its keys; raises InputError if one of them is not here or failed,
         or if a value is not finite.
         """
-        table, use = self._used(kept)
+        table, use = self.used(kept)
         return table.filter(use), self._gathered(self.array, table, use, dtype)
 
     def load_twins(self, kept: str | Path | None = None, dtype: type = np.float32) -> np.ndarray:
         """The mirrored images' rows, aligned with those of ``load``."""
-        return self._gathered(self.twins, *self._used(kept), dtype)
+        return self._gathered(self.twins, *self.used(kept), dtype)
 
-    def _used(self, kept: str | Path | None) -> tuple[pa.Table, pa.ChunkedArray]:
+    def used(self, kept: str | Path | None = None) -> tuple[pa.Table, pa.ChunkedArray]:
         """The whole table, and which of its rows ``load`` gives."""
         table = self.whole_table()
         use = pc.equal(table["status"], "ok")
@@ -187,11 +187,7 @@ class ArrayFolder:
             values[rows] = part
             finite[rows] = np.isfinite(part.reshape(len(part), math.prod(part.shape[1:]))).all(axis=1)
             start, end = start + len(array), rows.stop
-        if not finite.all():
-            key = table.filter(use)["key"][int(np.flatnonzero(~finite)[0])].as_py()
-            raise InputError(
-                f"{self.folder}: {int((~finite).sum())} rows are NaN or infinite, key {key!r} first; make them again"
-            )
+        refuse_unfinite(self.folder, finite, table.filter(use))
         return values
 
     def whole_table(self) -> pa.Table:
@@ -220,14 +216,27 @@ def load_array(path: AnyPath, remedy: str, by_rows: bool = False) -> np.ndarray:
         raise InputError(f"{path}: not a readable .npy file ({error}); {remedy}") from error
 
 
-def sha256_rows(keys: Sequence[str], *arrays: np.ndarray) -> str:
-    """Of the keys in order and of the arrays' bytes; float16 ones as if they were float32."""
+def refuse_unfinite(folder: AnyPath, finite: np.ndarray, table: pa.Table) -> None:
+    """InputError that names the first sample of ``table`` [N] that ``finite`` [N] is not true of, if there is one."""
+    if not finite.all():
+        key = table["key"][int(np.flatnonzero(~finite)[0])].as_py()
+        raise InputError(
+            f"{folder}: {int((~finite).sum())} rows are NaN or infinite, key {key!r} first; make them again"
+        )
+
+
+def sha256_rows(keys: Sequence[str], *arrays: Any) -> str:
+    """Of the keys in order and of the arrays' bytes; float16 ones as if they were float32.
+
+    An array may be one that is not in memory, and gives its ``blocks()`` of rows, as ``StoredLatents``.
+    """
     digest = hashlib.sha256("\0".join(keys).encode())
     for array in arrays:
         dtype = np.dtype(np.float32) if array.dtype == np.float16 else array.dtype
         digest.update(str((array.shape, dtype.str)).encode())
-        for start in range(0, len(array), 4096):
-            digest.update(np.ascontiguousarray(array[start : start + 4096], dtype).data)
+        is_held = isinstance(array, np.ndarray)
+        for block in (array[i : i + 4096] for i in range(0, len(array), 4096)) if is_held else array.blocks():
+            digest.update(np.ascontiguousarray(block, dtype).data)
     return digest.hexdigest()
 
 

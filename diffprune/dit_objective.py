@@ -19,6 +19,7 @@ from diffprune.learner import Objective
 from diffprune.models.dit import DiT
 from diffprune.models.ops import TORCH, choose_ops
 from diffprune.ranks import Ranks
+from diffprune.training_latents import StoredLatents, sha256_of_training
 from diffprune.training_order import BalancedOrder
 
 
@@ -33,8 +34,8 @@ class DitObjective(Objective):
         ranks: Ranks,
         device: torch.device,
         keys: Sequence[str],
-        values: np.ndarray,
-        twins: np.ndarray | None,
+        values: np.ndarray | StoredLatents,
+        twins: np.ndarray | StoredLatents | None,
         labels: Tensor | None,
         source: dict[str, Any],
     ) -> None:
@@ -43,14 +44,12 @@ class DitObjective(Objective):
         self.model = DiT(**asdict(run.model), seed=run.train.seed).to(device)
         self.model.use_ops(self.impl)
         self.keys = keys
-        self.values, self.labels = torch.from_numpy(values), labels
-        self.twins = None if twins is None else torch.from_numpy(twins)
+        self.values, self.twins = map(_by_tensors, (values, twins))
+        self.labels = labels
         self.latents = source
         self.order: BalancedOrder | None = None
-        parts = [values] if labels is None else [values, labels.numpy()]
-        if twins is not None:
-            parts.append(twins)
-        self.data = {"samples": len(keys), "sha256": sha256_rows(keys, *parts)}
+        more = [part for part in (None if labels is None else labels.numpy(), twins) if part is not None]
+        self.data = {"samples": len(keys), "sha256": sha256_of_training(keys, values, *more, ranks=ranks)}
 
     def balance(self, groups: Tensor, name: str, weights: Mapping[int, int] | None) -> None:
         """See each of these groups [N] equally often, or in proportion to its weight."""
@@ -79,11 +78,14 @@ class DitObjective(Objective):
         else:
             noise = torch.randn((count, *self.values.shape[1:]), generator=generator)
         dropped = torch.rand(count, generator=generator) < self.model.config.class_dropout_prob
-        x1 = self.values[rows[share]]
-        if self.twins is not None:
+        own = rows[share]
+        if self.twins is None:
+            x1 = self.values[own].float()
+        else:
             mirrored = torch.rand(count, generator=generator)[share] < 0.5
-            x1 = torch.where(mirrored[:, None, None, None], self.twins[rows[share]], x1)
-        inputs = (x1.float(), noise[share], t[share])
+            x1 = torch.empty(len(own), *self.values.shape[1:])
+            x1[mirrored], x1[~mirrored] = self.twins[own[mirrored]].float(), self.values[own[~mirrored]].float()
+        inputs = (x1, noise[share], t[share])
         if self.labels is None:
             return inputs
         return (*inputs, torch.where(dropped, self.model.num_classes, self.labels[rows])[share])
@@ -100,10 +102,20 @@ class DitObjective(Objective):
         return velocity_loss(velocity.to(x1.dtype), velocity_target(x1, x0))
 
     def report(self) -> dict[str, Any]:
-        return {"ops": TORCH if self.impl is None else self.impl}
+        held = [latents for latents in (self.values, self.twins) if latents is not None]
+        return {
+            "ops": TORCH if self.impl is None else self.impl,
+            "latents": "in files" if isinstance(self.values, StoredLatents) else "in memory",
+            "latents_bytes": sum(latents.nbytes for latents in held),
+        }
 
     def forward_of_one(self) -> None:
         config = self.model.config
         labels = torch.zeros(1, dtype=torch.int64) if config.num_classes else None
         latent = torch.zeros(1, *config.latent_shape)
         DiT(**asdict(config))(latent, torch.zeros(1), labels)
+
+
+def _by_tensors(values: np.ndarray | StoredLatents | None) -> Tensor | StoredLatents | None:
+    """What takes and gives rows as tensors."""
+    return torch.from_numpy(values) if isinstance(values, np.ndarray) else values

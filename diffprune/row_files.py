@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from datetime import datetime
+from io import FileIO
 
 import numpy as np
 
@@ -19,6 +21,7 @@ class RowFile:
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.filename = os.fspath(path)
+        self._version = _version(os.stat(self.filename))
         mapped = self._mapped()
         self.shape, self.dtype, self._offset = mapped.shape, mapped.dtype, mapped.offset
         self._in_order = mapped.flags["C_CONTIGUOUS"]
@@ -33,6 +36,33 @@ class RowFile:
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
         """A run of rows, or rows by number or mask, in memory."""
         return np.array(self._mapped()[rows])
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """Rows by number [m], ascending, in memory; neighbours in one read, and no mapped page stays for it.
+
+        Raises InputError where the file is gone, or was changed since this was made.
+        """
+        found = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        try:
+            with open(self.filename, "rb", buffering=0) as file:
+                if (now := _version(os.fstat(file.fileno()))) != self._version:
+                    was, is_now = map(_told, (self._version, now))
+                    raise InputError(
+                        f"{self.filename}: was changed while it was in use: expected {was}, found {is_now}; run again, "
+                        "on files that nothing writes to"
+                    )
+                if not self._in_order:
+                    return np.array(self._mapped()[rows])
+                cuts = np.flatnonzero(np.diff(rows) != 1) + 1
+                for first, last in zip([0, *cuts], [*cuts, len(rows)], strict=True):
+                    if first < last:
+                        _fill(found[first:last], file, self._offset, int(rows[first]))
+        except OSError as error:
+            raise InputError(
+                f"{self.filename}: cannot be read any more ({error.strerror}); it was there before: put it back, and "
+                "run again"
+            ) from error
+        return found
 
     def read_into(self, target: np.ndarray, start: int) -> None:
         """Copy the rows from ``start`` on into ``target`` [m, ...]."""
@@ -50,12 +80,26 @@ def read_rows(path: str | os.PathLike, offset: int, dtype: np.dtype, target: np.
     alike = target.dtype == dtype and target.flags["C_CONTIGUOUS"]
     block = target if alike else np.empty(target.shape, dtype)
     with open(path, "rb", buffering=0) as file:
-        file.seek(offset + start * block[:1].nbytes)
-        view, done = memoryview(block).cast("B"), 0
-        while done < len(view):
-            count = file.readinto(view[done:])
-            if not count:
-                raise InputError(f"{path}: ends before row {start + len(target)}; was it changed while being read?")
-            done += count
+        _fill(block, file, offset, start)
     if not alike:
         target[:] = block
+
+
+def _fill(block: np.ndarray, file: FileIO, offset: int, start: int) -> None:
+    """``block`` [m, ...], in C order, with an open file's rows from ``start`` on."""
+    file.seek(offset + start * block[:1].nbytes)
+    view, done = memoryview(block).cast("B"), 0
+    while done < len(view):
+        count = file.readinto(view[done:])
+        if not count:
+            raise InputError(f"{file.name}: ends before row {start + len(block)}; was it changed while being read?")
+        done += count
+
+
+def _version(found: os.stat_result) -> tuple[int, int]:
+    """What tells a file's content from what it was before, as far as the system says."""
+    return found.st_size, found.st_mtime_ns
+
+
+def _told(version: tuple[int, int]) -> str:
+    return f"{version[0]:,} bytes of {datetime.fromtimestamp(version[1] / 1e9)}"

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from diffprune.arrays import ArrayFolder, check_latent_shape, what_made
+from diffprune.arrays import ArrayFolder, what_made
 from diffprune.autoencoder_objective import AutoencoderObjective
 from diffprune.checkpoints import load_start
 from diffprune.config import DitRun, VqvaeRun
@@ -27,6 +26,7 @@ from diffprune.run_pictures import SampleGrids
 from diffprune.shards import ShardSpec
 from diffprune.tables import read_folder
 from diffprune.training_images import training_images
+from diffprune.training_latents import training_latents
 from diffprune.training_loop import run_training
 
 
@@ -104,8 +104,10 @@ def train_dit(
 
     Each step draws for each sample of its batch a time t, uniform in [0, 1) or as ``train.timesteps`` says, and noise
     x0, and takes the mean of ``‖v(xt, t, label) − (x1 − x0)‖²`` per element (arXiv 2401.08740, equations 2 and 5). A
-    label is replaced by the null label with probability ``class_dropout_prob``. Latents are kept in memory in float16,
-    as they are on disk. A data set smaller than a batch is gone through more than once per step.
+    label is replaced by the null label with probability ``class_dropout_prob``. Latents are kept in memory, in float16
+    as they are on disk, if those of all processes of this machine fit into an eighth of what is free (of a URL, half);
+    else their files are read by rows, for the same run. A data set smaller than a batch is gone through more than once
+    per step.
 
     ``latents`` may be ``LiveLatents``: shards (pruned ones too) whose images are encoded once, before the first step,
     by every process of the run; with ``kept`` its samples alone. The training is that on the folder, to the bit where
@@ -117,9 +119,10 @@ def train_dit(
     ``checkpoints.load_start``.
     ``decode_with``: the VQ-VAE of the latents, for the grids of ``train.sample_every``; ``LiveLatents`` know theirs.
 
-    What ``out`` holds, how a run is resumed, what is returned and raised: as ``train_vqvae``, and ops in the report
-    ("torch", or the ``impl`` of this package's). InputError too where latents, labels, clusters, ``start_from`` or
-    ``decode_with`` do not fit the model.
+    What ``out`` holds, how a run is resumed, what is returned and raised: as ``train_vqvae``, and in the report ops
+    ("torch", or the ``impl`` of this package's), latents ("in memory" or "in files") and latents_bytes. InputError too
+    where latents, labels, clusters, ``start_from`` or ``decode_with`` do not fit the model, or a file of latents that
+    is read by rows changes or goes away meanwhile.
     """
     folder = latents if isinstance(latents, LiveLatents) else ArrayFolder(latents, kind="latents")
     where, expected = folder.folder, config.model.latent_shape
@@ -134,13 +137,10 @@ def train_dit(
     grids = None
     if config.train.sample_every:
         grids = SampleGrids(config.model, source, decoder, device, config.train.seed)
-    table, values, twins = _load(folder, kept, config.train.flip)
+    table, values, twins = training_latents(folder, kept, twins=config.train.flip, shape=expected, ranks=ranks)
     keys = table["key"].to_pylist()
     if not keys:
         raise InputError(f"{kept or where}: expected samples to train on, found none")
-    check_latent_shape(where, values.shape[1:], expected)
-    if twins is not None:
-        check_latent_shape(f"{where}: mirrored", twins.shape[1:], expected)
     labels = _checked_labels(keys, table["label"].to_pylist(), config.model.num_classes, where)
     objective = DitObjective(config, ranks, device, keys, values, twins, labels, source)
     if oversample_balanced is not None:
@@ -152,16 +152,6 @@ def train_dit(
     report = run_training(objective, config, out, resume=resume, dry_run=dry_run, grids=grids)
     # With a selection a sample that fails is an error.
     return {**report, "failed": folder.samples - len(keys)} if isinstance(folder, LiveLatents) and not kept else report
-
-
-def _load(
-    folder: ArrayFolder | LiveLatents, kept: str | Path | None, flip: bool
-) -> tuple[pa.Table, np.ndarray, np.ndarray | None]:
-    """Base columns, float16 latents, and those of the mirrored images if wanted, row-aligned."""
-    if isinstance(folder, LiveLatents):
-        return folder.load(kept, twins=flip)
-    table, values = folder.load(kept, np.float16)
-    return table, values, folder.load_twins(kept, np.float16) if flip else None
 
 
 def _group_weights(given: Mapping[str, int], groups: Tensor) -> dict[int, int]:

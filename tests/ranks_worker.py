@@ -16,6 +16,7 @@ import torch
 
 import diffprune
 import diffprune.training_images
+import diffprune.training_latents
 from diffprune import dit_objective, training_loop
 from diffprune.config import load_config
 from diffprune.errors import DiffpruneError
@@ -34,7 +35,8 @@ save_checkpoint = training_loop.save_checkpoint
 free_bytes = diffprune.training_images.free_bytes
 for request in json.loads(Path(sys.argv[1]).read_text()):
     config = load_config(None, request["kind"], request["overrides"])
-    diffprune.training_images.free_bytes = (lambda: 0) if "streamed" in request else free_bytes
+    for module in (diffprune.training_images, diffprune.training_latents):
+        module.free_bytes = (lambda: 0) if "streamed" in request else free_bytes
     if "poisoned_step" in request:  # a NaN that only the last process sees
         real, calls = dit_objective.velocity_loss, []
 

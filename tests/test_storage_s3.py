@@ -406,6 +406,21 @@ def test_a_checkpoint_in_storage_that_is_none_is_named(s3, small_run, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("spool", ["1GB", "0"])
+def test_latents_in_storage_train_by_rows_as_local_ones_do(s3, small_run, tmp_path, monkeypatch, spool):
+    monkeypatch.setenv("DIFFPRUNE_SPOOL_BYTES", spool)  # from local copies, or by ranges
+    latents, config = upload(s3, small_run.latents, "latents"), load_config(None, "dit", DIT_OVERRIDES)
+    reports = [diffprune.train_dit(config, small_run.latents, tmp_path / "local")]
+    reports.append(diffprune.train_dit(config, latents, tmp_path / "held"))
+    monkeypatch.setattr("diffprune.training_latents.free_bytes", lambda: 0)
+    reports.append(diffprune.train_dit(config, latents, tmp_path / "rows"))
+    assert [report["latents"] for report in reports] == ["in memory", "in memory", "in files"]
+    assert bool(list((tmp_path / "spool").rglob("*.npy"))) == (spool != "0")
+    for name in ("model.safetensors", "state.json"):
+        files = [Path(report["checkpoint"]) / name for report in reports]
+        assert len({file.read_bytes() for file in files}) == 1
+
+
 def test_a_run_in_storage_has_the_local_bytes_and_goes_on_there(s3, small_run, tmp_path):
     steps = ["train.steps=6", "train.checkpoint_every=2", "train.log_every=1", "train.sample_every=2"]
     config = load_config(None, "dit", [*DIT_OVERRIDES, *steps])

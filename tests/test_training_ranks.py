@@ -93,6 +93,7 @@ def test_two_and_four_processes_draw_the_same_curve_and_go_on_from_each_other(sm
         tmp_path / "two",
         2,
         dit(small_run, tmp_path / "two", "train.steps=8", "train.accumulate=2", slow_disk=1.0),
+        dit(small_run, tmp_path / "two-files", "train.steps=8", "train.accumulate=2", streamed=True),  # reads rows
         vqvae(small_run, tmp_path / "two-vqvae", "train.steps=4"),
         vqvae(small_run, tmp_path / "two-adversary", *ADVERSARY, streamed=True),  # each decodes its share of the shards
         half,
@@ -122,6 +123,11 @@ def test_two_and_four_processes_draw_the_same_curve_and_go_on_from_each_other(sm
     diffprune.sample(tmp_path / "sharded", small_run.vqvae, None, **grid)
     found = (tmp_path / "sharded" / "samples" / "step_00000008.png").read_bytes()
     assert found == (tmp_path / "grid.png").read_bytes()
+    for file in ("model", "optimizer"):
+        files = [tmp_path / run / "step_00000008" / f"{file}.safetensors" for run in ("two", "two-files")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    reports = [json.loads((tmp_path / run / "report-1.json").read_text()) for run in ("two", "two-files")]
+    assert [report["latents"] for report in reports] == ["in memory", "in files"]
     assert_same(alone / "vqvae", tmp_path / "two-vqvae", 4)
     assert_same(alone / "adversary", tmp_path / "two-adversary", 3)
     assert_same(alone / "adversary", tmp_path / "two-adversary", 3, "discriminator")
