@@ -104,6 +104,13 @@ def test_the_index_is_that_of_the_local_file_and_is_kept(s3, small_run):
     assert s3.count("GET", ".tar") == gets and s3.count("HEAD", ".tar") == heads + 3  # which say that it is the same
 
 
+def test_indexing_shards_in_storage_is_shown_and_of_local_ones_is_not(s3, small_run, capsys):
+    index_shards(small_run.shards)
+    assert not capsys.readouterr().err
+    index_shards(upload(s3, small_run.shards, "shards"))
+    assert re.fullmatch(r"index: 3/3 shards .*\n", capsys.readouterr().err)
+
+
 def test_a_shards_size_and_version_are_asked_for_once(s3, small_run, tmp_path):
     few, shard = upload(s3, small_run.shards, "few"), s3.objects["bucket/few/images-000000.tar"]
     for number in range(10):
