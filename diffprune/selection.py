@@ -24,7 +24,7 @@ from diffprune.files import fingerprint
 from diffprune.outputs import PARQUET, check_output, is_stream
 from diffprune.requests import NEEDS, Request, read_quota
 from diffprune.storage import AnyPath, as_path
-from diffprune.tables import BASE_COLUMNS, read_tables, stage_fingerprint, table_header, table_metadata, write_table
+from diffprune.tables import BASE_COLUMNS, read_tables, table_header, table_metadata, write_table
 from diffprune.unique_keys import repeated_key
 
 __all__ = ["select"]
@@ -89,16 +89,17 @@ def select(
     quota = None if quota is None else read_quota(quota)
     request = Request(order, by, seed, within, per, shares, quota, dedup, dedup_keep)
     counted = any(value is not None for value in (keep, prune, count))
+    inputs: list[Any] = []
     if extra:
-        table = read_tables(folders)
+        table = read_tables(folders, fingerprints=inputs)
     else:
         request.check(table_header(folders), counted=counted)
-        table = read_tables(folders, sorted(request.columns().difference(BASE_COLUMNS)))
+        names = sorted(request.columns().difference(BASE_COLUMNS))
+        table = read_tables(folders, names, fingerprints=inputs)
     table, extra_inputs = add_columns(table, extra, request.columns() if order in NEEDS else frozenset())
     request.check(table, counted=counted)
     total = int(pc.sum(pc.equal(table["status"], "ok")).as_py() or 0)
     count = _resolve_count(total, keep, prune, count, request)
-    inputs = [stage_fingerprint(folder) for folder in folders]
     inputs += extra_inputs
     points_folder = _open_embeddings(embeddings, request)
     if points_folder is not None:

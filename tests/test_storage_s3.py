@@ -970,6 +970,26 @@ def test_score_and_cluster_read_each_table_twice_and_each_array_once(s3, small_r
     assert asked("embeddings", lambda: diffprune.cluster(embeddings, "s3://bucket/c", k=6)) == (2, 2, 2)
 
 
+def test_select_and_train_read_each_table_once(s3, small_run, tmp_path):
+    scores, clusters = upload(s3, small_run.scores, "scores"), upload(s3, small_run.clusters, "clusters")
+    latents = upload(s3, small_run.latents, "latents")
+
+    def gets(work) -> set[int]:
+        """How often tables are read, but the first of a folder, whose columns are looked at."""
+        s3.requests.clear()
+        work()
+        return {s3.count("GET", path) for folder, path in tables if s3.count("GET", folder)}
+
+    tables = [(f"/{folder}/", f"/{folder}/images-000001.parquet") for folder in ("scores", "clusters", "latents")]
+    kept = tmp_path / "kept.parquet"
+    options = {"order": "equal", "within": "highest:grand", "keep": 0.5}
+    assert gets(lambda: diffprune.select([scores, clusters], kept, **options)) == {1}
+    diffprune.select([small_run.scores, small_run.clusters], tmp_path / "local.parquet", **options)
+    assert kept.read_bytes() == (tmp_path / "local.parquet").read_bytes()
+    config = load_config(None, "dit", DIT_OVERRIDES)
+    assert gets(lambda: diffprune.train_dit(config, latents, tmp_path / "run")) == {1}
+
+
 def test_large_tables_are_read_by_columns(s3, tmp_path, monkeypatch):
     import pyarrow as pa
     import pyarrow.parquet as pq
