@@ -970,6 +970,38 @@ def test_score_and_cluster_read_each_table_twice_and_each_array_once(s3, small_r
     assert asked("embeddings", lambda: diffprune.cluster(embeddings, "s3://bucket/c", k=6)) == (2, 2, 2)
 
 
+def test_cluster_writes_tables_at_once_and_goes_on_where_it_was(s3, small_run, tmp_path, monkeypatch):
+    embeddings = upload(s3, small_run.embeddings, "embeddings")
+    diffprune.cluster(small_run.embeddings, tmp_path / "local", k=6)
+    gate, put, asked = threading.Barrier(3, timeout=60), S3Client.put_bytes, len(s3.requests)
+
+    def together(self, path, data):
+        if path.suffix == ".parquet":
+            gate.wait()  # broken unless all three tables are under way
+        put(self, path, data)
+
+    monkeypatch.setattr(S3Client, "put_bytes", together)
+    diffprune.cluster(embeddings, "s3://bucket/out", k=6)
+    assert contents(s3, "out") == local_contents(tmp_path / "local")
+    ours = [method for method, path, _ in s3.requests[asked:] if "/out/images-000001.parquet" in path]
+    # Of more than eight shards a listing says at the begin and at the end which are there; failures and sizes of
+    # clusters are counted at the end.
+    assert sorted(ours) == ["GET", "GET", "HEAD", "HEAD", "PUT"]
+
+    def failing(self, path, data):
+        if path.name == "images-000001.parquet":
+            raise RemoteError(f"{path}: refused", "failed")
+        put(self, path, data)
+
+    monkeypatch.setattr(S3Client, "put_bytes", failing)
+    with pytest.raises(RemoteError, match=r"images-000001.parquet: refused"):
+        diffprune.cluster(embeddings, "s3://bucket/again", k=6)
+    assert "images-000001.parquet" not in contents(s3, "again")
+    monkeypatch.setattr(S3Client, "put_bytes", put)
+    diffprune.cluster(embeddings, "s3://bucket/again", k=6)
+    assert contents(s3, "again") == local_contents(tmp_path / "local")
+
+
 def test_select_and_train_read_each_table_once(s3, small_run, tmp_path):
     scores, clusters = upload(s3, small_run.scores, "scores"), upload(s3, small_run.clusters, "clusters")
     latents = upload(s3, small_run.latents, "latents")
