@@ -97,10 +97,13 @@ class ArrayFolder:
 
     def _read(self, stem: str, columns: list[str] | None = None) -> pa.Table:
         table = read_table(self.folder / f"{stem}.parquet", columns)
+        self._note(stem, table)
+        return table
+
+    def _note(self, stem: str, table: pa.Table) -> None:
         self._rows[stem] = table.num_rows
         if METADATA_KEY in (table.schema.metadata or {}):
             self._identities[stem] = input_of(table_metadata(table))
-        return table
 
     def check_finished(self) -> None:
         """InputError where a shard is not done."""
@@ -192,7 +195,7 @@ class ArrayFolder:
 
     def whole_table(self) -> pa.Table:
         """The base columns of all shards, in shard order; InputError for a key that stands twice."""
-        return read_folder(self.folder)
+        return read_folder(self.folder, seen=self._note)
 
     def _check_kind(self, kind: str | None, found: str | None) -> None:
         if kind is not None and found != kind:

@@ -19,6 +19,12 @@ from diffprune.requests import DIVERSE, Request
 if TYPE_CHECKING:  # torch takes longer to import than a million rows to rank
     from torch import Tensor
 
+_RANKED = {"highest": orders.highest, "lowest": orders.lowest, "middle": orders.middle}
+_QUOTAS = {
+    "proportional": orders.proportional_quotas,
+    "balanced": orders.balanced_quotas,
+    "equal": orders.equal_quotas,
+}
 _FEATURES = 512
 _BANDWIDTH_ROWS = 1000
 _DRAWN_AT_ONCE = 1 << 14  # random numbers: what they need stays in the cache, five times as fast
@@ -57,7 +63,8 @@ def choose(
             clusters in random order, of the last one random samples);
             with ``embeddings``: "k-center" (farthest first, from a random sample on) and "herding" (kernel herding on
             512 random Fourier features of a Gaussian kernel as wide as the median distance).
-        count: how many; None for as many as ``quota`` says, or, with ``dedup``, for all that are left.
+        count: how many; None for as many as ``quota`` says, or, with ``dedup``, for all that are left, whatever the
+            order.
         by: a score column, a sum of several columns' ranks, and perhaps groups inside which to rank: see ``parse_by``.
         within: how balanced and equal, and only these, choose inside a cluster: "nearest", "farthest", "middle",
             "random", "highest:<column>", "lowest:<column>", "herding" or "k-center".
@@ -75,7 +82,7 @@ def choose(
         InputError: see ``select``.
     """
     request = Request(order, by, seed, within, per, shares, quota, dedup, dedup_keep)
-    request.check(table)
+    request.check(table, counted=count is not None)
     return choose_rows(table, request, count, embeddings, device)
 
 
@@ -120,7 +127,7 @@ class _Chooser:
         if self.request.quota is not None:
             quotas = orders.given_quotas(names, sizes, self.request.quota, self.request.group)
         else:
-            quotas = getattr(orders, f"{self.request.shares}_quotas")(sizes, count)
+            quotas = _QUOTAS[self.request.shares](sizes, count)
         if self.request.order == "random":
             return members[orders.within_clusters(group, quotas, self.random[members], "highest")]
         if self.request.ranking is not None:
@@ -133,7 +140,7 @@ class _Chooser:
         """Of ``members`` the ``count`` that the order keeps."""
         order = self.request.order
         if self.request.ranking is not None:
-            return members[getattr(orders, order)(self.score[members], count)]
+            return members[_RANKED[order](self.score[members], count)]
         if order == "random":
             return members[orders.highest(self.random[members], count)]
         if order in DIVERSE:
@@ -147,7 +154,7 @@ class _Chooser:
             ranking = np.argsort(-draws, kind="stable")
             return members[orders.whole_clusters(cluster, ranking, self.random[members], count)]
         if order in ("balanced", "equal"):
-            quotas, within = getattr(orders, f"{order}_quotas")(sizes, count), self.request.within
+            quotas, within = _QUOTAS[order](sizes, count), self.request.within
         else:
             quotas, within = orders.proportional_quotas(sizes, count), order.removeprefix("cluster-")
         if within in DIVERSE:

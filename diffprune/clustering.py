@@ -167,6 +167,7 @@ def cluster(
         total=sum(rows for _, _, rows in source.spans.values()) * talk.size,  # failed ones too
         inputs=source.identities,
         whole=True,
+        at_once=True,
         begin=begin,
         dry_run=dry_run,
         engine=Engine(ranks=talk),

@@ -24,7 +24,7 @@ from types import UnionType
 from typing import Any, Literal
 
 from diffprune.config_autoencoder import LossConfig, VqvaeConfig
-from diffprune.config_checks import expect
+from diffprune.config_checks import as_known, expect
 from diffprune.errors import InputError
 
 if sys.version_info >= (3, 11):
@@ -164,6 +164,9 @@ class TrainConfig:
         expect(0 < self.lr < math.inf, self, "lr", "a positive number")
         expect(0 <= self.ema_decay < 1, self, "ema_decay", "at least 0 and below 1")
         expect(0 <= self.seed < 2**32, self, "seed", "at least 0 and below 2**32")
+        precisions = ("auto", "float32", "bfloat16")
+        object.__setattr__(self, "precision", as_known(self.precision, precisions))
+        expect(self.precision in precisions, self, "precision", f"one of {', '.join(precisions)}")
 
 
 @dataclass(frozen=True)
@@ -357,6 +360,8 @@ def _convert(value: Any, expected: Any, where: str) -> Any:
         return float(value)
     if expected in (int, bool, str) and type(value) is expected:
         return value
+    if typing.get_origin(expected) is Literal and isinstance(value, str):
+        value = as_known(value, typing.get_args(expected))
     if typing.get_origin(expected) is Literal and value in typing.get_args(expected):
         return value
     if typing.get_origin(expected) is tuple and isinstance(value, list):

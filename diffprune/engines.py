@@ -27,7 +27,7 @@ from diffprune.local_workers import LocalWorkers, Task
 from diffprune.locks import folder_lock, is_lock, shard_claim
 from diffprune.progress import Progress, progress
 from diffprune.rank_talk import ALONE, RankTalk
-from diffprune.storage import AnyPath, as_path, existing
+from diffprune.storage import AnyPath, RemotePath, as_path, existing
 from diffprune.tables import (
     STAGE_FILE,
     how_other,
@@ -36,6 +36,7 @@ from diffprune.tables import (
     read_each,
     read_stage,
     read_table,
+    reading_pool,
     table_metadata,
     write_table,
 )
@@ -118,6 +119,7 @@ class TableWriter:
     about: dict[str, Any]  # in every table
     max_failures: int
     claim: bool  # other runs may be at work in the folder
+    looks: bool = True  # whether a table came meanwhile, of a process that died after it, or of another run
 
     def about_input(self, identity: Mapping[str, Any]) -> TableWriter:
         """The same for tables of the shard that this identifies."""
@@ -127,14 +129,14 @@ class TableWriter:
         """Do the shard, unless it is done."""
         path = self.out / f"{stem}.parquet"
         with shard_claim(self.out, stem) if self.claim else nullcontext():
-            if path.is_file():  # by a process that died after it, or by another run
+            if self.looks and path.is_file():  # by a process that died after it, or by another run
                 return Tally.of(read_table(path, ["key", "status", "error"]))
             if self.claim:
                 sweep(self.out, stem)
             found = work()
             made = found if isinstance(found, Made) else Made(found)
             tally = Tally.of(made.table, made.counts)
-            if path.is_file():  # a copy of this shard came first
+            if self.looks and path.is_file():  # a copy of this shard came first
                 return tally
             (streaks or Streaks([stem], self.max_failures)).add(stem, tally)
             write_table(path, made.table, {**self.about, **made.about})
@@ -152,6 +154,7 @@ def run_stage(
     unit: str = "images",
     inputs: Mapping[str, Mapping[str, Any]] | None = None,
     whole: bool = False,
+    at_once: bool = False,
     beside: Sequence[str] = (),
     metadata: dict[str, Any] | None = None,
     begin: Callable[[list[str]], object] | None = None,
@@ -169,9 +172,11 @@ def run_stage(
     unless the result of each depends on all of them: ``whole``; other shards than before are refused then.
     ``metadata`` is told to readers but not compared. ``begin`` runs once, if any shard is to be done, when ``out`` is
     there and this stage's, and is told which this process is to do; it may keep files of its own in ``out``.
-    ``work`` advances the progress itself; ``total`` counts ``unit``s to do here. ``beside``: ends of the names of files
-    that lie beside each table; a table without them is refused with a ResumeError. With the engine's ``workers`` they
-    do ``task(stem, writer)`` instead, which has to end in ``writer.run``. ``told`` hears how each shard fared.
+    ``work`` advances the progress itself; ``total`` counts ``unit``s to do here. ``at_once``: it has next to nothing to
+    do and nothing to fail at, so that tables behind a URL are written several at a time, by threads. ``beside``: ends
+    of the names of files that lie beside each table; a table without them is refused with a ResumeError. With the
+    engine's ``workers`` they do ``task(stem, writer)`` instead, which has to end in ``writer.run``. ``told`` hears how
+    each shard fared.
     Returns counts: shards, shards_done_before, samples, failed, first_error, out; of a part, where there is one.
 
     Raises: BusyError where another run is at work in ``out``; StoppedError after too many failures in a row;
@@ -219,9 +224,10 @@ def run_stage(
             with progress(name, total=total // engine.ranks.size, unit=unit) as bar:
                 if done_rows:
                     bar.advance(min(done_rows, total))
-                writer = TableWriter(out, about, engine.max_failures, claim=engine.part is not None)
+                at_once = at_once and isinstance(out, RemotePath) and not (engine.workers or engine.part)
+                writer = TableWriter(out, about, engine.max_failures, claim=engine.part is not None, looks=not at_once)
                 streaks = Streaks(shards, engine.max_failures)
-                for stem, tally in _map(writer, wanted, inputs, streaks, work, bar, engine, task):
+                for stem, tally in _map(writer, wanted, inputs, streaks, work, bar, engine, task, at_once):
                     if told:
                         told(stem, tally)
         engine.ranks.wait()
@@ -268,12 +274,17 @@ def _map(
     bar: Progress,
     engine: Engine,
     task: Callable[[str, TableWriter], Task] | None,
+    at_once: bool,
 ) -> Iterator[tuple[str, Tally]]:
     writers = {stem: writer.about_input(inputs[stem]) if stem in inputs else writer for stem in todo}
     if engine.workers and task:
         for done, tally in engine.workers.map([task(stem, writers[stem]) for stem in todo], bar.advance):
             streaks.add(done.shard, tally)
             yield done.shard, tally
+        return
+    if at_once:
+        with reading_pool(writer.out) as pool:
+            yield from pool.map(lambda stem: (stem, writers[stem].run(stem, lambda: work(stem, bar))), todo)
         return
     for stem in todo:
         yield stem, writers[stem].run(stem, lambda stem=stem: work(stem, bar), streaks)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from diffprune.errors import InputError, ResumeError
-from diffprune.outputs import copy_to_stream, is_stream
+from diffprune.outputs import copy_to_stream, is_stdout, is_stream
 from diffprune.storage import AnyPath, RemotePath, as_path
 
 if TYPE_CHECKING:
@@ -49,7 +49,11 @@ def atomic_path(path: str | Path, *, sync_folder: bool = True) -> Iterator[Path]
     if is_stream(path):
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder) / path.name
-            copy_to_stream(Path(folder) / path.name, path)
+            try:
+                copy_to_stream(Path(folder) / path.name, path)
+            except OSError as error:
+                _raise_named(error, "standard output" if is_stdout(path) else path)
+                raise
         return
     path = _linked(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -188,7 +192,7 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _raise_named(error: OSError, path: Path) -> None:
+def _raise_named(error: OSError, path: str | Path) -> None:
     """Name ``path`` where a disk is full or a file too large: a write to an open file says that without a name."""
     if (is_disk_full(error) or error.errno == errno.EFBIG) and error.filename is None:
         raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error

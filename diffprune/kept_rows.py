@@ -107,8 +107,7 @@ def check_samples(kept: str | Path, selection: KeptRows, sources: Mapping[AnyPat
             if index.damage:
                 damage = index.damage[0]
                 raise InputError(
-                    f"{path}: damaged at byte {damage.offset} (key {damage.key!r}): {damage.message}; "
-                    "fetch or pack this shard again"
+                    f"{path}: damaged at byte {damage.offset} (key {damage.key!r}): {damage.message}; {damage.remedy}"
                 )
             row = start + _first_misplaced(index.samples, selection, slice(start, stop))
             if row < stop:

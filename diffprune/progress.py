@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ class Progress(Protocol):
     """What ``progress`` yields."""
 
     def advance(self, amount: int = 1, *, note: str = "") -> None:
-        """``amount`` more units are done; ``note`` is shown beside the count until the next one."""
+        """``amount`` more units are done; ``note`` is shown beside the count until the next one. For any thread."""
 
 
 def set_enabled(enabled: bool) -> None:
@@ -71,11 +72,13 @@ class _Bar:
     def __init__(self, display, title: str, total: int, unit: str) -> None:
         self.display, self.unit, self.done, self.start = display, unit, 0, time.monotonic()
         self.task = display.add_task(title, total=total, rate="", note="")
+        self.lock = threading.Lock()
 
     def advance(self, amount: int = 1, *, note: str = "") -> None:
-        self.done += amount
-        rate = f"{self.done / max(time.monotonic() - self.start, 1e-9):,.0f} {self.unit}/s"
-        self.display.update(self.task, advance=amount, rate=rate, note=note)
+        with self.lock:
+            self.done += amount
+            rate = f"{self.done / max(time.monotonic() - self.start, 1e-9):,.0f} {self.unit}/s"
+            self.display.update(self.task, advance=amount, rate=rate, note=note)
 
 
 class _Plain:
@@ -83,13 +86,15 @@ class _Plain:
         self.title, self.total, self.unit = title, total, unit
         self.done, self.note = 0, ""
         self.start = self.last = time.monotonic()
+        self.lock = threading.Lock()
 
     def advance(self, amount: int = 1, *, note: str = "") -> None:
-        self.done, self.note = self.done + amount, note
-        now = time.monotonic()
-        if now - self.last >= PLAIN_LINE_SECONDS:
-            self.last = now
-            self._print()
+        with self.lock:
+            self.done, self.note = self.done + amount, note
+            now = time.monotonic()
+            if now - self.last >= PLAIN_LINE_SECONDS:
+                self.last = now
+                self._print()
 
     def finish(self) -> None:
         self._print()

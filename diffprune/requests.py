@@ -83,13 +83,16 @@ class Request:
             names |= {"cluster"} | ({"distance"} if self.dedup_keep != "random" else set())
         return names
 
-    def check(self, table: pa.Table) -> None:
-        """Raise InputError if an argument is unknown, two do not go together, or the table lacks a column."""
+    def check(self, table: pa.Table, *, counted: bool) -> None:
+        """Raise InputError if an argument is unknown, two do not go together, or the table lacks a column.
+
+        ``counted``: whether so many are to be kept; else ``dedup`` alone may decide, and nothing is ranked then.
+        """
         if self.order not in NEEDS:
             raise InputError(f"order: expected one of {', '.join(ORDERS)}, got {self.order!r}")
         if not 0 <= self.seed < 1 << 32:
             raise InputError(f"seed: expected 0 to 2**32 - 1, got {self.seed}")
-        self._check_by(table)
+        self._check_by(table, counted or self.quota is not None or self.dedup is None)
         self._check_groups(table)
         if "within" in NEEDS[self.order]:
             _check_within(table, self.within)
@@ -113,7 +116,7 @@ class Request:
                     f"{_columns_there(table)}: run `diffprune cluster` and pass its folder too"
                 )
 
-    def _check_by(self, table: pa.Table) -> None:
+    def _check_by(self, table: pa.Table, ranked: bool) -> None:
         if "by" not in NEEDS[self.order]:
             if self.by is not None:
                 raise InputError(
@@ -122,6 +125,8 @@ class Request:
                 )
             return
         if self.by is None:
+            if not ranked:
+                return
             raise InputError(f"order {self.order!r} ranks a score column: give `by`, one of {_columns_there(table)}")
         for column in self.ranking.columns:
             _check_column(table, column)

@@ -13,10 +13,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from diffprune.config_checks import as_known
 from diffprune.device import pick_device
 from diffprune.errors import InputError
 from diffprune.files import atomic_path
-from diffprune.generation import Sampler, Solver, sample_key
+from diffprune.generation import PRECISIONS, Sampler, Solver, sample_key
 from diffprune.outputs import PNG, check_output
 from diffprune.packing import PackedSample, shard_paths, write_shard
 from diffprune.plans import claim_folder
@@ -94,6 +95,7 @@ def sample(
     paths = [] if out is None else shard_paths(out, PREFIX, count, shard_size)
     if grid is not None:
         check_output(grid, PNG, [checkpoint, vqvae, coarse, *paths])
+    precision = as_known(precision, PRECISIONS)
     solver = Solver.checked(method, steps, rtol, atol)
     sampler = Sampler.load(checkpoint, vqvae, coarse, coarse_until, weights, pick_device(device))
     sampler.set_up(solver, guidance, guidance_channels, labels, seed, precision)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from diffprune.arrays import ArrayFolder
+from diffprune.config_checks import as_known
 from diffprune.device import full_float32, pick_device
 from diffprune.draws import MASK
 from diffprune.engines import Engine, Made, TableWriter, open_workers, run_stage
@@ -108,6 +109,7 @@ def score(
     """
     names = _checked_names(methods)
     _check("moso_mode", moso_mode, moso_mode in MODES, f"one of {', '.join(MODES)}")
+    precision = as_known(precision, PRECISIONS)
     _check("precision", precision, precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
     for name, value in (("draws", draws), ("trials", trials)):
         _check(name, value, value >= 1, "1 or more")

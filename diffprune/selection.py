@@ -24,7 +24,7 @@ from diffprune.files import fingerprint
 from diffprune.outputs import PARQUET, check_output, is_stream
 from diffprune.requests import NEEDS, Request, read_quota
 from diffprune.storage import AnyPath, as_path
-from diffprune.tables import BASE_COLUMNS, read_tables, stage_fingerprint, table_header, table_metadata, write_table
+from diffprune.tables import BASE_COLUMNS, read_tables, table_header, table_metadata, write_table
 from diffprune.unique_keys import repeated_key
 
 __all__ = ["select"]
@@ -61,8 +61,8 @@ def select(
             name.
         out: the file to write (kept.parquet); an earlier selection there is replaced.
         keep, prune, count: how much to keep; exactly one of them, unless ``quota`` says it, or ``dedup`` alone is to
-            decide. ``keep`` is a fraction of the samples that did not fail, ``prune`` the fraction to leave out; keep·N
-            is rounded half up, in exact decimal arithmetic.
+            decide: then no order is needed. ``keep`` is a fraction of the samples that did not fail, ``prune`` the
+            fraction to leave out; keep·N is rounded half up, in exact decimal arithmetic.
         quota: how many of each group of ``per``, by name, "*" for all others: a mapping, the text "0=100,1=50,*=20",
             or a JSON file with an object.
         by, order, seed, within, per, shares, dedup, dedup_keep, device: see ``choose``.
@@ -73,9 +73,9 @@ def select(
     and place in it, has a column ``uid`` where the tables have uids, and its metadata holds the arguments, count,
     total and a fingerprint of the inputs.
 
-    Returns order, by, within, count, total (samples that did not fail), failed, seed, ``column_keeps`` (the end of
-    ``by`` that its methods mean to keep, "highest" or "lowest", where the tables say so and agree), fingerprint, out,
-    and, if they were given, per, shares, quota, dedup and dedup_keep.
+    Returns order (None where ``dedup`` alone decides), by, within, count, total (samples that did not fail), failed,
+    seed, ``column_keeps`` (the end of ``by`` that its methods mean to keep, "highest" or "lowest", where the tables say
+    so and agree), fingerprint, out, and, if they were given, per, shares, quota, dedup and dedup_keep.
 
     Raises:
         InputError: an unknown order or column, a ``by`` that cannot be read, tables of different data sets, NaN or
@@ -88,16 +88,18 @@ def select(
     folders = [path for path in given if path not in extra]
     quota = None if quota is None else read_quota(quota)
     request = Request(order, by, seed, within, per, shares, quota, dedup, dedup_keep)
+    counted = any(value is not None for value in (keep, prune, count))
+    inputs: list[Any] = []
     if extra:
-        table = read_tables(folders)
+        table = read_tables(folders, fingerprints=inputs)
     else:
-        request.check(table_header(folders))
-        table = read_tables(folders, sorted(request.columns().difference(BASE_COLUMNS)))
+        request.check(table_header(folders), counted=counted)
+        names = sorted(request.columns().difference(BASE_COLUMNS))
+        table = read_tables(folders, names, fingerprints=inputs)
     table, extra_inputs = add_columns(table, extra, request.columns() if order in NEEDS else frozenset())
-    request.check(table)
+    request.check(table, counted=counted)
     total = int(pc.sum(pc.equal(table["status"], "ok")).as_py() or 0)
     count = _resolve_count(total, keep, prune, count, request)
-    inputs = [stage_fingerprint(folder) for folder in folders]
     inputs += extra_inputs
     points_folder = _open_embeddings(embeddings, request)
     if points_folder is not None:
@@ -139,7 +141,8 @@ def _planned(table: pa.Table, request: Request, count: int | None, device: str) 
 def _settings(request: Request) -> dict[str, Any]:
     """The arguments that made a difference, for metadata and report."""
     settings = {
-        "order": request.order,
+        # of near-duplicates left out, and no more, there is none
+        "order": request.order if request.by is not None or "by" not in NEEDS[request.order] else None,
         "by": request.by,
         "within": request.within if "within" in NEEDS[request.order] else None,
         "seed": request.seed,

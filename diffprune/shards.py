@@ -10,12 +10,13 @@ import glob
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffprune.errors import InputError
+from diffprune.progress import progress
 from diffprune.storage import AnyPath, RemotePath, Stat, as_path, stats
 from diffprune.storage.paths import READ_ONLY
 from diffprune.tar_index import Damage, index_tar
@@ -132,7 +133,14 @@ def index_shards(spec: ShardSpec) -> list[ShardIndex]:
 
 def index_found(shards: Mapping[AnyPath, Stat]) -> list[ShardIndex]:
     """``index_shards`` of what ``find_shards`` found, or of some of it: nothing is asked for again."""
-    indexes = list(index_each(shards))
+    indexes = []
+    # A shard behind a URL takes a minute and more, of which nothing would be seen; one on disk none.
+    shown = _any_remote(shards) and progress("index", total=len(shards), unit="shards")
+    with shown or nullcontext() as bar:
+        for index in index_each(shards):
+            indexes.append(index)
+            if bar:
+                bar.advance()
     for index in indexes:
         if index.damage:
             first = index.damage[0]
@@ -140,7 +148,7 @@ def index_found(shards: Mapping[AnyPath, Stat]) -> list[ShardIndex]:
             more = f" (and {len(index.damage) - 1} more)" if len(index.damage) > 1 else ""
             raise InputError(
                 f"{index.path}: at byte {first.offset:,}{key}: {first.message}{more}. "
-                f"Run `diffprune verify` for the whole list, then fetch or pack this shard again"
+                f"Run `diffprune verify` for the whole list, then {first.remedy}"
             )
     duplicate = find_duplicate_key(indexes)
     if duplicate:
@@ -154,11 +162,15 @@ def index_found(shards: Mapping[AnyPath, Stat]) -> list[ShardIndex]:
 
 def index_each(shards: Mapping[AnyPath, Stat]) -> Iterator[ShardIndex]:
     """``index_shard`` of each, in order; some URLs at a time, as each of them is waited for."""
-    if not any(isinstance(path, RemotePath) for path in shards):
+    if not _any_remote(shards):
         yield from map(index_shard, shards)
         return
     with ThreadPoolExecutor(_INDEXED_AT_ONCE, thread_name_prefix="index") as pool:
         yield from pool.map(index_shard, shards, shards.values())
+
+
+def _any_remote(paths: Iterable[AnyPath]) -> bool:
+    return any(isinstance(path, RemotePath) for path in paths)
 
 
 def find_duplicate_key(indexes: Iterable[ShardIndex]) -> tuple[str, AnyPath, AnyPath] | None:
@@ -301,8 +313,8 @@ def _index(
         begin = read_at(0, 6)
         for mark, name in _COMPRESSED.items():
             if begin.startswith(mark):
-                message = f"compressed by {name}; samples are read by their place in a plain tar: decompress it"
-                return SampleList.empty(), [Damage(0, None, message)], []
+                message = f"compressed by {name}; samples are read by their place in a plain tar"
+                return SampleList.empty(), [Damage(0, None, message, "decompress it")], []
     return samples, damage, ignored
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 METADATA_KEY = b"diffprune"
 STAGE_FILE = "stage.json"
+Seen = Callable[[str, pa.Table], object]  # is told a shard's name and table
 _ROWS_AT_ONCE = 1 << 20
 
 BASE_SCHEMA = pa.schema(
@@ -164,9 +165,12 @@ def column_names(path: str | Path) -> list[str]:
     return _schema(path).names
 
 
-def read_folder(folder: str | Path, columns: list[str] | None = None) -> pa.Table:
-    """The tables of one folder, concatenated in shard order. All its shards must be finished."""
-    table = _read_shards(as_path(folder), columns)
+def read_folder(folder: str | Path, columns: list[str] | None = None, *, seen: Seen | None = None) -> pa.Table:
+    """The tables of one folder, concatenated in shard order. All its shards must be finished.
+
+    ``seen`` is told each shard's table, as what else is asked of it is another request.
+    """
+    table = _read_shards(as_path(folder), columns, seen)
     _check_unique(table, folder)
     return table
 
@@ -199,23 +203,15 @@ def check_finished(folder: AnyPath, stems: Sequence[str]) -> None:
         )
 
 
-def stage_fingerprint(folder: str | Path) -> str | None:
+def _stage_fingerprint(folder: str | Path, inputs: Sequence[Mapping[str, Any]]) -> str | None:
     """What tells a folder of tables from others: its run's fingerprint, and what its shards were, if the tables say so.
 
     Of a folder of clip-retrieval its content; None where it says nothing of itself.
     """
     if (foreign := _clip_retrieval(folder)) is not None:
         return foreign.fingerprint
-    folder, stage = as_path(folder), read_stage(folder)
-
-    def input_at(stem: str) -> dict[str, Any]:
-        path = folder / f"{stem}.parquet"
-        schema = _schema(path)
-        return input_of(_metadata(schema, path)) if METADATA_KEY in (schema.metadata or {}) else {}
-
-    with reading_pool(folder) as pool:
-        inputs = list(pool.map(input_at, stage["shards"]))
-    return fingerprint([stage.get("fingerprint"), inputs]) if any(inputs) else stage.get("fingerprint")
+    run = read_stage(folder).get("fingerprint")
+    return fingerprint([run, inputs]) if any(inputs) else run
 
 
 def reading_pool(folder: AnyPath) -> ThreadPoolExecutor:
@@ -254,7 +250,9 @@ def _first_schema(folder: AnyPath) -> pa.Schema:
     return _schema(folder / f"{stems[0]}.parquet") if stems else BASE_SCHEMA
 
 
-def _read_shards(folder: AnyPath, columns: Sequence[str] | Set[str] | None = None) -> pa.Table:
+def _read_shards(
+    folder: AnyPath, columns: Sequence[str] | Set[str] | None = None, seen: Seen | None = None
+) -> pa.Table:
     """Of a set of ``columns`` those that are there."""
     if isinstance(columns, Set):
         columns = [name for name in _first_schema(folder).names if name in columns]
@@ -265,7 +263,11 @@ def _read_shards(folder: AnyPath, columns: Sequence[str] | Set[str] | None = Non
         return table if columns is None else table.select(columns)
     stems = read_stage(folder)["shards"]
     check_finished(folder, stems)
-    tables = list(read_each(folder, stems, columns))
+    tables = []
+    for stem, table in zip(stems, read_each(folder, stems, columns), strict=True):
+        if seen:
+            seen(stem, table)
+        tables.append(table)
     try:
         table = pa.concat_tables(tables)
     except pa.ArrowInvalid as error:
@@ -278,11 +280,17 @@ def _check_unique(table: pa.Table, folder: str | Path) -> None:
         raise InputError(f"{folder}: key {twice!r} stands in it twice; keys must be unique over all shards")
 
 
-def read_tables(folders: str | Path | Sequence[str | Path], columns: list[str] | None = None) -> pa.Table:
+def read_tables(
+    folders: str | Path | Sequence[str | Path],
+    columns: list[str] | None = None,
+    *,
+    fingerprints: list[str | None] | None = None,
+) -> pa.Table:
     """Folders of tables joined by key: base columns once, then every score column (or those in ``columns`` alone).
 
     Row order is the first folder's. A row is "failed" if it failed in any of them. Raises InputError if the folders
-    are of different data sets, or if two hold the same column.
+    are of different data sets, or if two hold the same column. ``fingerprints``: a list that gets one of each folder:
+    of its run, and of what its shards were.
     """
     paths = [folders] if isinstance(folders, (str, os.PathLike)) else list(folders)
     names = table_header(paths).column_names
@@ -290,10 +298,23 @@ def read_tables(folders: str | Path | Sequence[str | Path], columns: list[str] |
         there = ", ".join(name for name in names if name not in BASE_COLUMNS)
         raise InputError(f"{', '.join(map(str, paths))}: no column {missing[0]!r}; there are {there}")
     wanted = None if columns is None else {*BASE_COLUMNS, *columns}
-    result = _read_shards(as_path(paths[0]), wanted)
+
+    def read(path: str | Path) -> pa.Table:
+        inputs: list[dict[str, Any]] = []
+
+        def seen(stem: str, table: pa.Table) -> None:
+            known = METADATA_KEY in (table.schema.metadata or {})
+            inputs.append(input_of(_metadata(table.schema, as_path(path) / f"{stem}.parquet")) if known else {})
+
+        table = _read_shards(as_path(path), wanted, seen)
+        if fingerprints is not None:
+            fingerprints.append(_stage_fingerprint(path, inputs))
+        return table
+
+    result = read(paths[0])
     _check_unique(result, paths[0])
     for path in paths[1:]:
-        result = _join(result, _read_shards(as_path(path), wanted), paths[0], path)
+        result = _join(result, read(path), paths[0], path)
     if columns is not None:
         result = result.select([*BASE_COLUMNS, *(name for name in columns if name not in BASE_COLUMNS)])
     return result

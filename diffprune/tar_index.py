@@ -37,6 +37,7 @@ class Damage:
     offset: int
     key: str | None
     message: str
+    remedy: str = "fetch or pack this shard again"
 
 
 def index_tar(

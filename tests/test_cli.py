@@ -208,6 +208,10 @@ def test_a_name_that_is_not_utf8_is_told(small_run, tmp_path):
     ("arguments", "complaint"),
     [
         (["cluster", "{run}/embeddings", "-k", "4", "--sample", "100", "-o", "{out}"], "--sample"),
+        (
+            ["cluster", "{run}/embeddings", "--like", "{run}/clusters", "--sample", "99", "-o", "{out}"],
+            "--like assigns",
+        ),
         (["cluster", "{run}/embeddings", "--choose-k", "2,3,4", "--levels", "2", "-o", "{out}"], "--levels"),
         (["cluster", "{run}/embeddings", "--choose-k", "2,3,4", "--n-init", "1", "-o", "{out}"], "--n-init"),
         (["cluster", "{run}/embeddings", "--choose-k", "2,3,4", "--engine", "faiss", "-o", "{out}"], "--engine"),

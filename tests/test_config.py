@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffprune.config import DitRun, TrainConfig, VqvaeRun, from_dict, load_config, to_dict
+from diffprune.config import DitRun, TrainConfig, VqvaeRun, from_dict, load_config, section_from_table, to_dict
 from diffprune.errors import InputError
 from diffprune.models.dit import DiT
+from diffprune.sweeping.settings import SampleConfig, ScoreConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -31,6 +32,16 @@ def test_defaults_file_and_overrides_in_that_order(tmp_path):
 def test_overrides_are_checked_together_not_one_by_one():
     run = load_config(None, "dit", ["model.input_size=9", "model.patch_size=3"])
     assert (run.model.input_size, run.model.patch_size) == (9, 3)
+
+
+def test_either_spelling_of_bfloat16_is_known():
+    """Else `TrainConfig(precision="bf16")` trained in float32, without a word."""
+    assert load_config(None, "dit", ["train.precision=bf16"]).train.precision == "bfloat16"
+    assert TrainConfig(precision="bf16") == TrainConfig(precision="bfloat16")
+    for section in (ScoreConfig, SampleConfig):
+        assert section_from_table(section, {"precision": "bfloat16"}, "sweep.toml").precision == "bf16"
+    with pytest.raises(InputError, match=r"TrainConfig.precision: expected one of auto, float32, bfloat16, got 'fp8'"):
+        TrainConfig(precision="fp8")
 
 
 def test_a_run_survives_json():

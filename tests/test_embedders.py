@@ -288,6 +288,7 @@ def test_bf16_is_close_to_float32(photo_shards, clip_folder):
         a, b = full.function(images), half.function(images)
     assert a.dtype == torch.float32 and b.dtype == torch.bfloat16
     assert 0 < (a - b.float()).abs().max() < 0.05 * a.abs().max()
+    assert load_embedder(str(clip_folder), CPU, "bfloat16").head == half.head
     assert load_embedder(str(clip_folder), CPU).head["precision"] == "float32"
     with pytest.raises(InputError, match="precision: expected"):
         load_embedder(str(clip_folder), CPU, "fp8")

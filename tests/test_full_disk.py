@@ -6,6 +6,8 @@ import errno
 import os
 import re
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +44,15 @@ def test_safetensors(tmp_path, safetensors_find_it_full):
     with pytest.raises(OSError, match=r"No space left on device: '.*x\.safetensors'") as error:
         save_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(3)})
     assert error.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("out", "name"), [("-", "standard output"), ("/dev/full", "/dev/full")])
+def test_a_pipe_that_takes_no_more(small_run, tmp_path, out, name):
+    diffprune.select(small_run.scores, tmp_path / "kept.parquet", by="loss", keep=0.5)
+    command = [sys.executable, "-m", "diffprune", "export", str(tmp_path / "kept.parquet"), "--format", "keys"]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([*command, "-o", out], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 1 and ended.stderr == f"error: [Errno 28] No space left on device: {name!r}\n"
 
 
 def test_clusters(small_run, tmp_path, safetensors_find_it_full):

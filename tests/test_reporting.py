@@ -302,6 +302,17 @@ def test_best_value_of_a_column_is_marked_by_its_direction_ties_included():
     assert [row["cells"][0]["text"] for row in table["rows"]] == ["3.000", "1.000", "1.000"]
 
 
+def test_the_real_images_own_unequal_classes_are_beside_the_models():
+    given = evaluations(3.0, 1.0)
+    for one, skew in zip(given, (0.25, 0.5), strict=True):
+        one["metrics"] = {"class_kl_uniform": skew}
+        one["classes"] = {"reference_shares": {"0": 0.5, "1": 0.25, "2": 0.25, "3": 0.0}}
+        one["context"]["reference"] = {"count": 9, "vendi_score": 1.0}
+    table = tables.metric_table(given)
+    # ½ log 2 + ½ log 1: the entropy of four equal classes, over that of these
+    assert table["real"] == ["0.3466"] and best(table, 0) == [True, False]
+
+
 @pytest.mark.parametrize(
     "change",
     [

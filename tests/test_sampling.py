@@ -120,6 +120,7 @@ def test_bf16_runs_the_model_alone_in_it(small_run, lively, tmp_path, options, m
         diffprune.sample(lively, small_run.vqvae, tmp_path / "bf16", count=12, **options)
     found = [json.loads((tmp_path / name / "sample.json").read_text())["plan"] for name in ("float32", "bf16")]
     assert [plan["precision"] for plan in found] == [None, "bf16"]
+    diffprune.sample(lively, small_run.vqvae, tmp_path / "bf16", count=12, precision="bfloat16", **options)  # the same
 
 
 def test_where_memory_runs_out_fewer_images_are_decoded_at_once(small_run, lively, tmp_path, monkeypatch):

@@ -326,6 +326,7 @@ def test_bf16_ranks_nearly_the_same_and_is_part_of_the_config(small):
         a, b = column(exact, name, small.keys), column(rounded, name, small.keys)
         assert 1e-6 < ((a - b) / a).abs().max() < 0.05 and spearman(a, b) > 0.9
     assert table_metadata(read_folder(small.root / "rounded"))["config"]["precision"] == "bf16"
+    small.score("rounded", methods=("loss", "grand"), precision="bfloat16")  # goes on there, as it is the same
     with pytest.raises(InputError, match="precision: expected one of float32, bf16, got 'fp8'"):
         small.score("bad", precision="fp8")
 

@@ -16,8 +16,9 @@ from diffprune.choosing import choose
 from diffprune.errors import InputError
 from diffprune.expressions import By, Term, mean_ranks, parse_by
 from diffprune.files import write_json
+from diffprune.reporting import report as report_of
 from diffprune.selection import select
-from diffprune.tables import base_table, table_metadata, write_table
+from diffprune.tables import base_table, kept_keys, table_metadata, write_table
 
 LABELS = [0, 1, 2, 7]
 
@@ -290,6 +291,28 @@ def test_dedup_by_tiles_and_at_the_threshold_itself(monkeypatch):
         monkeypatch.setattr(diversity, "_SIDE", 64)
         np.testing.assert_array_equal(diversity.near_duplicates(torch.from_numpy(points), cluster, values, eps), found)
         monkeypatch.undo()
+
+
+def test_dedup_alone_needs_no_order(table, small_run, tmp_path):
+    """Nothing is ranked then, and no score asked for."""
+    points = np.random.default_rng(2).normal(size=(90, 3)).astype(np.float32)
+    left = choose(table, "random", dedup=0.1, embeddings=points)
+    assert choose(table, "highest", dedup=0.1, embeddings=points).tolist() == left.tolist()
+    for count, quota in ((5, None), (None, {"*": 1})):
+        with pytest.raises(InputError, match="give `by`"):
+            choose(table, "highest", count, per="label", quota=quota, dedup=0.1, embeddings=points)
+    options = {"dedup": 0.02, "embeddings": small_run.embeddings}
+    report = select(small_run.clusters, tmp_path / "kept.parquet", **options)
+    any_order = select(small_run.clusters, tmp_path / "random.parquet", order="random", **options)
+    assert report["order"] is None and 1 < report["count"] == any_order["count"] < 120
+    assert kept_keys(tmp_path / "kept.parquet") == kept_keys(tmp_path / "random.parquet")
+    page = tmp_path / "page.html"
+    report_of(page, scores=[small_run.scores], selections={"these": tmp_path / "kept.parquet"})
+    assert "all but near-duplicates" in page.read_text()
+    shown = select(small_run.clusters, tmp_path / "none.parquet", **options, dry_run=True)
+    assert shown["count"] is None and not (tmp_path / "none.parquet").exists()
+    with pytest.raises(InputError, match="give `by`"):
+        select(small_run.clusters, tmp_path / "kept.parquet", keep=0.1, **options)
 
 
 def test_dedup_comes_before_the_order_and_can_leave_too_few(table):

@@ -104,6 +104,13 @@ def test_the_index_is_that_of_the_local_file_and_is_kept(s3, small_run):
     assert s3.count("GET", ".tar") == gets and s3.count("HEAD", ".tar") == heads + 3  # which say that it is the same
 
 
+def test_indexing_shards_in_storage_is_shown_and_of_local_ones_is_not(s3, small_run, capsys):
+    index_shards(small_run.shards)
+    assert not capsys.readouterr().err
+    index_shards(upload(s3, small_run.shards, "shards"))
+    assert re.fullmatch(r"index: 3/3 shards .*\n", capsys.readouterr().err)
+
+
 def test_a_shards_size_and_version_are_asked_for_once(s3, small_run, tmp_path):
     few, shard = upload(s3, small_run.shards, "few"), s3.objects["bucket/few/images-000000.tar"]
     for number in range(10):
@@ -976,6 +983,58 @@ def test_score_and_cluster_read_each_table_twice_and_each_array_once(s3, small_r
     found = asked("latents", lambda: diffprune.score(latents, small_run.surrogate, "s3://bucket/b", **moso))
     assert found[1] == 0, "they are here already"
     assert asked("embeddings", lambda: diffprune.cluster(embeddings, "s3://bucket/c", k=6)) == (2, 2, 2)
+
+
+def test_cluster_writes_tables_at_once_and_goes_on_where_it_was(s3, small_run, tmp_path, monkeypatch):
+    embeddings = upload(s3, small_run.embeddings, "embeddings")
+    diffprune.cluster(small_run.embeddings, tmp_path / "local", k=6)
+    gate, put, asked = threading.Barrier(3, timeout=60), S3Client.put_bytes, len(s3.requests)
+
+    def together(self, path, data):
+        if path.suffix == ".parquet":
+            gate.wait()  # broken unless all three tables are under way
+        put(self, path, data)
+
+    monkeypatch.setattr(S3Client, "put_bytes", together)
+    diffprune.cluster(embeddings, "s3://bucket/out", k=6)
+    assert contents(s3, "out") == local_contents(tmp_path / "local")
+    ours = [method for method, path, _ in s3.requests[asked:] if "/out/images-000001.parquet" in path]
+    # Of more than eight shards a listing says at the begin and at the end which are there; failures and sizes of
+    # clusters are counted at the end.
+    assert sorted(ours) == ["GET", "GET", "HEAD", "HEAD", "PUT"]
+
+    def failing(self, path, data):
+        if path.name == "images-000001.parquet":
+            raise RemoteError(f"{path}: refused", "failed")
+        put(self, path, data)
+
+    monkeypatch.setattr(S3Client, "put_bytes", failing)
+    with pytest.raises(RemoteError, match=r"images-000001.parquet: refused"):
+        diffprune.cluster(embeddings, "s3://bucket/again", k=6)
+    assert "images-000001.parquet" not in contents(s3, "again")
+    monkeypatch.setattr(S3Client, "put_bytes", put)
+    diffprune.cluster(embeddings, "s3://bucket/again", k=6)
+    assert contents(s3, "again") == local_contents(tmp_path / "local")
+
+
+def test_select_and_train_read_each_table_once(s3, small_run, tmp_path):
+    scores, clusters = upload(s3, small_run.scores, "scores"), upload(s3, small_run.clusters, "clusters")
+    latents = upload(s3, small_run.latents, "latents")
+
+    def gets(work) -> set[int]:
+        """How often tables are read, but the first of a folder, whose columns are looked at."""
+        s3.requests.clear()
+        work()
+        return {s3.count("GET", path) for folder, path in tables if s3.count("GET", folder)}
+
+    tables = [(f"/{folder}/", f"/{folder}/images-000001.parquet") for folder in ("scores", "clusters", "latents")]
+    kept = tmp_path / "kept.parquet"
+    options = {"order": "equal", "within": "highest:grand", "keep": 0.5}
+    assert gets(lambda: diffprune.select([scores, clusters], kept, **options)) == {1}
+    diffprune.select([small_run.scores, small_run.clusters], tmp_path / "local.parquet", **options)
+    assert kept.read_bytes() == (tmp_path / "local.parquet").read_bytes()
+    config = load_config(None, "dit", DIT_OVERRIDES)
+    assert gets(lambda: diffprune.train_dit(config, latents, tmp_path / "run")) == {1}
 
 
 def test_large_tables_are_read_by_columns(s3, tmp_path, monkeypatch):

@@ -132,6 +132,8 @@ def test_the_whole_comparison(done):
         for name in ("frechet_distance", "precision", "vendi_score", "memorization_ratio", "label_agreement")
         for value in table[name].to_pylist()
     )
+    far = [result(done, name)["classes"]["kl_uniform"] for name in CELLS]
+    assert table["class_kl_uniform"].to_pylist() == far and "Unequal classes ↓" in (done / "results.md").read_text()
     told = result(done, "grand-high-50-s1")
     assert told["setting"]["reference"] == {"split": "held-out", "count": 20}
     assert told["setting"]["sampling"] == {"method": "euler", "steps": 3, "guidance": 1.5}

@@ -190,7 +190,7 @@ def cluster(
         options = {"seed": seed, "max_iter": max_iter, "metric": metric, "sample": sample}
         run(diffprune.choose_k, embeddings, out, ks=choose_k, **options, dry_run=dry_run, as_json=as_json)
         return
-    refuse_given(context, ["sample"], "it is what --choose-k looks at; -k clusters all")
+    refuse_given(context, ["sample"], "it is what --choose-k looks at; -k clusters and --like assigns all")
     if like is not None:
         refuse_given(context, _FITTING, "--like only assigns to clusters that are there")
     options = {"k": k, "like": like, "seed": seed, "init": init, "n_init": n_init, "max_iter": max_iter}

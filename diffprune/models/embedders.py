@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from diffprune.checkpoints import load_vqvae
+from diffprune.config_checks import as_known
 from diffprune.errors import InputError
 from diffprune.files import sha256_file
 from diffprune.models.classifier import load_classifier
@@ -83,6 +84,7 @@ def load_embedder(model: str, device: torch.device, precision: str = "auto") -> 
         InputError: no such model, weights that are missing (with what to download), damaged or of another kind, a
             package that is not installed.
     """
+    precision = as_known(precision, ("auto", "float32", "bf16"))
     if precision not in ("auto", "float32", "bf16"):
         raise InputError(f"precision: expected auto, float32 or bf16, got {precision!r}")
     if model.startswith("vqvae:"):

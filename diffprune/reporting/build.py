@@ -15,7 +15,7 @@ from diffprune._version import __version__
 from diffprune.errors import InputError
 from diffprune.files import atomic_path
 from diffprune.outputs import HTML, check_output
-from diffprune.progress import progress
+from diffprune.progress import progress, quiet
 from diffprune.reporting import sections
 from diffprune.reporting.inputs import (
     Log,
@@ -95,7 +95,8 @@ def report(
     content = {}
     with progress("report", total=len(builders), unit="sections") as bar:
         for builder in builders:
-            content[builder.id] = builder.build(material)
+            with quiet():
+                content[builder.id] = builder.build(material)
             bar.advance(note=builder.title)
     page = render(
         "report.html.j2",

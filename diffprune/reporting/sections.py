@@ -274,4 +274,6 @@ def _how(metadata: dict[str, Any]) -> str:
     """A selection's order in words: "highest grand", "balanced, nearest within clusters"."""
     order, by, within = (metadata.get(name) for name in ("order", "by", "within"))
     words = " ".join(str(word) for word in (order, by) if word)
+    if not words and metadata.get("dedup") is not None:
+        return "all but near-duplicates"
     return f"{words}, {within} within clusters" if within else words

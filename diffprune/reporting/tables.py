@@ -54,6 +54,7 @@ METRICS = (
     Metric(
         "class_kl_reference", "Class imbalance", "low", "KL divergence of the classes made from the real ones, nats"
     ),
+    Metric("class_kl_uniform", "Unequal classes", "low", "KL divergence of the classes made from equal shares, nats"),
     Metric("label_agreement", "Right class", "high", "share recognised as the class that was asked for", True),
     Metric("same_seed_cosine", "Same seed", "high", "cosine between images that two models drew from the same noise"),
 )
@@ -236,11 +237,13 @@ def _terms(evaluation: dict[str, Any]) -> str:
 def _real_value(key: str, evaluation: dict[str, Any]) -> float | None:
     """What real images have in a metric, where that is known."""
     classes = evaluation.get("classes") or {}
+    shares = list(classes.get("reference_shares", {}).values())
     return {
         "vendi_score": evaluation["context"]["reference"].get("vendi_score"),
         "memorization_ratio": 1.0,
         "memorized_share": 0.01,
         "class_kl_reference": 0.0 if classes else None,
+        "class_kl_uniform": sum(p * math.log(p * len(shares)) for p in shares if p) if shares else None,
         "label_agreement": classes.get("reference_accuracy"),
     }.get(key)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from dataclasses import astuple
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,7 +52,7 @@ def save_index(path: RemotePath, size: int, version: str, index: Index) -> None:
     table = samples.table()
     about: dict[str, Any] = {
         "of": _identity(path, size, version),
-        "damage": [[one.offset, one.key, one.message] for one in damage],
+        "damage": [astuple(one) for one in damage],
         "ignored": ignored,
     }
     about["sha256"] = _digest(table, about)
