@@ -73,6 +73,7 @@ class ArrayFolder:
         self.stems: list[str] = stage["shards"]
         self._identities: dict[str, dict[str, Any]] = {}  # and rows: of the tables that were read, as each is a request
         self._rows: dict[str, int] = {}
+        self._verified: set[str] = set()
         self._check_kind(kind, self.metadata.get("kind") or stage.get("stage"))
 
     def table(self, stem: str) -> pa.Table:
@@ -125,10 +126,20 @@ class ArrayFolder:
     def array(self, stem: str, *, by_rows: bool = False) -> np.ndarray:
         """float16 [n, ...], memory-mapped, row-aligned with ``table(stem)``.
 
-        ``by_rows``: give a ``RowFile``, or of a URL a ``storage.arrays.RemoteArray``: only the rows asked for are read,
-        and no file stays open.
+        The first time it is read whole, and InputError raised if its values are not those that its table knows by their
+        digest: a damaged disk, or another run's file. ``by_rows``: give a ``RowFile``, or of a URL a
+        ``storage.arrays.RemoteArray``: only the rows asked for are read, unchecked, and no file stays open.
         """
-        return self._checked(self.folder / f"{stem}.npy", stem, by_rows)
+        array = self._checked(path := self.folder / f"{stem}.npy", stem, by_rows)
+        if not by_rows and stem not in self._verified:
+            digest = self.identity(stem).get("array")
+            if digest not in (None, array_digest(array)):
+                raise InputError(
+                    f"{path}: not the values that {stem}.parquet was written with; it was damaged or replaced: "
+                    f"delete {stem}.* and make it again"
+                )
+            self._verified.add(stem)
+        return array
 
     def _checked(self, path: AnyPath, stem: str, by_rows: bool = False) -> np.ndarray:
         array = load_array(path, f"delete {stem}.* and make it again", by_rows)

@@ -169,6 +169,21 @@ def test_what_a_stopped_run_found_of_another_shard_is_forgotten(crawl, tmp_path,
     assert contents(tmp_path / "scores") == contents(tmp_path / "afresh")
 
 
+def test_an_array_that_is_not_the_tables_is_refused_by_name(small_run, tmp_path, embed, encode, crawl):
+    """As of another run, or of a disk that lost a bit: the shape tells nothing."""
+    embed(crawl, "embeddings")
+    encode(crawl, "latents")
+    for folder in ("embeddings", "latents"):
+        path = tmp_path / folder / "b.npy"
+        array = np.load(path)
+        np.save(path, array[::-1])
+    with pytest.raises(InputError, match=r"latents/b\.npy: not the values that b\.parquet was written with"):
+        diffprune.score(tmp_path / "latents", small_run.surrogate, tmp_path / "scores")
+    assert not [*(tmp_path / "scores").glob("b.*")]
+    with pytest.raises(InputError, match=r"embeddings/b\.npy: not the values that b\.parquet was written with"):
+        diffprune.evaluate(tmp_path / "embeddings", tmp_path / "embeddings", tmp_path / "metrics.json")
+
+
 # --- grown -----------------------------------------------------------------------------------------------------
 
 
