@@ -72,6 +72,14 @@ class ImageMap:
         self.indexes, self._stamps = {index.path.stem: index}, {index.path.stem: stamp}
         return index.path.stem
 
+    def all_indexed(self) -> dict[str, Any]:
+        """All shards, for `take_all` in another process."""
+        return {name: getattr(self, name) for name in ("paths", "indexes", "inputs", "_stamps")}
+
+    def take_all(self, shards: dict[str, Any]) -> None:
+        """Have these shards."""
+        vars(self).update(shards)
+
     def batches(self, stem: str) -> Iterator[Batch]:
         """Read and decode one shard. Raises InputError if it is not there any more, or not as it was indexed."""
         size, channels, index = self.network.resize, self.network.channels, self.indexes[stem]

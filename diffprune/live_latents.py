@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from copy import copy
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +50,19 @@ class LiveLatents:
         strict_decode: bool = True,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        options = {"device": device, "strict_decode": strict_decode, "max_pixels": max_pixels}
-        self._arguments = (shards, vqvae), {"batch_size": batch_size, **options}
-        reading, chosen = Reading(strict_decode, max_pixels), pick_device(device)
-        network = vqvae_network(vqvae, chosen, missing_latent_scale(vqvae, shards, chosen, reading))
-        self._images = ImageMap(network, shards, batch_size, reading)
-        self.vqvae = vqvae
+        reading = Reading(strict_decode, max_pixels)
+        scale = missing_latent_scale(vqvae, shards, pick_device(device), reading)
+        self._about = vqvae, device, scale, batch_size, reading
         self.folder = shards if isinstance(shards, (str, Path)) else ", ".join(map(str, shards))  # for messages
+        self._begin(shards)
+
+    def _begin(self, shards: ShardSpec | None, indexed: dict[str, Any] | None = None) -> None:
+        """Load the VQ-VAE and index ``shards``, or take what was ``indexed`` in another process."""
+        self.vqvae, device, scale, batch_size, reading = self._about
+        network = vqvae_network(self.vqvae, pick_device(device), scale)
+        self._images = ImageMap(network, shards, batch_size, reading)
+        if indexed is not None:
+            self._images.take_all(indexed)
         self.metadata: dict[str, Any] = {**self._images.config, "model_path": network.path}
         self.fingerprint: str = fingerprint(self._images.config)
         self.stems: list[str] = list(self._images.indexes)
@@ -66,9 +71,12 @@ class LiveLatents:
         self._kept: OrderedDict[str, tuple[pa.Table, np.ndarray]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def __reduce__(self) -> tuple[Any, ...]:  # for a worker, which indexes the shards and loads the VQ-VAE itself
-        arguments, options = self._arguments
-        return partial(LiveLatents, **options), arguments
+    def __getstate__(self) -> dict[str, Any]:  # for a worker, which loads the VQ-VAE itself
+        return {"folder": self.folder, "_about": self._about, "indexed": self._images.all_indexed()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.folder, self._about = state["folder"], state["_about"]
+        self._begin(None, state["indexed"])
 
     def table(self, stem: str) -> pa.Table:
         """The base columns of one shard's samples; encodes it, as only then it is known which images fail."""
