@@ -24,7 +24,7 @@ from diffprune.errors import DiskFullError, InputError, ResumeError
 from diffprune.failures import MAX_FAILURES, Streaks, Tally
 from diffprune.files import TEMPORARY_PREFIX, fingerprint, is_begun, is_disk_full, write_json
 from diffprune.local_workers import LocalWorkers, Task
-from diffprune.locks import folder_lock, is_lock, shard_claim
+from diffprune.locks import LOCK_FILE, folder_lock, is_lock, shard_claim
 from diffprune.progress import Progress, progress
 from diffprune.rank_talk import ALONE, RankTalk
 from diffprune.storage import AnyPath, as_path, existing
@@ -364,9 +364,14 @@ def open_workers(
 
 
 def sweep(out: AnyPath, stem: str | None = None) -> None:
-    """Remove what a killed run left half-written: of one shard, or of all, if nobody else is at work in ``out``."""
+    """Remove what a killed run left half-written: of one shard, or of all, if nobody else is at work in ``out``.
+
+    Of all: its locks on shards too, which nobody holds then.
+    """
     for leftover in out.glob(f"{TEMPORARY_PREFIX}*"):
-        if not is_lock(leftover) and leftover.name.startswith(f"{TEMPORARY_PREFIX}{f'{stem}.' if stem else ''}"):
+        if stem and (is_lock(leftover) or not leftover.name.startswith(f"{TEMPORARY_PREFIX}{stem}.")):
+            continue
+        if leftover.name != LOCK_FILE:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
