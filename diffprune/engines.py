@@ -199,7 +199,8 @@ def run_stage(
         plan = {"stage": name, "shards": len(ours), "shards_done_before": len(there), "out": str(out)}
         return {**plan, "dry_run": True, f"{unit}_in_all": total}
     check_resume(out, stage)  # before a folder is made
-    with _explained(out, ours), engine.lock(out) as lock, _swept(out, engine, ours):
+    finished = [out / f"{stem}.parquet" for stem in ours]
+    with explained(out, finished), engine.lock(out) as lock, swept(out, engine, ours):
         todo = _claimed(out, stage, ours, engine, beside)
         plan = {"stage": name, "shards": len(ours), "shards_done_before": len(ours) - len(todo), "out": str(out)}
         if engine.workers and lock is not None:
@@ -399,7 +400,7 @@ def _check_beside(out: AnyPath, tables: set[AnyPath], beside: Sequence[str]) -> 
 
 
 @contextmanager
-def _swept(out: AnyPath, engine: Engine, whole: list[str]) -> Iterator[None]:
+def swept(out: AnyPath, engine: Engine, whole: list[str]) -> Iterator[None]:
     """No leftovers before and after: of a run that was killed, and of this one's workers that were."""
 
     def sweep_ours() -> None:
@@ -422,14 +423,14 @@ def _swept(out: AnyPath, engine: Engine, whole: list[str]) -> Iterator[None]:
 
 
 @contextmanager
-def _explained(out: AnyPath, shards: list[str]) -> Iterator[None]:
-    """A full disk as a DiskFullError."""
+def explained(out: AnyPath, shards: Sequence[AnyPath]) -> Iterator[None]:
+    """A full disk as a DiskFullError; ``shards``: the file of each that is there when it is finished."""
     try:
         yield
     except OSError as error:
         if not is_disk_full(error):
             raise
-        done = len(existing(out / f"{stem}.parquet" for stem in shards))
+        done = len(existing(shards))
         raise DiskFullError(
             f"{out}: no space left on the disk ({error}). {done} of {len(shards)} shards are finished and kept; free "
             "some space and run the same command again"
