@@ -27,7 +27,9 @@ if TYPE_CHECKING:  # what editors and type checkers see of the names below
     from diffprune.encoding import encode as encode
     from diffprune.errors import BusyError as BusyError
     from diffprune.errors import DiffpruneError as DiffpruneError
+    from diffprune.errors import DiskFullError as DiskFullError
     from diffprune.errors import InputError as InputError
+    from diffprune.errors import RemoteError as RemoteError
     from diffprune.errors import ResumeError as ResumeError
     from diffprune.errors import StoppedError as StoppedError
     from diffprune.errors import WorkerError as WorkerError
