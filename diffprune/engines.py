@@ -24,7 +24,7 @@ from diffprune.errors import DiskFullError, InputError, ResumeError
 from diffprune.failures import MAX_FAILURES, Streaks, Tally
 from diffprune.files import TEMPORARY_PREFIX, fingerprint, is_begun, is_disk_full, write_json
 from diffprune.local_workers import LocalWorkers, Task
-from diffprune.locks import folder_lock, is_lock, shard_claim
+from diffprune.locks import LOCK_FILE, folder_lock, is_lock, shard_claim
 from diffprune.progress import Progress, progress
 from diffprune.rank_talk import ALONE, RankTalk
 from diffprune.storage import AnyPath, RemotePath, as_path, existing
@@ -204,7 +204,8 @@ def run_stage(
         plan = {"stage": name, "shards": len(ours), "shards_done_before": len(there), "out": str(out)}
         return {**plan, "dry_run": True, f"{unit}_in_all": total}
     check_resume(out, stage)  # before a folder is made
-    with _explained(out, ours), engine.lock(out) as lock, _swept(out, engine, ours):
+    finished = [out / f"{stem}.parquet" for stem in ours]
+    with explained(out, finished), engine.lock(out) as lock, swept(out, engine, ours):
         todo = _claimed(out, stage, ours, engine, beside)
         plan = {"stage": name, "shards": len(ours), "shards_done_before": len(ours) - len(todo), "out": str(out)}
         if engine.workers and lock is not None:
@@ -375,9 +376,14 @@ def open_workers(
 
 
 def sweep(out: AnyPath, stem: str | None = None) -> None:
-    """Remove what a killed run left half-written: of one shard, or of all, if nobody else is at work in ``out``."""
+    """Remove what a killed run left half-written: of one shard, or of all, if nobody else is at work in ``out``.
+
+    Of all: its locks on shards too, which nobody holds then.
+    """
     for leftover in out.glob(f"{TEMPORARY_PREFIX}*"):
-        if not is_lock(leftover) and leftover.name.startswith(f"{TEMPORARY_PREFIX}{f'{stem}.' if stem else ''}"):
+        if stem and (is_lock(leftover) or not leftover.name.startswith(f"{TEMPORARY_PREFIX}{stem}.")):
+            continue
+        if leftover.name != LOCK_FILE:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
@@ -405,7 +411,7 @@ def _check_beside(out: AnyPath, tables: set[AnyPath], beside: Sequence[str]) -> 
 
 
 @contextmanager
-def _swept(out: AnyPath, engine: Engine, whole: list[str]) -> Iterator[None]:
+def swept(out: AnyPath, engine: Engine, whole: list[str]) -> Iterator[None]:
     """No leftovers before and after: of a run that was killed, and of this one's workers that were."""
 
     def sweep_ours() -> None:
@@ -428,14 +434,14 @@ def _swept(out: AnyPath, engine: Engine, whole: list[str]) -> Iterator[None]:
 
 
 @contextmanager
-def _explained(out: AnyPath, shards: list[str]) -> Iterator[None]:
-    """A full disk as a DiskFullError."""
+def explained(out: AnyPath, shards: Sequence[AnyPath]) -> Iterator[None]:
+    """A full disk as a DiskFullError; ``shards``: the file of each that is there when it is finished."""
     try:
         yield
     except OSError as error:
         if not is_disk_full(error):
             raise
-        done = len(existing(out / f"{stem}.parquet" for stem in shards))
+        done = len(existing(shards))
         raise DiskFullError(
             f"{out}: no space left on the disk ({error}). {done} of {len(shards)} shards are finished and kept; free "
             "some space and run the same command again"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,6 +182,11 @@ class Sampler:
         rows = images * self.solver.evaluations_per_step * (2 if self.guidance != 1 else 1)
         return {f"{which}_evaluations": None if steps is None else rows * steps for which, *_, steps in self.parts}
 
+    def add_evaluations(self, rows: Mapping[str, int]) -> None:
+        """Count them: this process's, and what others that draw for it tell."""
+        for name, more in rows.items():
+            self.evaluations[name] += more
+
     def generate(self, indices: Sequence[int]) -> np.ndarray:
         """The images with these indices: uint8 [B, C, H, W]."""
         keys = [sample_key(index) for index in indices]
@@ -192,7 +197,7 @@ class Sampler:
         with torch.inference_mode():
             for which, model, start, end, steps in self.parts:
                 latents, rows = self.solver.solve(self._velocity(model, y), latents, start, end, steps)
-                self.evaluations[f"{which}_evaluations"] += rows * (2 if self.guidance != 1 else 1)
+                self.add_evaluations({f"{which}_evaluations": rows * (2 if self.guidance != 1 else 1)})
             finite = latents.flatten(1).isfinite().all(dim=1)
             if not finite.all():
                 bad = [key for key, good in zip(keys, finite.tolist(), strict=True) if not good]

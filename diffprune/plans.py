@@ -31,8 +31,8 @@ def claim_folder(
     is_folder = out.is_dir()
     if not is_folder and out.exists():
         raise InputError(f"{out}: expected a folder, found a file")
-    there = [path for path in out.iterdir() if not is_lock(path)] if is_folder else []
-    found = {path.name.removeprefix(TEMPORARY_PREFIX) for path in there}
+    found = {path.name for path in out.iterdir() if not is_lock(path)} if is_folder else set()
+    theirs = None
     if (out / manifest).exists():
         theirs = read_json(out / manifest)
         theirs = theirs.get("plan") if isinstance(theirs, dict) else None
@@ -44,14 +44,15 @@ def claim_folder(
                 f"{out / manifest}: begun with other settings ({told}); "
                 "finish it with the same settings or write into another folder"
             )
-        ours = {manifest, *extra, *(path.name for path in paths)}
+        half_written = {name for name in found if name.startswith(TEMPORARY_PREFIX)}  # by this plan's runs
+        ours = {manifest, *extra, *(path.name for path in paths), *half_written}
     else:
-        ours = {manifest}  # a shard without its manifest is somebody else's, whatever its name
+        ours = {manifest, TEMPORARY_PREFIX + manifest}  # a shard without its manifest is somebody else's
     if foreign := sorted(found - ours):
         raise InputError(
             f"{out}: expected an empty folder, found {len(foreign)} other file(s), first {foreign[0]!r}; "
             "write into another folder"
         )
-    if not dry_run:
+    if not dry_run and theirs != plan:
         write_json(out / manifest, {"fingerprint": fingerprint(plan), "plan": plan})
     return set(paths) - existing(paths)

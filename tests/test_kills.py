@@ -27,5 +27,5 @@ def test_stages_that_are_killed_go_on_to_the_same_bytes(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     counts = json.loads((tmp_path / "counts.json").read_text())["stages"]
-    assert set(counts) == {"pack", "encode", "embed", "score", "cluster", "prune", "train"}
+    assert set(counts) == {"pack", "encode", "embed", "score", "cluster", "prune", "sample", "train"}
     assert all(count["drivers"] == 3 and not count["lost"] for count in counts.values())

@@ -204,6 +204,18 @@ def test_a_part_leaves_other_parts_half_written_files_alone(tmp_path):
     assert not list(out.glob(".tmp-*"))
 
 
+def test_the_whole_removes_the_lock_of_a_part_that_was_killed_once_its_shard_was_done(tmp_path):
+    out = tmp_path / "out"
+    stage(out, part=(1, 2))
+    (out / f"{LOCK_FILE}-s1").write_text("process 7 on a node\n")
+    assert stage(out, part=(1, 2))["shards_done_before"] == 3
+    with folder_lock(out, shared=True), shard_claim(out, "s5"):  # of a part that is at work
+        stage(out, part=(1, 2))
+        assert {path.name for path in out.glob(".tmp-*")} == {LOCK_FILE, f"{LOCK_FILE}-s1", f"{LOCK_FILE}-s5"}
+    stage(out)
+    assert not list(out.glob(".tmp-*"))
+
+
 def test_parts_are_read_strictly_and_cover_all():
     assert parse_part("3/64") == (3, 64) and parse_part(None) is None
     for text in ("0/4", "5/4", "3", "a/b", "1/0", "-1/4", "1/4 "):

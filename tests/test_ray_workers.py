@@ -40,6 +40,13 @@ def test_the_bytes_are_those_of_one_process(small_run, cluster, tmp_path):
     diffprune.score(small_run.latents, small_run.surrogate, tmp_path / "ray", ray=made.address, **options)
     diffprune.score(small_run.latents, small_run.surrogate, tmp_path / "one", **options)
     assert contents(tmp_path / "ray") == contents(tmp_path / "one")
+    options = {"count": 23, "shard_size": 5, "steps": 2, "device": "cpu"}
+    run = (small_run.surrogate, small_run.vqvae)
+    found = diffprune.sample(*run, tmp_path / "drawn", grid=tmp_path / "drawn/grid.png", ray=made.address, **options)
+    assert found == {**diffprune.sample(*run, tmp_path / "alone", grid=tmp_path / "alone/grid.png", **options)} | {
+        name: found[name] for name in ("out", "shards", "grid")
+    }
+    assert contents(tmp_path / "drawn") == contents(tmp_path / "alone")
     with pytest.raises(InputError, match="give no --part with it"):
         diffprune.encode(small_run.shards, small_run.vqvae, tmp_path / "x", ray=made.address, part="1/2")
 

@@ -1101,3 +1101,21 @@ def test_a_forked_process_has_clients_of_its_own(s3):
         finally:
             os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_parts_of_samples(s3, small_run, tmp_path):
+    run = (small_run.surrogate, small_run.vqvae)
+    options = {"count": 11, "shard_size": 3, "steps": 2, "grid": tmp_path / "grid.png"}
+    diffprune.sample(*run, tmp_path / "out", **options)
+    grid = (tmp_path / "grid.png").read_bytes()
+    for part in ("2/2", "1/2", None):
+        (tmp_path / "grid.png").unlink()
+        report = diffprune.sample(*run, "s3://bucket/out", part=part, **options)
+        assert report["grid"] is None if part == "2/2" else (tmp_path / "grid.png").read_bytes() == grid
+        (tmp_path / "grid.png").touch()
+    assert (report["written"], report["present"]) == (0, 4)
+    found = {name.removeprefix("bucket/out/"): stored.data for name, stored in s3.objects.items()}
+    assert found == local_contents(tmp_path / "out")
+    s3.objects["bucket/out/samples-000003.tar"] = Object(found["samples-000002.tar"])
+    with pytest.raises(InputError, match=r"samples-000003\.tar: expected the samples .*; delete it"):
+        diffprune.sample(*run, "s3://bucket/out", **options)

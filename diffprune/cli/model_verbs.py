@@ -18,11 +18,14 @@ from diffprune.cli.options import (
     Kept,
     Latents,
     MaxPixels,
+    Part,
+    Ray,
     Resume,
     Seed,
     Set,
     Shards,
     StrictDecode,
+    Workers,
     latents_source,
 )
 from diffprune.cli.output import run
@@ -181,13 +184,17 @@ def sample(
     seed: Seed = 0,
     batch_size: BatchSize = 256,
     device: Device = "auto",
+    workers: Workers = 1,
+    part: Part = None,
+    ray: Ray = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Generate images into shards, and a grid PNG."""
+    """Generate images into shards of 1,000, and a grid PNG."""
     options = {"count": count, "steps": steps, "method": method, "rtol": rtol, "atol": atol, "labels": labels}
     options |= {"guidance": guidance, "guidance_channels": guidance_channels}
     options |= {"coarse": coarse, "coarse_until": coarse_until}
     options |= {"weights": weights, "precision": precision, "grid": grid}
     options |= {"seed": seed, "batch_size": batch_size, "device": device}
+    options |= {"workers": workers, "part": part, "ray": ray}
     run(diffprune.sample, checkpoint, vqvae, out, **options, writes=grid, dry_run=dry_run, as_json=as_json)

@@ -81,6 +81,11 @@ def stages(small: SmallRun) -> list[Stage]:
     def prune(out: Path, workers: int) -> Any:
         return diffprune.prune(kept, shards, out, shard_size=10, workers=workers)
 
+    def sample(out: Path, workers: int) -> Any:
+        return diffprune.sample(
+            small.surrogate, small.vqvae, out, count=60, shard_size=10, steps=4, grid=out / "grid.png", workers=workers
+        )
+
     def train(out: Path, _: int) -> Any:
         return diffprune.train_dit(dit, small.latents, out)
 
@@ -91,6 +96,7 @@ def stages(small: SmallRun) -> list[Stage]:
         Stage("score", score, "*.parquet"),
         Stage("cluster", cluster, "*.parquet", workers=False),
         Stage("prune", prune, "*.tar", workers=False),
+        Stage("sample", sample, "*.tar"),
         Stage("train", train, "step_*/model.safetensors", workers=False),
     ]
 
@@ -239,7 +245,7 @@ def main() -> None:
     parser = soak_parser(__doc__)
     parser.add_argument("--kills", type=int, default=50, help="of each stage: half of them with workers, if it has any")
     parser.add_argument("--worker-kills", type=int, help="of those, with workers")
-    parser.add_argument("--stages", default="pack,encode,embed,score,cluster,prune,train")
+    parser.add_argument("--stages", default="pack,encode,embed,score,cluster,prune,sample,train")
     arguments = parser.parse_args()
     import diffprune.progress
 
