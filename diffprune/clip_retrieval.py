@@ -71,17 +71,22 @@ class ClipRetrievalFolder(ArrayFolder):
     @cached_property
     def fingerprint(self) -> str:
         """Of the content of all its files."""
+        return fingerprint(self._digests)
+
+    @cached_property
+    def _digests(self) -> dict[str, str]:
         paths = [path for stem in self.stems for path in (self._array_path(stem), self._metadata_path(stem))]
-        return fingerprint({path.name: sha256_file(path) for path in paths})
+        return {path.name: sha256_file(path) for path in paths}
 
     def check_finished(self) -> None:
         pass  # nothing says what is still to come
 
     def identity(self, stem: str) -> dict[str, Any]:
-        return {}  # the fingerprint is of all content
+        array, index = (self._digests[path.name] for path in (self._array_path(stem), self._metadata_path(stem)))
+        return {"array": array, "index": index}
 
     def identities(self) -> dict[str, dict[str, Any]]:
-        return {stem: {} for stem in self.stems}
+        return {stem: self.identity(stem) for stem in self.stems}
 
     def table(self, stem: str) -> pa.Table:
         path = self._metadata_path(stem)

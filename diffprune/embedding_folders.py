@@ -12,6 +12,7 @@ import pyarrow as pa
 from diffprune.arrays import ArrayFolder
 from diffprune.errors import InputError
 from diffprune.tables import reading_pool
+from diffprune.unique_keys import repeated_key
 
 
 class EmbeddingFolders:
@@ -25,7 +26,7 @@ class EmbeddingFolders:
         if not paths:
             raise InputError("expected at least one folder of embeddings, got none")
         self.opened = [ArrayFolder(path, kind="embeddings") for path in paths]
-        self.folder = ", ".join(map(str, paths))  # for messages
+        self.folder = ", ".join(str(folder.folder) for folder in self.opened)  # for messages
         self.metadata: dict[str, Any] = self.opened[0].metadata
         for folder in self.opened:
             _same_model(self.opened[0], folder)
@@ -53,6 +54,13 @@ class EmbeddingFolders:
     def table(self, stem: str) -> pa.Table:
         """The base columns of one shard's samples, failed ones too."""
         return self.of_stem[stem].table(stem)
+
+    def whole_table(self) -> pa.Table:
+        """As ``ArrayFolder.whole_table``."""
+        table = pa.concat_tables([folder.whole_table() for folder in self.opened])
+        if len(self.opened) > 1 and (twice := repeated_key(table["key"])) is not None:
+            raise InputError(f"{self.folder}: key {twice!r} stands in two of the folders; keys must be unique")
+        return table
 
     def keys(self, stem: str) -> pa.Table:
         """As ``ArrayFolder.keys``."""

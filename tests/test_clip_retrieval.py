@@ -76,6 +76,27 @@ def test_what_is_not_normalised_gets_normalised(small_set, tmp_path, dtype):
     assert np.array_equal(values[40:57], folder.array("img_emb_10"))
 
 
+def test_its_new_files_join_and_changed_ones_are_refused(small_set, tmp_path):
+    """Else a part that was embedded again kept the clusters of what it was."""
+    _, keys, rows = small_set
+    source, late = write(tmp_path / "emb", rows.astype(np.float16), keys), tmp_path / "late"
+    later = [source / "img_emb" / "img_emb_11.npy", source / "metadata" / "metadata_11.parquet"]
+    late.mkdir()
+    for path in later:
+        path.rename(late / path.name)
+    diffprune.cluster(source, tmp_path / "k", k=4)
+    assert diffprune.cluster(source, tmp_path / "out", like=tmp_path / "k")["samples"] == 57
+    for path in later:
+        (late / path.name).rename(path)
+    grown = diffprune.cluster(source, tmp_path / "out", like=tmp_path / "k")
+    assert (grown["shards_done_before"], grown["samples"]) == (2, 60)
+    diffprune.cluster(source, tmp_path / "at_once", like=tmp_path / "k")
+    assert read_folder(tmp_path / "out").equals(read_folder(tmp_path / "at_once"), check_metadata=True)
+    np.save(source / "img_emb" / "img_emb_2.npy", rows[20:60].astype(np.float16))
+    with pytest.raises(ResumeError, match=r"img_emb_2 \(now with other values\)"):
+        diffprune.cluster(source, tmp_path / "out", like=tmp_path / "k")
+
+
 def test_cluster_reads_it_and_finds_the_same_clusters_as_in_a_bound_folder(small_set, tmp_path):
     shards, keys, rows = small_set
     source = write(tmp_path / "emb", rows.astype(np.float16), keys)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import diffprune
 from diffprune.arrays import write_array
+from diffprune.cli.app import app
 from diffprune.engines import run_stage
 from diffprune.errors import InputError
 from diffprune.evaluation import (
@@ -173,6 +176,43 @@ def test_copies_and_near_duplicates_among_what_was_held_out_are_flagged(tmp_path
     result = diffprune.evaluate(tmp_path / "made", tmp_path / "validation", tmp_path / "m.json", **outside)
     flags = " ".join(result["context"]["flags"])
     assert result["metrics"]["memorized_share"] == 1 and "near-duplicates" not in flags and "no memorized" not in flags
+
+
+def test_several_folders_are_as_one(tmp_path):
+    """As for `cluster` and `select`, which take the folders that a data set grew in."""
+    keys = write_embeddings(tmp_path / "real", unit_rows(130, 6, 2), [i % 3 for i in range(130)], failed=(5,))
+    write_embeddings(tmp_path / "made", unit_rows(90, 6, 3), [i % 3 for i in range(90)], prefix="made")
+    write_embeddings(tmp_path / "validation", unit_rows(60, 6, 4), [0] * 60, prefix="validation")
+    kept = write_kept(tmp_path / "kept.parquet", keys[20:90])
+    stage = json.loads((tmp_path / "real" / "stage.json").read_text())
+    parts = [tmp_path / "first", tmp_path / "second"]
+    for part, shards in zip(parts, (stage["shards"][:1], stage["shards"][1:]), strict=True):
+        shutil.copytree(tmp_path / "real", part)
+        (part / "stage.json").write_text(json.dumps({**stage, "shards": shards}))
+
+    def told(reference: Any, **options: Any) -> dict[str, Any]:
+        return diffprune.evaluate(tmp_path / "made", reference, tmp_path / "a.json", kept=kept, limit=50, **options)
+
+    whole, both = told(tmp_path / "real"), told(parts)
+    reference = both["context"].pop("reference")
+    assert reference["path"] == f"{parts[0]}, {parts[1]}" and reference["split"] == "first, second"
+    assert whole["context"].pop("reference")["vendi_score"] == reference["vendi_score"]
+    assert both == whole
+    whole, both = (told(tmp_path / "validation", training=some) for some in (tmp_path / "real", parts))
+    assert both["context"].pop("training") == reference["path"] and whole["context"].pop("training")
+    assert both == whole
+    arguments = ["evaluate", tmp_path / "made", "--kept", kept, "-o", tmp_path / "b.json", "--limit", 50]
+    arguments += ["--reference", tmp_path / "validation", "--training", parts[0], "--training", parts[1]]
+    assert CliRunner().invoke(app, [*map(str, arguments)]).exit_code == 0
+    assert json.loads((tmp_path / "b.json").read_text())["metrics"] == both["metrics"]
+    with pytest.raises(InputError, match=r"shard 'real-000000' is in two of the folders"):
+        told([tmp_path / "real", parts[0]])
+    write_embeddings(tmp_path / "other", unit_rows(20, 6, 5), [0] * 20, prefix="other", image_size=32)
+    with pytest.raises(InputError, match=r"first and .*other: embeddings of two kinds.*image_size is None and 32"):
+        told([parts[0], tmp_path / "other"])
+    write_embeddings(tmp_path / "rounded", unit_rows(20, 6, 5), [0] * 20, prefix="rounded", precision="bf16")
+    mixed = told([*parts, tmp_path / "rounded"])["context"]["flags"]
+    assert any("different precisions, None and None and bf16" in flag for flag in mixed)
 
 
 def test_without_a_selection_the_baseline_is_leave_one_out(folders):

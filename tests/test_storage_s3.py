@@ -958,6 +958,17 @@ def test_whole_objects_of_any_size_are_read(s3, monkeypatch):
     assert s3.faults.seen["cut"] > 2
 
 
+def test_evaluate_names_urls_as_urls(s3, small_run, tmp_path):
+    """Also those that the command line made paths of."""
+    url = upload(s3, small_run.embeddings, "embeddings")
+    context = diffprune.evaluate(Path(url), Path(url), tmp_path / "metrics.json", limit=50)["context"]
+    assert (context["samples"]["path"], context["reference"]["path"], context["reference"]["split"]) == (
+        url,
+        url,
+        "embeddings",
+    )
+
+
 def test_score_and_cluster_read_each_table_twice_and_each_array_once(s3, small_run, tmp_path):
     latents, embeddings = upload(s3, small_run.latents, "latents"), upload(s3, small_run.embeddings, "embeddings")
 

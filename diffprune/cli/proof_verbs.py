@@ -36,14 +36,16 @@ def sweep(
 
 def evaluate(
     samples: Annotated[Path, typer.Argument(help="Embeddings of the generated images.")],
-    reference: Annotated[Path, typer.Option(help="Embeddings of the real images, by the same model.")],
+    reference: Annotated[
+        list[Path], typer.Option(help="Embeddings of the real images, by the same model. Repeatable.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The JSON file to write.")],
     kept: Annotated[
         Path | None, typer.Option(help="The selection that the model was trained on, for memorization.")
     ] = None,
     training: Annotated[
-        Path | None,
-        typer.Option(help="Embeddings of what --kept selects from, where --reference is another split."),
+        list[Path] | None,
+        typer.Option(help="Embeddings of what --kept selects from, where --reference is another split. Repeatable."),
     ] = None,
     same_seed: Annotated[
         Path | None, typer.Option(help="Embeddings of another model's images of the same seed, to compare with.")
@@ -61,7 +63,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Fréchet and kernel distance, precision, recall, F-score, Vendi score, memorization, class balance."""
-    options = {"kept": kept, "training": training, "same_seed": same_seed, "name": name, "split": split, "k": k}
+    options = {"kept": kept, "training": training or None, "same_seed": same_seed, "name": name, "split": split, "k": k}
     options |= {"limit": limit, "seed": seed, "device": device}
     options |= {"vendi_orders": vendi_order} if vendi_order else {}
     run(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffprune.errors import InputError
-from diffprune.evaluation.folders import FeatureFolder
+from diffprune.evaluation.folders import FeatureFolder, check_alike
 
 FEW_HELD_OUT = 100
 # of `sample`'s plan, what a result states; the hashes say which checkpoints
@@ -18,13 +17,7 @@ _SAMPLING = (
 def common_embedder(samples: FeatureFolder, reference: FeatureFolder) -> dict[str, Any]:
     """What made both folders; InputError if they differ in the model, its weights, the image size or anything else
     but the precision."""
-    for field in sorted((samples.embedder.keys() | reference.embedder.keys()) - {"precision"}):
-        found = [folder.embedder.get(field) for folder in (samples, reference)]
-        if found[0] != found[1]:
-            raise InputError(
-                f"{samples.folder} and {reference.folder}: embeddings of two kinds cannot be compared: {field} is "
-                f"{found[0]!r} and {found[1]!r}; embed both with the same model and options"
-            )
+    check_alike(samples.folder, samples.embedder, reference.folder, reference.embedder)
     told = {field: value for field, value in samples.embedder.items() if field != "shape"}
     return {**told, "dimensions": samples.dimensions}
 

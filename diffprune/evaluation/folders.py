@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,36 +12,44 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from diffprune.arrays import ArrayFolder
+from diffprune.embedding_folders import EmbeddingFolders
 from diffprune.errors import InputError
+from diffprune.storage import AnyPath
 
 # of a folder's metadata: what it is, and which images they are
 _NOT_THE_EMBEDDER = ("kind", "inputs", "embeddings", "model_path", "sampled")
 
 
 class FeatureFolder:
-    """The rows of an embeddings folder that are ok, as float32 on ``device``; iterating gives [n, D] per shard.
+    """The rows of embeddings that are ok, of a folder or more, float32 on ``device``; iterating gives [n, D] per shard.
 
     ``rows``: their table, in shard order, which numbers them. ``embedder``: everything that made them but the images.
-    ``failed`` counts the other rows. Nothing is held in memory but the table. A row that is not finite raises
-    InputError with its key when it is read.
+    ``folder`` and ``name`` say where they are. ``failed`` counts the other rows. Nothing is held in memory but the
+    table. A row that is not finite raises InputError with its key when it is read; folders that were not embedded
+    alike raise one at once.
     """
 
-    def __init__(self, folder: str | Path, device: torch.device) -> None:
-        self.folder, self.device = Path(folder), device
-        self.arrays = ArrayFolder(folder, "embeddings")
+    def __init__(self, folders: str | Path | Sequence[str | Path], device: torch.device) -> None:
+        self.arrays, self.device = EmbeddingFolders(folders), device
+        self.folder = self.arrays.folder
+        self.name = ", ".join(folder.folder.name for folder in self.arrays.opened)
         self.metadata = self.arrays.metadata
-        self.embedder = {key: value for key, value in self.metadata.items() if key not in _NOT_THE_EMBEDDER}
+        self.embedder = _embedder(self.metadata)
+        for folder in self.arrays.opened[1:]:
+            check_alike(self.arrays.opened[0].folder, self.embedder, folder.folder, _embedder(folder.metadata))
+        precisions = dict.fromkeys(_embedder(folder.metadata).get("precision") for folder in self.arrays.opened)
+        if len(precisions) > 1:
+            self.embedder["precision"] = " and ".join(map(str, precisions))
         shape = self.metadata.get("shape")
         if not isinstance(shape, list) or len(shape) != 1:
-            raise InputError(f"{folder}: expected embeddings, one row of numbers per image, found shape {shape}")
+            raise InputError(f"{self.folder}: expected embeddings, one row of numbers per image, found shape {shape}")
         self.dimensions: int = shape[0]
         table = self.arrays.whole_table()
         self._ok = pc.equal(table["status"], "ok").to_numpy()
         self.rows: pa.Table = table.filter(pa.array(self._ok))
         self.failed = len(table) - len(self.rows)
         if not len(self.rows):
-            raise InputError(f"{folder}: no image in it is ok; there is nothing to measure")
+            raise InputError(f"{self.folder}: no image in it is ok; there is nothing to measure")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -87,3 +96,19 @@ class FeaturePart:
 
     def __iter__(self) -> Iterator[Tensor]:
         return self._folder._read(self._chosen)
+
+
+def check_alike(one: AnyPath | str, embedder: dict[str, Any], another: AnyPath | str, other: dict[str, Any]) -> None:
+    """InputError if two folders' embedders differ in the model, its weights, the image size or anything else but the
+    precision."""
+    for field in sorted((embedder.keys() | other.keys()) - {"precision"}):
+        found = [told.get(field) for told in (embedder, other)]
+        if found[0] != found[1]:
+            raise InputError(
+                f"{one} and {another}: embeddings of two kinds cannot be compared: {field} is {found[0]!r} and "
+                f"{found[1]!r}; embed both with the same model and options"
+            )
+
+
+def _embedder(metadata: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in metadata.items() if key not in _NOT_THE_EMBEDDER}

@@ -17,8 +17,9 @@ from diffprune.evaluation.folders import FeatureFolder
 from diffprune.tables import kept_keys
 
 
-def training_rows(rows: pa.Table, reference: str | Path, kept: str | Path | None) -> np.ndarray:
-    """Which reference rows [M] bool the generator was trained on."""
+def training_rows(seen: FeatureFolder, kept: str | Path | None) -> np.ndarray:
+    """Which rows [M] bool the generator was trained on."""
+    rows = seen.rows
     if kept is None:
         return np.ones(len(rows), dtype=bool)
     keys = kept_keys(kept)
@@ -28,7 +29,7 @@ def training_rows(rows: pa.Table, reference: str | Path, kept: str | Path | None
     if trained_on.sum() != len(keys):
         lost = min(keys.difference(rows["key"].to_pylist()))
         raise InputError(
-            f"{kept}: key {lost!r} is not in {reference}, or failed there; expected a selection of that data set"
+            f"{kept}: key {lost!r} is not in {seen.folder}, or failed there; expected a selection of that data set"
         )
     return trained_on
 

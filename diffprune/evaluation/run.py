@@ -29,6 +29,7 @@ from diffprune.evaluation.vendi import vendi_scores
 from diffprune.files import write_json
 from diffprune.outputs import Kind, check_output
 from diffprune.progress import progress
+from diffprune.storage import as_path
 from diffprune.tables import selection_about
 
 VENDI_ORDERS = (0.1, 0.5, 1.0, 2.0, math.inf)
@@ -36,11 +37,11 @@ VENDI_ORDERS = (0.1, 0.5, 1.0, 2.0, math.inf)
 
 def evaluate(
     samples: str | Path,
-    reference: str | Path,
+    reference: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
     kept: str | Path | None = None,
-    training: str | Path | None = None,
+    training: str | Path | Sequence[str | Path] | None = None,
     same_seed: str | Path | None = None,
     name: str | None = None,
     split: str | None = None,
@@ -58,12 +59,12 @@ def evaluate(
 
     Args:
         samples: embeddings of generated images; their labels, if any, are the classes asked for.
-        reference: embeddings of the whole data set, before pruning.
+        reference: embeddings of the whole data set, before pruning: a folder, or several by the same model.
         kept: the selection the generator was trained on (kept.parquet): its keys are the training images, the rest of
             the reference is held out. None: it was trained on all of the reference.
-        training: embeddings of the images that selections are made from, where the reference is none of them (a
-            validation split). ``kept`` is then of these, and the reference is what was held out: the same baseline for
-            every model.
+        training: embeddings, in one or several folders, of the images that selections are made from, where the
+            reference is none of them (a validation split). ``kept`` is then of these, and the reference is what was
+            held out: the same baseline for every model.
         same_seed: embeddings of another model's images, drawn with the same seed and labels, to compare image by image.
         name: what to call this run in tables; by default the file name of ``out``.
         split: what the reference is ("train", "validation", ...); by default the name of its folder.
@@ -99,7 +100,7 @@ def evaluate(
     seen = real if training is None else FeatureFolder(training, chosen)
     common_embedder(made, seen)
     twins = None if same_seed is None else same_seed_rows(made, FeatureFolder(same_seed, chosen))
-    trained_on = training_rows(seen.rows, training or reference, kept)
+    trained_on = training_rows(seen, kept)
     if training is not None:
         _check_apart(real, seen)
     for what, rows in (("samples", made), ("reference", real)):
@@ -186,16 +187,16 @@ def evaluate(
         "classes": classes,
         "same_seed": alike,
         "context": {
-            "samples": {"path": str(samples), "count": len(x), "metadata": made.metadata},
+            "samples": {"path": made.folder, "count": len(x), "metadata": made.metadata},
             "sampling": sampling_of(made),
             "reference": {
-                "path": str(reference),
-                "split": split or Path(reference).name,
+                "path": real.folder,
+                "split": split or real.name,
                 "count": len(real),
                 "vendi_score": vendi["reference"][orders.index(1.0)],
             },
-            "kept": None if kept is None else str(kept),
-            "training": None if training is None else str(training),
+            "kept": None if kept is None else str(as_path(kept)),
+            "training": None if training is None else seen.folder,
             "training_images": plan["training"],
             "embedder": embedder,
             "k": k,
@@ -254,7 +255,7 @@ def _same_seed(made: FeatureFolder, other: FeatureFolder, rows: Tensor, places: 
     others = torch.empty(len(places), other.dimensions, device=other.device)
     others[order.to(other.device)] = other.take(places[order])
     found = same_seed_similarity(made.take(rows), others, labels.to(made.device) if bool((labels >= 0).all()) else None)
-    return {**found, "path": str(other.folder), "sampling": sampling_of(other)}
+    return {**found, "path": other.folder, "sampling": sampling_of(other)}
 
 
 def _order(q: float) -> float | str:
