@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,17 @@ SANITIZED = "odd_sizes or tails or tiles or forms or strided"
 COMPILED_ONLY = ("test_triton_aot.py", "test_cpp_bounds.py")
 """Tests that run nothing on a GPU, and take all cores for a while."""
 _PLAIN = re.compile(r"^(tests/.*?::.*?) (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)\b")
-_PARALLEL = re.compile(r"^\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS) (tests/.*)$")
+_PARALLEL = re.compile(r"^\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS) (tests/.*?)(?:@memory)?\s*$")
 _COLLECTION = re.compile(r"^ERROR (tests/\S+)")
+_FAILURES, _SUMMARY = (
+    re.compile(r"^=+ (FAILURES|ERRORS) =+$"),
+    re.compile(r"^=+ .*(summary|warnings| in [\d.]+s).* =+$"),
+)
+TRACEBACKS = 3000
+"""Lines of them that are kept."""
+LAST_WORDS = 15.0
+"""Seconds in which a process whose time is up may say what it knows: pytest tells why tests failed when it ends, and
+pytest-xdist gives its workers ten seconds to end before it."""
 
 
 def build(seconds: float, architectures: str) -> dict[str, Any]:
@@ -74,7 +84,7 @@ def sanitized_tests(seconds: float, tool: str | None) -> dict[str, Any]:
 def kernel_tests(
     seconds: float, command: list[str] | None = None, environment: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """Run tests/kernels: how many passed, failed and were skipped, by file too; names of failed ones.
+    """Run tests/kernels: how many passed, failed and were skipped, by file too; names of failed ones, and tracebacks.
 
     Status "ok", "failed", "error" (did not finish, or could not run), or "unavailable" where there is no pytest.
     """
@@ -83,7 +93,7 @@ def kernel_tests(
     options = ["-v", "--tb=short", "-rs", "-o", "addopts=", "-p", "no:cacheprovider"]
     options += [f"--ignore=tests/kernels/{name}" for name in COMPILED_ONLY]
     if find_spec("xdist"):
-        options += ["-n", str(min(8, max(1, (os.cpu_count() or 1) // 2))), "--dist", "loadfile"]
+        options += ["-n", str(min(8, max(1, (os.cpu_count() or 1) // 2))), "--dist", "loadgroup"]
     if find_spec("pytest_timeout"):  # by a thread: a signal does not end the wait for a kernel that hangs
         options += ["--timeout", "60", "--timeout-method", "thread"]
     command = command or [sys.executable, "-m", "pytest", "tests/kernels", *options]
@@ -97,8 +107,8 @@ def kernel_tests(
     result = "failed" if failed else "ok" if status == 0 else "error"
     total = {name: counts[name] for name in ("passed", "failed", "skipped")}
     by_file = {name: dict(counter) for name, counter in sorted(files.items())}
-    end = _end(status, output, seconds)
-    return {"status": result, "seconds": wall, **total, "by_file": by_file, "failed_tests": failed[:200], **end}
+    more = {"failed_tests": failed[:200], "tracebacks": tracebacks(output), **_end(status, output, seconds)}
+    return {"status": result, "seconds": wall, **total, "by_file": by_file, **more}
 
 
 def idle_time(seconds: float) -> dict[str, Any]:
@@ -112,6 +122,16 @@ def idle_time(seconds: float) -> dict[str, Any]:
     return {"status": "ok", **json.loads(lines[-1])}
 
 
+def tracebacks(output: str) -> list[str]:
+    """The lines in which pytest says why tests failed, the first ``TRACEBACKS`` of them."""
+    lines = output.splitlines()
+    heads = [i for i, line in enumerate(lines) if _FAILURES.match(line)]
+    if not heads:
+        return []
+    ends = (i for i, line in enumerate(lines) if i > heads[0] and _SUMMARY.match(line))
+    return lines[heads[0] : next(ends, len(lines))][:TRACEBACKS]
+
+
 def parse_tests(output: str) -> dict[str, str]:
     """Test -> "passed", "failed" or "skipped", from ``pytest -v``'s lines; also of a run that was killed."""
     outcomes = {}
@@ -119,7 +139,7 @@ def parse_tests(output: str) -> dict[str, str]:
         if match := _PLAIN.match(line):
             outcomes[match[1]] = OUTCOMES[match[2]]
         elif match := _PARALLEL.match(line):
-            outcomes[match[2].strip()] = OUTCOMES[match[1]]
+            outcomes[match[2]] = OUTCOMES[match[1]]
         elif match := _COLLECTION.match(line):
             outcomes[match[1]] = "failed"
     return outcomes
@@ -199,7 +219,7 @@ def _follow(
 
 
 def run_limited(command: list[str], seconds: float, env: dict[str, str]) -> tuple[int | None, str, float]:
-    """Exit status (None if it was killed after ``seconds``), what it printed, and its seconds."""
+    """Exit status (None if it was stopped after ``seconds``), what it printed, and its seconds."""
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "log")
@@ -208,6 +228,7 @@ def run_limited(command: list[str], seconds: float, env: dict[str, str]) -> tupl
             status = process.wait(timeout=max(0.1, seconds))
         except subprocess.TimeoutExpired:
             status = None
+            _interrupt(process)
         finally:
             _kill(process)
         output = log.read_text(encoding="utf-8", errors="replace")
@@ -219,6 +240,15 @@ def _start(command: list[str], log: Path, env: dict[str, str]) -> subprocess.Pop
     with open(log, "wb") as file:
         return subprocess.Popen(command, cwd=ROOT, env=env | {"PYTHONPATH": path}, stdin=subprocess.DEVNULL,
                                 stdout=file, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+
+
+def _interrupt(process: subprocess.Popen) -> None:
+    """As Ctrl-C does; then end what is left of the session: processes that wait for a kernel do not hear of it."""
+    process.send_signal(signal.SIGINT)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=LAST_WORDS)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _kill(process: subprocess.Popen) -> None:

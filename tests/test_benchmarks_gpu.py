@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -445,6 +449,7 @@ tests/kernels/test_a.py::test_one[a b] PASSED                            [ 10%]
 tests/kernels/test_a.py::test_two SKIPPED (needs PASSED things)          [ 20%]
 [gw3] [ 30%] FAILED tests/kernels/test_b.py::test_three[x]
 [gw0] [100%] XFAIL tests/kernels/test_b.py::test_four
+[gw0] [ 50%] SKIPPED tests/kernels/test_b.py::test_grouped[y@z]@memory
 ERROR tests/kernels/test_c.py - ImportError: no
 tests/kernels/test_d.py::test_five """
     assert gpu_steps.parse_tests(output) == {
@@ -452,6 +457,7 @@ tests/kernels/test_d.py::test_five """
         "tests/kernels/test_a.py::test_two": "skipped",
         "tests/kernels/test_b.py::test_three[x]": "failed",
         "tests/kernels/test_b.py::test_four": "passed",
+        "tests/kernels/test_b.py::test_grouped[y@z]": "skipped",
         "tests/kernels/test_c.py": "failed",
     }
 
@@ -462,6 +468,56 @@ def test_kernel_tests_that_do_not_finish_or_do_not_run_are_an_error() -> None:
     assert result["status"] == "error" and result["passed"] == 1 and "2 s" in result["reason"]
     result = gpu_steps.kernel_tests(30.0, [sys.executable, "-S", "-c", "raise SystemExit('usage')"])
     assert result["status"] == "error" and result["exit_status"] == 1 and "usage" in result["last_lines"]
+
+
+def test_kernel_tests_say_why_tests_failed_also_when_time_is_up() -> None:
+    """As pytest does after Ctrl-C; a worker that waits for a kernel hears nothing of it, and is ended."""
+    text = """
+import subprocess, sys, time
+worker = subprocess.Popen(["sh", "-c", "trap '' INT; sleep 60"])
+print("tests/a.py::test_x FAILED", worker.pid, flush=True)
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("=== FAILURES ===", "E   assert 3 == 4", "=== short test summary info ===", "FAILED", sep="\\n")
+"""
+    result = gpu_steps.kernel_tests(2.0, [sys.executable, "-S", "-c", text])
+    assert result["status"] == "failed" and result["failed"] == 1 and "2 s" in result["reason"]
+    assert result["tracebacks"] == ["=== FAILURES ===", "E   assert 3 == 4"]
+    worker = int(result["last_lines"][0].split()[-1])
+    for _ in range(50):
+        if not Path(f"/proc/{worker}").exists():
+            break
+        time.sleep(0.1)
+    assert not Path(f"/proc/{worker}").exists()
+
+
+def test_a_broken_device_fails_one_test_alone(tmp_path: Path) -> None:
+    """Not those that come after it in the process."""
+    pretend = """
+import torch
+torch.cuda.is_available = lambda: True
+broken = []
+def synchronize():
+    if broken:
+        raise RuntimeError("an illegal memory access was encountered")
+torch.cuda.synchronize = synchronize
+"""
+    tests = """
+import pretend
+def test_first(): pass
+def test_breaks(): pretend.broken.append(True)
+def test_later(): assert not pretend.broken
+"""
+    (tmp_path / "pretend.py").write_text(pretend)
+    (tmp_path / "test_some.py").write_text(tests)
+    shutil.copy(gpu_steps.ROOT / "tests" / "kernels" / "conftest.py", tmp_path)
+    command = [sys.executable, "-m", "pytest", "test_some.py", "-p", "pretend", "-v", "-c", "/dev/null", "--rootdir=."]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    for workers, said in (("0", "2 passed"), ("1", "1 failed, 3 passed")):  # a process of its own for the last
+        found = subprocess.run([*command, "-n", workers], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert found.returncode == 1 and said in found.stdout, found.stdout + found.stderr
+        assert "test_breaks broke the device: an illegal memory access" in found.stdout + found.stderr
 
 
 def test_idle_time_is_what_no_kernel_covers() -> None:

@@ -1,11 +1,17 @@
-"""Without a GPU, Triton kernels run in Triton's interpreter: they read this variable when they are imported."""
+"""Without a GPU, Triton kernels run in Triton's interpreter: they read this variable when they are imported.
+
+With one, a kernel that breaks the device fails its own test alone.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
 
+import pytest
 import torch
 
 
@@ -36,3 +42,23 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     if version("triton").startswith("3.6."):
         mend_interpreter()
+
+
+@pytest.fixture(autouse=True)
+def device_still_works(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After an illegal access all that a process asks of its GPU fails: it ends, else the tests after it fail too.
+
+    pytest-xdist starts another process for these; without it, none of them is run.
+    """
+    yield
+    if not torch.cuda.is_available():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        reason = f"{request.node.nodeid} broke the device: {error}"
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            pytest.exit(reason, returncode=1)
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print(reason, file=sys.stderr, flush=True)
+        os._exit(1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from op_cases import DTYPES, PAIRS, arguments, run
@@ -9,10 +11,20 @@ from torch import Tensor
 from triton_bounds import within_bounds
 from triton_case import DEVICE
 
+pytestmark = pytest.mark.xdist_group("memory")  # of a GPU up to 17 GB each: one after the other
+
 COPIED = ("flow_interpolate", "flow_matching_loss", "flow_matching_loss_grad")
 """Their inputs are copied where they are not contiguous."""
 
 READ = [(op, name) for op, name in PAIRS if op not in COPIED and DTYPES.get(name) is None]
+
+
+@pytest.fixture(autouse=True)
+def memory_is_given_back() -> Iterator[None]:
+    """PyTorch would keep it for this process, and other workers' tests would have none."""
+    yield
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 @pytest.mark.parametrize(("op", "name"), READ)
