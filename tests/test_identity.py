@@ -303,7 +303,7 @@ def test_a_selection_works_on_several_folders_of_embeddings(crawl, tmp_path, sma
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["evaluate", "a", "--reference", "b", "--reference", "c", "-o", "d"],
+        ["evaluate", "a", "--reference", "b", "--same-seed", "c", "--same-seed", "c", "-o", "d"],
         ["evaluate", "a", "--reference", "b", "--kept", "b", "--kept", "c", "-o", "d"],
         ["train", "dit", "a", "--vqvae", "b", "--vqvae", "c", "-o", "d"],
         ["embed", "a", "--model", "b", "-o", "d", "--out", "d"],
