@@ -26,7 +26,7 @@ SANITIZED = "odd_sizes or tails or tiles or forms or strided"
 COMPILED_ONLY = ("test_triton_aot.py", "test_cpp_bounds.py")
 """Tests that run nothing on a GPU, and take all cores for a while."""
 _PLAIN = re.compile(r"^(tests/.*?::.*?) (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)\b")
-_PARALLEL = re.compile(r"^\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS) (tests/.*?)(?:@memory)?\s*$")
+_PARALLEL = re.compile(r"^\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS) (tests/.*)$")
 _COLLECTION = re.compile(r"^ERROR (tests/\S+)")
 _FAILURES, _SUMMARY = (
     re.compile(r"^=+ (FAILURES|ERRORS) =+$"),
@@ -92,8 +92,8 @@ def kernel_tests(
         return {"status": "unavailable", "reason": "needs the package pytest"}
     options = ["-v", "--tb=short", "-rs", "-o", "addopts=", "-p", "no:cacheprovider"]
     options += [f"--ignore=tests/kernels/{name}" for name in COMPILED_ONLY]
-    if find_spec("xdist"):
-        options += ["-n", str(min(8, max(1, (os.cpu_count() or 1) // 2))), "--dist", "loadgroup"]
+    if find_spec("xdist"):  # by file: the tests of far rows take up to 17 GB each, one process holds them
+        options += ["-n", str(min(8, max(1, (os.cpu_count() or 1) // 2))), "--dist", "loadfile"]
     if find_spec("pytest_timeout"):  # by a thread: a signal does not end the wait for a kernel that hangs
         options += ["--timeout", "60", "--timeout-method", "thread"]
     command = command or [sys.executable, "-m", "pytest", "tests/kernels", *options]
@@ -139,7 +139,7 @@ def parse_tests(output: str) -> dict[str, str]:
         if match := _PLAIN.match(line):
             outcomes[match[1]] = OUTCOMES[match[2]]
         elif match := _PARALLEL.match(line):
-            outcomes[match[2]] = OUTCOMES[match[1]]
+            outcomes[match[2].strip()] = OUTCOMES[match[1]]
         elif match := _COLLECTION.match(line):
             outcomes[match[1]] = "failed"
     return outcomes

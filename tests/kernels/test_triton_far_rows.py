@@ -11,8 +11,6 @@ from torch import Tensor
 from triton_bounds import within_bounds
 from triton_case import DEVICE
 
-pytestmark = pytest.mark.xdist_group("memory")  # of a GPU up to 17 GB each: one after the other
-
 COPIED = ("flow_interpolate", "flow_matching_loss", "flow_matching_loss_grad")
 """Their inputs are copied where they are not contiguous."""
 
