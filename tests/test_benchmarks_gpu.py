@@ -512,6 +512,7 @@ def test_later(): assert not pretend.broken
     shutil.copy(gpu_steps.ROOT / "tests" / "kernels" / "conftest.py", tmp_path)
     command = [sys.executable, "-m", "pytest", "test_some.py", "-p", "pretend", "-v", "-c", "/dev/null", "--rootdir=."]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    environment.pop("PYTEST_XDIST_WORKER", None)  # which this test may run in
     for workers, said in (("0", "2 passed"), ("1", "1 failed, 3 passed")):  # a process of its own for the last
         found = subprocess.run([*command, "-n", workers], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert found.returncode == 1 and said in found.stdout, found.stdout + found.stderr
