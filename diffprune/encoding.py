@@ -207,7 +207,8 @@ class _Worker:
 
     def table(self, shard: Indexed, writer: TableWriter, advance: Advance) -> Tally:
         """Do one shard that another process has indexed."""
-        stem = self.images.take(shard)
+        self.images.take([shard])
+        stem = shard[0].path.stem
 
         def work() -> Made:
             with Prefetch(self.images.batches, [stem]) as batches:

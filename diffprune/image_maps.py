@@ -55,30 +55,25 @@ class ImageMap:
             "image_size": height if height == width else [height, width],
             **reading.config,
         }
-        self.inputs = {stem: index.identity for stem, index in self.indexes.items()}
 
     @property
     def stems(self) -> list[str]:
         """Of all shards, indexed or not."""
         return [path.stem for path in self.paths]
 
+    @property
+    def inputs(self) -> dict[str, dict[str, Any]]:
+        """What tells each indexed shard from others of its name."""
+        return {stem: index.identity for stem, index in self.indexes.items()}
+
     def indexed(self, stem: str) -> Indexed:
         """One shard, for `take` in another process."""
         return self.indexes[stem], self._stamps[stem]
 
-    def take(self, shard: Indexed) -> str:
-        """Have this shard, and no other one; returns its stem."""
-        index, stamp = shard
-        self.indexes, self._stamps = {index.path.stem: index}, {index.path.stem: stamp}
-        return index.path.stem
-
-    def all_indexed(self) -> dict[str, Any]:
-        """All shards, for `take_all` in another process."""
-        return {name: getattr(self, name) for name in ("paths", "indexes", "inputs", "_stamps")}
-
-    def take_all(self, shards: dict[str, Any]) -> None:
-        """Have these shards."""
-        vars(self).update(shards)
+    def take(self, shards: Sequence[Indexed]) -> None:
+        """Have these shards, and no others."""
+        self.indexes = {index.path.stem: index for index, _ in shards}
+        self._stamps = {index.path.stem: stamp for index, stamp in shards}
 
     def batches(self, stem: str) -> Iterator[Batch]:
         """Read and decode one shard. Raises InputError if it is not there any more, or not as it was indexed."""

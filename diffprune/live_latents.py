@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from diffprune.device import pick_device
 from diffprune.encoding import vqvae_network, with_twins
 from diffprune.errors import InputError
 from diffprune.files import fingerprint
-from diffprune.image_maps import ImageMap, Reading
+from diffprune.image_maps import ImageMap, Indexed, Reading
 from diffprune.latent_scales import missing_latent_scale
 from diffprune.prefetch import Prefetch
 from diffprune.progress import progress
@@ -56,13 +57,13 @@ class LiveLatents:
         self.folder = shards if isinstance(shards, (str, Path)) else ", ".join(map(str, shards))  # for messages
         self._begin(shards)
 
-    def _begin(self, shards: ShardSpec | None, indexed: dict[str, Any] | None = None) -> None:
+    def _begin(self, shards: ShardSpec | None, indexed: Sequence[Indexed] | None = None) -> None:
         """Load the VQ-VAE and index ``shards``, or take what was ``indexed`` in another process."""
         self.vqvae, device, scale, batch_size, reading = self._about
         network = vqvae_network(self.vqvae, pick_device(device), scale)
         self._images = ImageMap(network, shards, batch_size, reading)
         if indexed is not None:
-            self._images.take_all(indexed)
+            self._images.take(indexed)
         self.metadata: dict[str, Any] = {**self._images.config, "model_path": network.path}
         self.fingerprint: str = fingerprint(self._images.config)
         self.stems: list[str] = list(self._images.indexes)
@@ -72,7 +73,7 @@ class LiveLatents:
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:  # for a worker, which loads the VQ-VAE itself
-        return {"folder": self.folder, "_about": self._about, "indexed": self._images.all_indexed()}
+        return {"folder": self.folder, "_about": self._about, "indexed": [*map(self._images.indexed, self.stems)]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.folder, self._about = state["folder"], state["_about"]
@@ -89,7 +90,7 @@ class LiveLatents:
     def identity(self, stem: str) -> dict[str, Any]:
         """As ``ArrayFolder.identity``; of the array only once it was made."""
         known = {"array": self._digests[stem]} if stem in self._digests else {}
-        return {**self._images.inputs[stem], **known}
+        return {**self._images.indexes[stem].identity, **known}
 
     def identities(self) -> dict[str, dict[str, Any]]:
         """As ``ArrayFolder.identities``."""

@@ -53,10 +53,10 @@ class RowFile:
                     )
                 if not self._in_order:
                     return np.array(self._mapped()[rows])
-                cuts = np.flatnonzero(np.diff(rows) != 1) + 1
-                for first, last in zip([0, *cuts], [*cuts, len(rows)], strict=True):
-                    if first < last:
-                        _fill(found[first:last], file, self._offset, int(rows[first]))
+                done = 0
+                for start, stop in runs(rows):
+                    _fill(found[done : done + stop - start], file, self._offset, start)
+                    done += stop - start
         except OSError as error:
             raise InputError(
                 f"{self.filename}: cannot be read any more ({error.strerror}); it was there before: put it back, and "
@@ -73,6 +73,14 @@ class RowFile:
 
     def _mapped(self) -> np.memmap:
         return np.lib.format.open_memmap(self.filename, mode="r")
+
+
+def runs(rows: np.ndarray) -> list[tuple[int, int]]:
+    """Row numbers [m] as runs of neighbours, in order: the first, and the one after the last."""
+    if not len(rows):
+        return []
+    cuts = np.flatnonzero(np.diff(rows) != 1) + 1
+    return [(int(run[0]), int(run[-1]) + 1) for run in np.split(rows, cuts)]
 
 
 def read_rows(path: str | os.PathLike, offset: int, dtype: np.dtype, target: np.ndarray, start: int) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from memory_growth import STATUS, numbers_of
 
 import diffprune
 from diffprune import training_latents
@@ -217,8 +216,9 @@ def test_one_process_of_a_machine_reads_all_rows_and_machines_have_to_agree(late
 
 
 MEMORY = """
-import sys, threading
+import sys
 import diffprune
+from memory_growth import growth
 from diffprune import training_latents
 from diffprune.config import load_config
 
@@ -227,30 +227,15 @@ overrides = ["model.in_channels=4", "model.input_size=32", "model.patch_size=8",
 overrides += ["model.depth=1", "train.batch_size=64", "train.steps=20", "train.device=cpu", "train.flip=true"]
 config = load_config(None, "dit", overrides)
 
-def held():
-    with open("/proc/self/status") as file:
-        fields = dict(line.split(":") for line in file if line.startswith(("RssAnon", "RssFile")))
-    return sum(int(value.split()[0]) for value in fields.values()) << 10
-
 diffprune.train_dit(config, sys.argv[1], sys.argv[3] + "/a")  # what libraries need once
-before, peak, done = held(), 0, threading.Event()
-
-def watch():
-    global peak
-    while not done.wait(0.002):
-        peak = max(peak, held())
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-report = diffprune.train_dit(config, sys.argv[2], sys.argv[3] + "/b")
-done.set()
-watcher.join()
+with growth("RssAnon", "RssFile") as grown:
+    report = diffprune.train_dit(config, sys.argv[2], sys.argv[3] + "/b")
 assert report["latents"] == "in files"
-print(report["latents_bytes"], peak - before)
+print(report["latents_bytes"], *grown)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.skipif(not STATUS.exists(), reason="reads /proc")
 def test_memory_does_not_grow_with_the_latents(small_run, tmp_path):
     folder = ArrayFolder(small_run.latents)
     path = small_run.latents / f"{folder.stems[0]}.parquet"
@@ -275,13 +260,5 @@ def test_memory_does_not_grow_with_the_latents(small_run, tmp_path):
         return out
 
     few, many = made("few", 2), made("many", 20)
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(few), str(many), str(tmp_path / "runs")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    size, more = map(int, done.stdout.split()[-2:])
+    size, more = numbers_of(MEMORY, [few, many, tmp_path / "runs"])
     assert size == 2 * 20_000 * 8192 and more < 100 << 20, f"{more / 2**20:.0f} MiB"

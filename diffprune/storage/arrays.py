@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from diffprune.row_files import RowFile
+from diffprune.row_files import RowFile, runs
 from diffprune.storage.paths import RemotePath
 from diffprune.storage.reading import ReadAhead, RemoteFile
 from diffprune.storage.spool import spooled
@@ -64,8 +64,7 @@ class RemoteArray:
             size = max(0, stop - start)
             return self._rows(self._file.read_at(self._at(start), size * self._row_bytes), size)
         rows = np.flatnonzero(rows) if rows.dtype == bool else np.where(rows < 0, rows + len(self), rows)
-        runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if len(rows) else []
-        ranges = [(self._at(int(run[0])), self._at(int(run[-1]) + 1)) for run in runs]
+        ranges = [(self._at(start), self._at(stop)) for start, stop in runs(rows)]
         with ReadAhead(self._file, ranges) as ahead:
             pieces = [ahead.read_at(start, stop - start) for start, stop in ranges]
         return self._rows(b"".join(pieces), len(rows))
