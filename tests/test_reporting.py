@@ -340,6 +340,12 @@ def test_headline_names_the_best_pruned_set_beside_the_full_one():
     told = tables.headline(given)
     assert (told["name"], told["distance"]) == ("run 2", "1.250")
     assert (told["full_name"], told["full_distance"], told["others"]) == ("run 0", "0.500", 1)
+    assert told["of"] == 9  # images that were selected from
+    for one in given:
+        one["context"]["training"] = "features/train"
+    assert tables.headline(given)["of"] is None  # the reference is another split
+    given[1]["metrics"]["frechet_distance"] = None
+    assert tables.headline(given) is None
 
 
 def test_page_says_the_results(page):

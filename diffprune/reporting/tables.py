@@ -86,7 +86,7 @@ def headline(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         return None
     full = [e for e in evaluations if e["context"].get("kept") is None]
     pruned = [e for e in evaluations if e["context"].get("kept") is not None]
-    if not pruned:
+    if not pruned or any(_frechet(e) is None for e in evaluations):
         return None
     texts = dict(zip(map(id, evaluations), format_column([_frechet(e) for e in evaluations]), strict=True))
     best = min(pruned, key=_frechet)
@@ -94,7 +94,8 @@ def headline(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         "name": best["name"],
         "distance": texts[id(best)],
         "training": best["context"].get("training_images"),
-        "reference": best["context"]["reference"]["count"],
+        # the reference is what was selected from, unless that was given beside it
+        "of": None if best["context"].get("training") else best["context"]["reference"]["count"],
         "others": len(pruned) - 1,
         "full_name": full[0]["name"] if full else None,
         "full_distance": texts[id(full[0])] if full else None,
@@ -212,7 +213,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
-def _frechet(evaluation: dict[str, Any]) -> float:
+def _frechet(evaluation: dict[str, Any]) -> float | None:
     return evaluation["metrics"]["frechet_distance"]
 
 
