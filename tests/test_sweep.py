@@ -23,6 +23,7 @@ from diffprune.checkpoints import read_state
 from diffprune.cli.app import app
 from diffprune.config import load_config
 from diffprune.errors import DiffpruneError, InputError, ResumeError
+from diffprune.reporting.sweep_page import _looks
 from diffprune.sweeping.cells import list_cells, run_cell
 from diffprune.sweeping.running import worker_device
 from diffprune.sweeping.settings import differences, load_sweep
@@ -395,6 +396,8 @@ def test_the_presets_of_the_paper(name, cells, k):
     else:
         assert codes == (8192, 4) and model.num_classes == 0 and config.sample.guidance == 1.0
     assert model.in_channels == config.vqvae.model.latent_channels
+    looks = _looks(config.sweep.methods)
+    assert len({(one["color"], one["dash"]) for one in looks.values()}) == len(config.sweep.methods)
     f8 = load_config(ROOT / f"configs/vqvae-f8-{name}.toml", "vqvae")
     assert config.vqvae == f8 and f8.model.image_size == 8 * model.input_size == 256
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -108,16 +109,17 @@ def write_sweep_page(path: Path, material: SweepMaterial) -> None:
 
 
 def _looks(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """A colour per family of methods (grand-high and grand-low are one), a dash pattern for each in it."""
-    names = list(dict.fromkeys(methods))
+    """A colour per family of methods (grand-high and grand-low are one), a dash pattern for each of a colour."""
     families: dict[str, list[str]] = {}
-    for name in names:
-        families.setdefault(name.split("-")[0], []).append(name)
+    for name in dict.fromkeys(methods):
+        family = "cluster-balanced" if name.startswith("cluster-balanced") else name.split("-")[0]
+        families.setdefault(family, []).append(name)
     palette = Palette(families, {}, neutral=["random"])
+    dashes: dict[str, Iterator[tuple[float, ...]]] = {}  # of a colour: more families than colours share them
     return {
-        name: {"color": palette(family), "dash": DASHES[place % len(DASHES)]}
+        name: {"color": palette(family), "dash": next(dashes.setdefault(palette(family), cycle(DASHES)))}
         for family, members in families.items()
-        for place, name in enumerate(members)
+        for name in members
     }
 
 
