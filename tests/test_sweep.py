@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from scipy.stats import ttest_rel
 from small_run import write_digits
 from typer.testing import CliRunner
 
@@ -174,6 +175,25 @@ def test_means_and_spreads(done):
     text = (done / "results.md").read_text()
     assert "### 50% pruned" in text and "| cluster-balanced | 50 |" in text and "±" in text
     assert "Missing" not in text and "### Classes" not in text
+
+
+def test_differences_to_random_are_of_equal_seeds(done):
+    rows = {(row["method"], row["metric"]): row for row in pq.read_table(done / "summary.parquet").to_pylist()}
+    for method, metric in (("grand-high", "frechet_distance"), ("cluster-balanced", "kernel_distance")):
+        values, others = (
+            [result(done, f"{name}-50-s{seed}")["metrics"][metric] for seed in (0, 1)] for name in (method, "random")
+        )
+        row, expected = rows[method, metric], ttest_rel(values, others)
+        assert row["minus_random"] == pytest.approx(values[0] / 2 + values[1] / 2 - sum(others) / 2, abs=1e-9)
+        assert row["minus_random"] / row["minus_random_error"] == pytest.approx(expected.statistic, rel=1e-9)
+        low, high = expected.confidence_interval(0.95)
+        assert row["minus_random_interval"] == pytest.approx((high - low) / 2, rel=1e-9)
+        assert row["minus_random_seeds"] == 2
+    for method in ("full", "random"):  # of no ratio, and the baseline itself
+        assert rows[method, "precision"]["minus_random"] is None
+    text = (done / "results.md").read_text()
+    assert "#### Difference to random selection at 50%" in text and "Mean over 2 seeds of the difference" in text
+    assert text.count("| grand-high |") == 2
 
 
 def test_any_order_and_any_number_of_processes(tiny, done, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -190,6 +190,13 @@ def format_column(values: Sequence[float | None], *, percent: bool = False) -> l
         form = f",.{max(0, min(4, 3 - math.floor(math.log10(largest)))) if largest else 0}f"
     unit = PERCENT if percent else ""
     return ["–" if v is None else _minus(f"{v:{form}}{unit}") for v in shown]
+
+
+def seeds_told(counts: Iterable[int]) -> str:
+    """How many seeds numbers are of: "1 seed", "3 seeds", "1 to 3 seeds"."""
+    found = sorted(counts)
+    fewest, most = found[0], found[-1]
+    return f"{fewest} to {most} seeds" if fewest < most else f"{most} seed{'' if most == 1 else 's'}"
 
 
 def signed(value: float) -> str:

@@ -12,9 +12,10 @@ import pyarrow as pa
 
 from diffprune.files import atomic_path
 from diffprune.reporting.sweep_page import Line, SweepMaterial, write_sweep_page
-from diffprune.reporting.tables import METRICS, Metric, format_column, percent
+from diffprune.reporting.tables import METRICS, Metric, format_column, percent, seeds_told
 from diffprune.sweeping.cells import Cell, list_cells, read_result
-from diffprune.sweeping.methods import FULL
+from diffprune.sweeping.differences import Difference, paired_difference
+from diffprune.sweeping.methods import FULL, RANDOM
 from diffprune.sweeping.settings import SweepConfig
 from diffprune.sweeping.shared import Shared
 from diffprune.tables import write_table
@@ -22,12 +23,13 @@ from diffprune.tables import write_table
 
 @dataclass(frozen=True)
 class Group:
-    """The cells of one method and ratio: per metric the values of its seeds, in order of seeds."""
+    """The cells of one method and ratio."""
 
     method: str
     prune: float
     training_images: int
-    values: dict[str, list[float]]
+    values: dict[str, dict[int, float]]
+    """Of each metric, by seed."""
     classes: dict[str, list[float]]
     """Of each class, the share of the generated images, per seed."""
     trained_on: dict[str, float]
@@ -36,12 +38,12 @@ class Group:
     def mean(self, metric: str) -> float | None:
         """Over seeds; None where no cell has the metric."""
         values = self.values.get(metric)
-        return statistics.fmean(values) if values else None
+        return statistics.fmean(values.values()) if values else None
 
     def spread(self, metric: str) -> float | None:
         """Sample standard deviation over seeds; None with fewer than two."""
-        values = self.values.get(metric, [])
-        return statistics.stdev(values) if len(values) > 1 else None
+        values = self.values.get(metric, {})
+        return statistics.stdev(values.values()) if len(values) > 1 else None
 
 
 def write_results(config: SweepConfig, out: Path) -> dict[str, Any]:
@@ -65,10 +67,15 @@ def grouped(config: SweepConfig, cells: list[tuple[Cell, dict[str, Any]]]) -> li
     groups = []
     grid = config.sweep
     for method, ratio in [(FULL, 0.0), *((method, ratio) for method in grid.methods for ratio in sorted(grid.prune))]:
-        own = [result for cell, result in cells if (cell.method, cell.prune) == (method, ratio)]
-        if not own:
+        by_seed = {cell.seed: result for cell, result in cells if (cell.method, cell.prune) == (method, ratio)}
+        if not by_seed:
             continue
-        values = {m.key: [r["metrics"][m.key] for r in own if r["metrics"].get(m.key) is not None] for m in METRICS}
+        own = list(by_seed.values())
+        measured = {seed: result["metrics"] for seed, result in by_seed.items()}
+        values = {
+            m.key: {seed: found[m.key] for seed, found in measured.items() if found.get(m.key) is not None}
+            for m in METRICS
+        }
         shares = [r["classes"]["shares"] for r in own if r["classes"]]
         classes = {name: [share[name] for share in shares] for name in (shares[0] if shares else {})}
         counts = [result["training_classes"] for result in own]
@@ -93,26 +100,77 @@ def texts(groups: list[Group], metric: Metric) -> list[str]:
     return [mean if spread == "–" else f"{mean} ± {spread}" for mean, spread in pairs]
 
 
+def against_random(groups: list[Group]) -> dict[tuple[str, float], dict[str, Difference]]:
+    """By method and ratio, of each metric: how far it is from random selection at the same ratio and seeds."""
+    random = {group.prune: group for group in groups if group.method == RANDOM}
+    found: dict[tuple[str, float], dict[str, Difference]] = {}
+    for group in groups:
+        if group.method != RANDOM and group.prune in random:
+            pairs = {
+                name: paired_difference(values, random[group.prune].values[name])
+                for name, values in group.values.items()
+            }
+            found[group.method, group.prune] = {name: pair for name, pair in pairs.items() if pair is not None}
+    return found
+
+
+def difference_texts(differences: list[Difference | None], metric: Metric) -> list[str]:
+    """Difference ± half of its interval of each, as text; shares in percentage points."""
+    means = [found and found.mean for found in differences]
+    halves = [found and found.half_width for found in differences]
+    shown = format_column([*means, *halves], percent=metric.percent)
+    pairs = zip(differences, shown[: len(means)], shown[len(means) :], strict=True)
+    return [
+        ("+" if found and found.mean > 0 else "") + mean + ("" if half == "–" else f" ± {half}")
+        for found, mean, half in pairs
+    ]
+
+
 def markdown(groups: list[Group], missing: list[str]) -> str:
-    """A table per ratio, full data the first row of each."""
+    """Per ratio a table, full data its first row, and one of how far the methods are from random selection."""
     metrics = shown_metrics(groups)
     columns = {metric.key: dict(zip(map(id, groups), texts(groups, metric), strict=True)) for metric in metrics}
     lines = []
     full = [group for group in groups if group.method == FULL]
     for ratio in sorted({group.prune for group in groups if group.method != FULL}) or [0.0]:
         rows = full + [group for group in groups if group.method != FULL and group.prune == ratio]
-        seeds = sorted({len(values) for group in rows for values in group.values.values() if values})
-        many = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
-        lines += [f"### {100 * ratio:.10g}% pruned", "", f"Mean ± sample standard deviation over {many} seeds.", ""]
+        seeds = seeds_told(len(values) for group in rows for values in group.values.values() if values)
+        lines += [f"### {100 * ratio:.10g}% pruned", "", f"Mean ± sample standard deviation over {seeds}.", ""]
         lines.append("| method | images | " + " | ".join(f"{m.title} {m.arrow}" for m in metrics) + " |")
         lines.append("|---" * (2 + len(metrics)) + "|")
         for group in rows:
             cells = " | ".join(columns[metric.key][id(group)] for metric in metrics)
             lines.append(f"| {group.method} | {group.training_images:,} | {cells} |")
-        lines.append("")
+        lines += ["", *_difference_table(groups, ratio, metrics)]
     if missing:
         lines += [f"Missing, {len(missing)} cells: {', '.join(missing)}.", ""]
     return "\n".join(lines)
+
+
+def _difference_table(groups: list[Group], ratio: float, metrics: list[Metric]) -> list[str]:
+    """The lines of a table in Markdown, none without random selection to compare with."""
+    found = {method: pairs for (method, prune), pairs in against_random(groups).items() if prune == ratio}
+    shown = [metric for metric in metrics if any(metric.key in pairs for pairs in found.values())]
+    if not shown:
+        return []
+    columns = []
+    for metric in shown:
+        differences = [pairs.get(metric.key) for pairs in found.values()]
+        told = zip(differences, difference_texts(differences, metric), strict=True)
+        columns.append([f"**{text}**" if one and one.is_clear else text for one, text in told])
+    seeds = seeds_told(pair.seeds for pairs in found.values() for pair in pairs.values())
+    return [
+        f"#### Difference to random selection at {100 * ratio:.10g}%",
+        "",
+        f"Mean over {seeds} of the difference to `random` with the same seed ± half of its 95% interval (Student's t). "
+        "Of shares, percentage points. Bold: 0 is outside of the interval, as it is by chance once in 20 numbers where "
+        "there is no difference.",
+        "",
+        "| method | " + " | ".join(f"{m.title} {m.arrow}" for m in shown) + " |",
+        "|---" * (1 + len(shown)) + "|",
+        *("| " + " | ".join(row) + " |" for row in zip(found, *columns, strict=True)),
+        "",
+    ]
 
 
 def class_table(groups: list[Group]) -> str:
@@ -220,20 +278,26 @@ def _rows(cells: list[tuple[Cell, dict[str, Any]]]) -> pa.Table:
 
 
 def _summary(groups: list[Group]) -> pa.Table:
-    """A row per method, ratio and metric."""
-    rows = [
-        {
-            "method": group.method,
-            "prune": group.prune,
-            "training_images": group.training_images,
-            "metric": metric.key,
-            "seeds": len(group.values[metric.key]),
-            "mean": group.mean(metric.key),
-            "spread": group.spread(metric.key),
-        }
-        for group in groups
-        for metric in shown_metrics(groups)
-    ]
-    kinds = {"method": pa.string(), "metric": pa.string(), "training_images": pa.int64(), "seeds": pa.int64()}
+    """A row per method, ratio and metric; the last columns are about the difference to random selection."""
+    rows, against = [], against_random(groups)
+    for group in groups:
+        for metric in shown_metrics(groups):
+            pair = against.get((group.method, group.prune), {}).get(metric.key)
+            row = {
+                "method": group.method,
+                "prune": group.prune,
+                "training_images": group.training_images,
+                "metric": metric.key,
+                "seeds": len(group.values[metric.key]),
+                "mean": group.mean(metric.key),
+                "spread": group.spread(metric.key),
+                "minus_random": pair and pair.mean,
+                "minus_random_error": pair and pair.error,
+                "minus_random_interval": pair and pair.half_width,
+                "minus_random_seeds": pair.seeds if pair else 0,
+            }
+            rows.append(row)
+    kinds = {"method": pa.string(), "metric": pa.string()}
+    kinds |= {name: pa.int64() for name in ("training_images", "seeds", "minus_random_seeds")}
     names = list(rows[0])
     return pa.table({name: pa.array([row[name] for row in rows], kinds.get(name, pa.float64())) for name in names})
