@@ -287,7 +287,7 @@ def evaluations(*frechet: float | None, **context: Any) -> list[dict[str, Any]]:
 
 
 def best(table: dict[str, Any], column: int) -> list[bool]:
-    return [row["cells"][column]["best"] for row in table["rows"]]
+    return [row["cells"][column]["mark"] == "best" for row in table["rows"]]
 
 
 def test_best_value_of_a_column_is_marked_by_its_direction_ties_included():
@@ -300,6 +300,11 @@ def test_best_value_of_a_column_is_marked_by_its_direction_ties_included():
     assert best(table, 0) == [False, True, True] and best(table, 1) == [False, True, False]
     assert best(table, 2) == [False, False, False]  # more varied than real images is not better
     assert [row["cells"][0]["text"] for row in table["rows"]] == ["3.000", "1.000", "1.000"]
+
+
+def test_columns_that_say_nearly_the_same_have_a_table_of_their_own():
+    columns = [metric for metric in tables.METRICS if metric.key in ("frechet_distance", "density", "precision")]
+    assert tables.column_parts(columns) == [[0, 1], [2]] and tables.column_parts(columns[2:]) == [[0]]
 
 
 def test_the_real_images_own_unequal_classes_are_beside_the_models():

@@ -17,7 +17,8 @@ from diffprune.evaluation import memorization
 from diffprune.models.classifier import train_classifier
 from diffprune.reporting.tables import METRICS
 from diffprune.sweeping.differences import student_t
-from diffprune.sweeping.results import Group, against_random, class_table, markdown
+from diffprune.sweeping.groups import Group, against_random
+from diffprune.sweeping.results import class_table, markdown
 from diffprune.sweeping.splits import long_tail, split_samples
 from diffprune.tables import kept_keys, read_folder
 

@@ -19,6 +19,7 @@ from diffprune.encoding import embed
 from diffprune.errors import InputError, ResumeError
 from diffprune.evaluation import evaluate
 from diffprune.files import fingerprint, read_json, write_json
+from diffprune.reporting.tables import METRICS, real_value
 from diffprune.sampling import sample
 from diffprune.selection import select
 from diffprune.sweeping.methods import FULL
@@ -131,6 +132,7 @@ def run_cell(config: SweepConfig, cell: Cell, out: Path, device: str) -> dict[st
         "training_classes": _classes(shared, kept),
         "metrics": measured["metrics"],
         "classes": measured["classes"],
+        "real": {m.key: value for m in METRICS if (value := real_value(m.key, measured)) is not None},
         "flags": measured["context"]["flags"],
         "setting": _setting(config, cell, trained, measured["context"]),
         "seconds": seconds,

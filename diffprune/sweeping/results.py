@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,38 +11,14 @@ import pyarrow as pa
 
 from diffprune.files import atomic_path
 from diffprune.reporting.sweep_page import Line, SweepMaterial, write_sweep_page
-from diffprune.reporting.tables import METRICS, Metric, format_column, percent, seeds_told
+from diffprune.reporting.tables import METRICS, Metric, format_column, percent, seeds_told, told_flags
 from diffprune.sweeping.cells import Cell, list_cells, read_result
-from diffprune.sweeping.differences import Difference, paired_difference
-from diffprune.sweeping.methods import FULL, RANDOM
+from diffprune.sweeping.differences import Difference
+from diffprune.sweeping.groups import Group, against_random, grouped, shown_metrics
+from diffprune.sweeping.methods import FULL
 from diffprune.sweeping.settings import SweepConfig
 from diffprune.sweeping.shared import Shared
 from diffprune.tables import write_table
-
-
-@dataclass(frozen=True)
-class Group:
-    """The cells of one method and ratio."""
-
-    method: str
-    prune: float
-    training_images: int
-    values: dict[str, dict[int, float]]
-    """Of each metric, by seed."""
-    classes: dict[str, list[float]]
-    """Of each class, the share of the generated images, per seed."""
-    trained_on: dict[str, float]
-    """Of each class, the share of the training images, mean over seeds."""
-
-    def mean(self, metric: str) -> float | None:
-        """Over seeds; None where no cell has the metric."""
-        values = self.values.get(metric)
-        return statistics.fmean(values.values()) if values else None
-
-    def spread(self, metric: str) -> float | None:
-        """Sample standard deviation over seeds; None with fewer than two."""
-        values = self.values.get(metric, {})
-        return statistics.stdev(values.values()) if len(values) > 1 else None
 
 
 def write_results(config: SweepConfig, out: Path) -> dict[str, Any]:
@@ -56,69 +31,26 @@ def write_results(config: SweepConfig, out: Path) -> dict[str, Any]:
     write_table(paths["parquet"], _rows(cells), {"stage": "sweep", "config": config.identity(), "missing": missing})
     write_table(out / "summary.parquet", _summary(groups), {"stage": "sweep", "missing": missing})
     with atomic_path(paths["table"]) as temporary:
-        text = markdown(groups, missing) + (class_table(groups) if config.data.skew > 1 else "")
+        real = _real(cells, shown_metrics(groups))
+        text = markdown(groups, missing, real) + (class_table(groups) if config.data.skew > 1 else "")
         temporary.write_text(text, encoding="utf-8")
     write_sweep_page(paths["page"], _material(config, out, groups, cells, missing))
     return {name: str(path) for name, path in paths.items()}
 
 
-def grouped(config: SweepConfig, cells: list[tuple[Cell, dict[str, Any]]]) -> list[Group]:
-    """Full data first, then the methods in order of the config, each by rising ratio."""
-    groups = []
-    grid = config.sweep
-    for method, ratio in [(FULL, 0.0), *((method, ratio) for method in grid.methods for ratio in sorted(grid.prune))]:
-        by_seed = {cell.seed: result for cell, result in cells if (cell.method, cell.prune) == (method, ratio)}
-        if not by_seed:
-            continue
-        own = list(by_seed.values())
-        measured = {seed: result["metrics"] for seed, result in by_seed.items()}
-        values = {
-            m.key: {seed: found[m.key] for seed, found in measured.items() if found.get(m.key) is not None}
-            for m in METRICS
-        }
-        shares = [r["classes"]["shares"] for r in own if r["classes"]]
-        classes = {name: [share[name] for share in shares] for name in (shares[0] if shares else {})}
-        counts = [result["training_classes"] for result in own]
-        trained_on = {
-            name: statistics.fmean(count.get(name, 0) / sum(count.values()) for count in counts)
-            for name in sorted({name for count in counts for name in count}, key=int)
-        }
-        groups.append(Group(method, ratio, own[0]["training_images"], values, classes, trained_on))
-    return groups
-
-
-def shown_metrics(groups: list[Group]) -> list[Metric]:
-    """The metrics that some cell has."""
-    return [metric for metric in METRICS if any(group.values[metric.key] for group in groups)]
-
-
-def texts(groups: list[Group], metric: Metric) -> list[str]:
+def texts(groups: list[Group], metric: Metric, *, unit: bool = True) -> list[str]:
     """Mean ± spread of each group, as text with one number of decimals."""
     means, spreads = [g.mean(metric.key) for g in groups], [g.spread(metric.key) for g in groups]
-    shown = format_column([*means, *spreads], percent=metric.percent)
+    shown = format_column([*means, *spreads], percent=metric.percent, unit=unit)
     pairs = zip(shown[: len(groups)], shown[len(groups) :], strict=True)
     return [mean if spread == "–" else f"{mean} ± {spread}" for mean, spread in pairs]
 
 
-def against_random(groups: list[Group]) -> dict[tuple[str, float], dict[str, Difference]]:
-    """By method and ratio, of each metric: how far it is from random selection at the same ratio and seeds."""
-    random = {group.prune: group for group in groups if group.method == RANDOM}
-    found: dict[tuple[str, float], dict[str, Difference]] = {}
-    for group in groups:
-        if group.method != RANDOM and group.prune in random:
-            pairs = {
-                name: paired_difference(values, random[group.prune].values[name])
-                for name, values in group.values.items()
-            }
-            found[group.method, group.prune] = {name: pair for name, pair in pairs.items() if pair is not None}
-    return found
-
-
-def difference_texts(differences: list[Difference | None], metric: Metric) -> list[str]:
+def difference_texts(differences: list[Difference | None], metric: Metric, *, unit: bool = True) -> list[str]:
     """Difference ± half of its interval of each, as text; shares in percentage points."""
     means = [found and found.mean for found in differences]
     halves = [found and found.half_width for found in differences]
-    shown = format_column([*means, *halves], percent=metric.percent)
+    shown = format_column([*means, *halves], percent=metric.percent, unit=unit)
     pairs = zip(differences, shown[: len(means)], shown[len(means) :], strict=True)
     return [
         ("+" if found and found.mean > 0 else "") + mean + ("" if half == "–" else f" ± {half}")
@@ -126,8 +58,8 @@ def difference_texts(differences: list[Difference | None], metric: Metric) -> li
     ]
 
 
-def markdown(groups: list[Group], missing: list[str]) -> str:
-    """Per ratio a table, full data its first row, and one of how far the methods are from random selection."""
+def markdown(groups: list[Group], missing: list[str], real: list[str] | None = None) -> str:
+    """Per ratio a table, full data its first row, ``real`` images its last; and one of differences to random."""
     metrics = shown_metrics(groups)
     columns = {metric.key: dict(zip(map(id, groups), texts(groups, metric), strict=True)) for metric in metrics}
     lines = []
@@ -141,6 +73,7 @@ def markdown(groups: list[Group], missing: list[str]) -> str:
         for group in rows:
             cells = " | ".join(columns[metric.key][id(group)] for metric in metrics)
             lines.append(f"| {group.method} | {group.training_images:,} | {cells} |")
+        lines += [f"| real images | | {' | '.join(real)} |"] if real else []
         lines += ["", *_difference_table(groups, ratio, metrics)]
     if missing:
         lines += [f"Missing, {len(missing)} cells: {', '.join(missing)}.", ""]
@@ -198,7 +131,8 @@ def _material(
     config: SweepConfig, out: Path, groups: list[Group], cells: list[tuple[Cell, dict[str, Any]]], missing: list[str]
 ) -> SweepMaterial:
     metrics, shared = shown_metrics(groups), Shared(config, out / "shared")
-    told = {metric.key: texts(groups, metric) for metric in metrics}
+    told = {metric.key: texts(groups, metric, unit=False) for metric in metrics}
+    against = _against_texts(groups, metrics)
     lines = [
         Line(
             group.method,
@@ -208,29 +142,53 @@ def _material(
             {metric.key: group.mean(metric.key) for metric in metrics},
             {metric.key: group.spread(metric.key) for metric in metrics},
             {name: statistics.fmean(values) for name, values in group.classes.items()},
+            max(map(len, group.values.values())),
+            against.get((group.method, group.prune), {}),
         )
         for place, group in enumerate(groups)
     ]
     first = cells[0][1]
     columns = set().union(*(config.method(name).columns for name in config.sweep.methods))
-    samples: dict[tuple[str, float], Path] = {}
+    samples: dict[tuple[str, float], tuple[int, Path]] = {}
     for cell, _ in cells:
         folder = out / "cells" / cell.name / "samples"
         if any(folder.glob("*-000000.tar")):  # of the first seed that there is; somebody may have made room
-            samples.setdefault((cell.method, cell.prune), folder)
+            samples.setdefault((cell.method, cell.prune), (cell.seed, folder))
     return SweepMaterial(
         config.sweep.title or "Pruning methods compared",
         lines,
         metrics,
+        _real(cells, metrics, unit=False),
         config.sweep.seeds,
         len(cells) + len(missing),
         missing,
         _common(first["setting"], config),
-        sorted({flag for _, result in cells for flag in result["flags"]}),
+        told_flags((cell.name.rpartition("-s")[0], result) for cell, result in cells),
         first["classes"]["reference_shares"] if first["classes"] else {},
         {folder.name: folder for folder in shared.tables(columns)[1:]},
         samples,
     )
+
+
+def _against_texts(groups: list[Group], metrics: list[Metric]) -> dict[tuple[str, float], dict[str, Any]]:
+    """By method and ratio, of each metric: seeds, text and clearness of the difference; a ratio has one form."""
+    found = against_random(groups)
+    told: dict[tuple[str, float], dict[str, Any]] = {place: {} for place in found}
+    for ratio in {prune for _, prune in found}:
+        for metric in metrics:
+            pairs = {at: pair[metric.key] for at, pair in found.items() if at[1] == ratio and metric.key in pair}
+            shown = difference_texts(list(pairs.values()), metric, unit=False)
+            for (at, pair), text in zip(pairs.items(), shown, strict=True):
+                told[at][metric.key] = (pair.seeds, text, pair.is_clear)
+    return told
+
+
+def _real(cells: list[tuple[Cell, dict[str, Any]]], metrics: list[Metric], *, unit: bool = True) -> list[str] | None:
+    """What real images have in each metric, as text; None where no cell says, as those of old did not."""
+    real = next((result["real"] for _, result in cells if result.get("real")), None)
+    if real is None:
+        return None
+    return [format_column([real.get(metric.key)], percent=metric.percent, unit=unit)[0] for metric in metrics]
 
 
 def _common(setting: dict[str, Any], config: SweepConfig) -> dict[str, Any]:
