@@ -432,6 +432,18 @@ def test_heat_is_relative_to_the_average_on_a_log_scale():
 # --- pictures ---------------------------------------------------------------------------------------------------
 
 
+def test_the_kept_end_is_that_of_the_selection(page, material, tmp_path):
+    assert "· kept by GraNd 25%" in page.text["scores"]
+    keys = [KEYS[i] for i in sorted(range(COUNT), key=GRAND.__getitem__)[:15]]
+    low = write_kept(tmp_path / "low.parquet", keys, order="lowest", by="grand", count=15)
+    diffprune.report(
+        tmp_path / "low.html", scores=material["scores"], selections={"low": low}, shards=material["shards"]
+    )
+    html = (tmp_path / "low.html").read_text()
+    assert html.count("<b>Lowest</b> · kept by low<") == 1 and "<b>Highest</b> · kept by" not in html
+    assert html.count("<b>Highest</b> · what the method keeps<") == 1  # loss: no selection is by it
+
+
 def test_pictures_of_scored_images_are_the_shards_own(page):
     shown = page.images()
     highest = max(range(COUNT), key=lambda i: GRAND[i])
@@ -505,6 +517,12 @@ def test_loss_curves_average_over_stretches_of_the_run():
     x, y = figures._averaged(Log("run", steps[::-1], 2 * steps[::-1]))
     assert len(x) == figures.CURVE_POINTS and x[0] == pytest.approx(steps[:10].mean())
     assert np.allclose(y, 2 * x)
+
+
+def test_a_run_of_one_line_is_drawn():
+    one = Log("one", np.array([40.0]), np.array([1.25]))
+    drawn = str(figures.loss_curves([one], ["var(--series-2)"], 360, "one"))
+    assert "stroke: var(--series-2); stroke-width: 6" in drawn
 
 
 def test_histogram_range_is_not_stretched_by_outliers():
