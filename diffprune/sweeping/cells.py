@@ -29,6 +29,7 @@ from diffprune.tables import kept_keys, read_folder
 from diffprune.training import train_dit
 
 RESULT_FILE = "result.json"
+LEFT_OUT = "what the selection left out"
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def _baseline(context: dict[str, Any]) -> str:
     """What the distance of generated images to training images is compared with."""
     if context["training"]:
         return "the reference, which is held out"
-    return "training images, each left out" if context["kept"] is None else "what the selection left out"
+    return "training images, each left out" if context["kept"] is None else LEFT_OUT
 
 
 def _classes(shared: Shared, kept: Path | None) -> dict[str, int]:

@@ -12,7 +12,7 @@ import pyarrow as pa
 from diffprune.files import atomic_path
 from diffprune.reporting.sweep_page import Line, SweepMaterial, write_sweep_page
 from diffprune.reporting.tables import METRICS, Metric, format_column, percent, seeds_told, told_flags
-from diffprune.sweeping.cells import Cell, list_cells, read_result
+from diffprune.sweeping.cells import LEFT_OUT, Cell, list_cells, read_result
 from diffprune.sweeping.differences import Difference
 from diffprune.sweeping.groups import Group, against_random, grouped, shown_metrics
 from diffprune.sweeping.methods import FULL
@@ -163,11 +163,21 @@ def _material(
         len(cells) + len(missing),
         missing,
         _common(first["setting"], config),
-        told_flags((cell.name.rpartition("-s")[0], result) for cell, result in cells),
+        told_flags((cell.name.rpartition("-s")[0], result) for cell, result in cells) + _other_baselines(cells),
         first["classes"]["reference_shares"] if first["classes"] else {},
         {folder.name: folder for folder in shared.tables(columns)[1:]},
         samples,
     )
+
+
+def _other_baselines(cells: list[tuple[Cell, dict[str, Any]]]) -> list[str]:
+    """A note, if memorization is not judged by the same images for all methods."""
+    if all(result["setting"]["memorization_baseline"] != LEFT_OUT for _, result in cells):
+        return []
+    return [
+        f"nearest training image and near copies are judged by {LEFT_OUT}, which differs from method to method: they "
+        'compare methods only with evaluate.reference = "held-out"'
+    ]
 
 
 def _against_texts(groups: list[Group], metrics: list[Metric]) -> dict[tuple[str, float], dict[str, Any]]:
