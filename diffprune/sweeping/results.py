@@ -48,8 +48,8 @@ def texts(groups: list[Group], metric: Metric, *, unit: bool = True) -> list[str
 
 def difference_texts(differences: list[Difference | None], metric: Metric, *, unit: bool = True) -> list[str]:
     """Difference ± half of its interval of each, as text; shares in percentage points."""
-    means = [found and found.mean for found in differences]
-    halves = [found and found.half_width for found in differences]
+    means = [None if found is None else found.mean for found in differences]
+    halves = [None if found is None else found.half_width for found in differences]
     shown = format_column([*means, *halves], percent=metric.percent, unit=unit)
     pairs = zip(differences, shown[: len(means)], shown[len(means) :], strict=True)
     return [
