@@ -249,7 +249,8 @@ def knee(ks: Sequence[int], inertia: Sequence[float]) -> tuple[int, float]:
 def advise(trials: Sequence[Trial]) -> Advice:
     """The k that most of the three measures accept, the largest silhouette deciding between equals.
 
-    The knee accepts its k; the silhouette and the stability each k that is within two standard errors of the best.
+    The knee accepts its k; the silhouette and the stability each k that is within two standard errors of the best. One
+    that accepts more than half of what was tried, as a best value with a wide error does, makes nothing surer.
     """
     ks = [trial.k for trial in trials]
     bend, depth = knee(ks, [trial.inertia for trial in trials])
@@ -260,8 +261,8 @@ def advise(trials: Sequence[Trial]) -> Advice:
     }
     votes = {k: sum(k in found for found in accepted.values()) for k in ks}
     chosen = max(trials, key=lambda trial: (votes[trial.k], trial.silhouette))
-    reasons = [_reason(name, found, chosen.k) for name, found in accepted.items()]
-    level = votes[chosen.k]
+    reasons = [_reason(name, found, chosen.k, len(ks)) for name, found in accepted.items()]
+    level = sum(chosen.k in found for found in accepted.values() if 2 * len(found) <= len(ks))
     if chosen.silhouette < WEAK_SILHOUETTE:
         level = min(level, 1)
         reasons.append(
@@ -279,10 +280,12 @@ def _near_best(ks: Sequence[int], values: Sequence[tuple[float, float]]) -> list
     return [k for k, (value, own) in zip(ks, values, strict=True) if value >= best - 2 * float(np.hypot(error, own))]
 
 
-def _reason(name: str, accepted: Sequence[int], k: int) -> str:
+def _reason(name: str, accepted: Sequence[int], k: int, tried: int) -> str:
     if not accepted:
         return "the inertia falls without a clear knee"
     what = {"inertia": "the knee of the inertia", "silhouette": "the silhouette", "stability": "the stability"}[name]
     verb = "is at" if name == "inertia" else "is best, within its error, at"
     found = ", ".join(map(str, accepted))
+    if 2 * len(accepted) > tried:
+        return f"{what} cannot tell {found} apart, within its error"
     return f"{what} {verb} {found}" + ("" if k in accepted else f", not {k}")

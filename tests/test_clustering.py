@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -236,6 +237,10 @@ def test_advice():
     two = advise([trial(2, 100, 0.2, 0.3), trial(4, 20, 0.5, 0.5), trial(8, 15, 0.495, 0.9), trial(16, 10, 0.2, 0.4)])
     assert (two.k, two.sure) == (4, "fairly sure")
     assert two.reasons[2] == "the stability is best, within its error, at 8, not 4"
+    clustered = (trial(2, 90, 0.2, 0.7), trial(4, 60, 0.5, 0.5), trial(8, 30, 0.3, 0.4))
+    vague = advise([replace(one, stability_error=0.2) for one in clustered])
+    assert (vague.k, vague.sure) == (4, "not sure")  # the silhouette alone tells
+    assert vague.reasons[2] == "the stability cannot tell 2, 4, 8 apart, within its error"
     edge = advise([trial(2, 30, 0.2, 0.3), trial(4, 20, 0.3, 0.5), trial(8, 10, 0.5, 0.9)])
     assert (edge.k, edge.sure) == (8, "fairly sure")
     assert edge.reasons == [

@@ -287,7 +287,7 @@ def evaluations(*frechet: float | None, **context: Any) -> list[dict[str, Any]]:
 
 
 def best(table: dict[str, Any], column: int) -> list[bool]:
-    return [row["cells"][column]["best"] for row in table["rows"]]
+    return [row["cells"][column]["mark"] == "best" for row in table["rows"]]
 
 
 def test_best_value_of_a_column_is_marked_by_its_direction_ties_included():
@@ -300,6 +300,11 @@ def test_best_value_of_a_column_is_marked_by_its_direction_ties_included():
     assert best(table, 0) == [False, True, True] and best(table, 1) == [False, True, False]
     assert best(table, 2) == [False, False, False]  # more varied than real images is not better
     assert [row["cells"][0]["text"] for row in table["rows"]] == ["3.000", "1.000", "1.000"]
+
+
+def test_columns_that_say_nearly_the_same_have_a_table_of_their_own():
+    columns = [metric for metric in tables.METRICS if metric.key in ("frechet_distance", "density", "precision")]
+    assert tables.column_parts(columns) == [[0, 1], [2]] and tables.column_parts(columns[2:]) == [[0]]
 
 
 def test_the_real_images_own_unequal_classes_are_beside_the_models():
@@ -340,6 +345,12 @@ def test_headline_names_the_best_pruned_set_beside_the_full_one():
     told = tables.headline(given)
     assert (told["name"], told["distance"]) == ("run 2", "1.250")
     assert (told["full_name"], told["full_distance"], told["others"]) == ("run 0", "0.500", 1)
+    assert told["of"] == 9  # images that were selected from
+    for one in given:
+        one["context"]["training"] = "features/train"
+    assert tables.headline(given)["of"] is None  # the reference is another split
+    given[1]["metrics"]["frechet_distance"] = None
+    assert tables.headline(given) is None
 
 
 def test_page_says_the_results(page):
@@ -421,6 +432,18 @@ def test_heat_is_relative_to_the_average_on_a_log_scale():
 # --- pictures ---------------------------------------------------------------------------------------------------
 
 
+def test_the_kept_end_is_that_of_the_selection(page, material, tmp_path):
+    assert "· kept by GraNd 25%" in page.text["scores"]
+    keys = [KEYS[i] for i in sorted(range(COUNT), key=GRAND.__getitem__)[:15]]
+    low = write_kept(tmp_path / "low.parquet", keys, order="lowest", by="grand", count=15)
+    diffprune.report(
+        tmp_path / "low.html", scores=material["scores"], selections={"low": low}, shards=material["shards"]
+    )
+    html = (tmp_path / "low.html").read_text()
+    assert html.count("<b>Lowest</b> · kept by low<") == 1 and "<b>Highest</b> · kept by" not in html
+    assert html.count("<b>Highest</b> · what the method keeps<") == 1  # loss: no selection is by it
+
+
 def test_pictures_of_scored_images_are_the_shards_own(page):
     shown = page.images()
     highest = max(range(COUNT), key=lambda i: GRAND[i])
@@ -494,6 +517,12 @@ def test_loss_curves_average_over_stretches_of_the_run():
     x, y = figures._averaged(Log("run", steps[::-1], 2 * steps[::-1]))
     assert len(x) == figures.CURVE_POINTS and x[0] == pytest.approx(steps[:10].mean())
     assert np.allclose(y, 2 * x)
+
+
+def test_a_run_of_one_line_is_drawn():
+    one = Log("one", np.array([40.0]), np.array([1.25]))
+    drawn = str(figures.loss_curves([one], ["var(--series-2)"], 360, "one"))
+    assert "stroke: var(--series-2); stroke-width: 6" in drawn
 
 
 def test_histogram_range_is_not_stretched_by_outliers():

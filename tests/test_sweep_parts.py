@@ -8,13 +8,17 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from scipy.stats import t
 
 import diffprune
 from diffprune.arrays import ArrayFolder
 from diffprune.errors import InputError
 from diffprune.evaluation import memorization
 from diffprune.models.classifier import train_classifier
-from diffprune.sweeping.results import Group, class_table
+from diffprune.reporting.tables import METRICS
+from diffprune.sweeping.differences import student_t
+from diffprune.sweeping.groups import Group, against_random
+from diffprune.sweeping.results import class_table, markdown
 from diffprune.sweeping.splits import long_tail, split_samples
 from diffprune.tables import kept_keys, read_folder
 
@@ -130,3 +134,39 @@ def test_a_class_that_no_reference_has_is_none_of_the_generated():
         "| full | 0% | trained on | 60.0\xa0% | 30.0\xa0% | 10.0\xa0% | 10.0\xa0% |",
         "| full | 0% | generated | 62.5\xa0% | 37.5\xa0% | 0\xa0% | 0\xa0% ± 0\xa0% |",
     ]
+
+
+def grid(**seeds: dict[int, float]) -> list[Group]:
+    """A group per method at 90%, with these Fréchet distances by seed."""
+    none: dict[str, dict[int, float]] = {metric.key: {} for metric in METRICS}
+    return [
+        Group(name.replace("_", "-"), 0.9, 9, none | {"frechet_distance": by}, {}, {}) for name, by in seeds.items()
+    ]
+
+
+def test_a_difference_is_clear_beyond_the_interval_of_equal_seeds():
+    values = {0: 100.0, 1: 140.0, 2: 120.0}
+    groups = grid(
+        random=values,
+        better={seed: value - 30 + seed for seed, value in values.items()},  # what seeds share does not hide it
+        same={seed: value + (-9, 8, 3)[seed] for seed, value in values.items()},
+        one_seed={1: 100.0},
+        other_seeds={7: 1.0, 8: 2.0},
+        equal={seed: value - 5 for seed, value in values.items()},
+    )
+    found = {method: pairs.get("frechet_distance") for (method, _), pairs in against_random(groups).items()}
+    better, one = found["better"], found["one-seed"]
+    assert (better.mean, better.seeds, better.is_clear) == (pytest.approx(-29), 3, True)
+    assert better.half_width == pytest.approx(4.302652729911275 / 3**0.5)
+    assert (one.mean, one.error, one.half_width, one.is_clear) == (-40, None, None, False)
+    assert not found["same"].is_clear and found["other-seeds"] is None
+    assert not found["equal"].is_clear  # of numbers as coarse as counts no spread is seen
+    text = markdown(groups, [])
+    assert "| better | **−29.00 ± 2.48** |" in text and "| one-seed | −40.00 |" in text and "over 1 to 3 seeds" in text
+    assert "| other-seeds | – |" in text
+    assert "Difference" not in markdown(groups[1:], [])
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 5, 10, 31, 200])
+def test_students_t(freedom):
+    assert student_t(freedom) == pytest.approx(t.ppf(0.975, freedom), rel=1e-9)

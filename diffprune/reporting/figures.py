@@ -56,7 +56,10 @@ def loss_curves(logs: Sequence[Log], colors: Sequence[str], width: int, alt: str
     def draw(axes: Axes, ink: Callable[[str], str]) -> None:
         for log, color in zip(logs, colors, strict=True):
             steps, losses = _averaged(log)
-            axes.plot(steps, losses, color=ink(color), linewidth=1.8, solid_capstyle="round", solid_joinstyle="round")
+            line = {"color": ink(color), "solid_capstyle": "round", "solid_joinstyle": "round"}
+            axes.plot(steps, losses, linewidth=1.8, **line)
+            if len(steps) == 1:  # a line of one point is not drawn
+                axes.plot([*steps, *steps], [*losses, *losses], linewidth=6, **line)
         tail = np.concatenate([_averaged(log)[1] for log in logs])
         if tail.min() > 0 and tail.max() / tail.min() > 8:
             axes.set_yscale("log")

@@ -111,7 +111,7 @@ def _draw(axes: Axes, ink: Callable[[str], str], panel: Panel) -> None:
             axes.axhspan(mean - spread, mean + spread, color=ink(INK), alpha=0.08, linewidth=0)
     for number, line in enumerate(panel.lines):
         # beside each other, so that bars of one ratio can be told apart
-        aside = step * 0.4 * ((number + 0.5) / len(panel.lines) - 0.5)
+        aside = step * min(0.4, 0.05 * len(panel.lines)) * ((number + 0.5) / len(panel.lines) - 0.5)
         x = 100 * np.asarray(line.ratios) + aside
         y, half = scale * np.asarray(line.means), scale * np.asarray(line.spreads)
         color = ink(line.color)

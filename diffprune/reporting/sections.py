@@ -241,7 +241,7 @@ def _score_card(
         "name": score.name,
         "color": m.color(score.name),
         "meaning": score.meaning,
-        "keep": score.keep,
+        "keep": _kept_end(score, selection),
         "figure": figures.histogram(values, kept_rows, m.color(score.name), alt),
         "stats": [(f"5{tables.PERCENT}", texts[0]), ("median", texts[1]), (f"95{tables.PERCENT}", texts[2])],
         "failed": int((~ok).sum()),
@@ -250,6 +250,14 @@ def _score_card(
         "lowest": [thumb(i, text) for i, text in zip(lowest, ordered, strict=False)],
         "highest": [thumb(i, text) for i, text in zip(highest, ordered[len(lowest) :], strict=True)],
     }
+
+
+def _kept_end(score: Score, selection: Selection | None) -> tuple[str, str]:
+    """The end that is kept, "lowest", "highest" or "", and by what: a selection by the score, else its method."""
+    if selection is None:
+        return score.keep, "what the method keeps"
+    order = str(selection.metadata.get("order"))
+    return (order, f"kept by {selection.name}") if order in ("highest", "lowest") else ("", "")
 
 
 def _with_pairs(m: Material) -> list[dict[str, Any]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,10 @@ PNG_METRICS = (
 
 @dataclass(frozen=True)
 class Line:
-    """A method at one ratio, or full data: its texts by metric, and means and spreads (None where there is none)."""
+    """A method at one ratio, or full data: its texts by metric, and means and spreads (None where there is none).
+
+    ``against``: by metric, of how many seeds the difference to random selection is, its text, and whether it is clear.
+    """
 
     method: str
     prune: float
@@ -53,6 +57,8 @@ class Line:
     means: dict[str, float | None]
     spreads: dict[str, float | None]
     classes: dict[str, float]  # mean share of each class among the generated images
+    seeds: int
+    against: dict[str, tuple[int, str, bool]] = field(default_factory=dict)
 
     @property
     def is_full(self) -> bool:
@@ -66,6 +72,7 @@ class SweepMaterial:
     title: str
     lines: Sequence[Line]
     metrics: Sequence[tables.Metric]
+    real: Sequence[str] | None  # what real images have in each metric
     seeds: Sequence[int]
     cells: int
     missing: Sequence[str]
@@ -73,7 +80,7 @@ class SweepMaterial:
     flags: Sequence[str]
     reference_classes: dict[str, float]
     scores: dict[str, Path] = field(default_factory=dict)  # folders of tables
-    samples: dict[tuple[str, float], Path] = field(default_factory=dict)  # shards, of one seed, by method and ratio
+    samples: dict[tuple[str, float], tuple[int, Path]] = field(default_factory=dict)  # one seed's, and where they are
 
 
 def write_sweep_page(path: Path, material: SweepMaterial) -> None:
@@ -82,12 +89,13 @@ def write_sweep_page(path: Path, material: SweepMaterial) -> None:
     ratios = sorted({line.prune for line in material.lines if not line.is_full})
     full = next((line for line in material.lines if line.is_full), None)
     panels = {metric.key: _panel(material, metric, look, full) for metric in material.metrics} if ratios else {}
-    strips = {key: _strip(shards) for key, shards in material.samples.items()}
+    strips = {key: _strip(shards) for key, (_, shards) in material.samples.items()}
     page = render(
         "sweep.html.j2",
         version=__version__,
         m=material,
-        full=full,
+        seeds=tables.seeds_told(line.seeds for line in material.lines),
+        parts=tables.column_parts(material.metrics),
         ratios=[_ratio(material, ratio, full, strips, look) for ratio in ratios],
         legend=[{"name": name, **one} for name, one in look.items()],
         panels=[{"metric": m, "figure": panel_svg(panels[m.key], 340)} for m in material.metrics if m.key in panels],
@@ -108,16 +116,17 @@ def write_sweep_page(path: Path, material: SweepMaterial) -> None:
 
 
 def _looks(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """A colour per family of methods (grand-high and grand-low are one), a dash pattern for each in it."""
-    names = list(dict.fromkeys(methods))
+    """A colour per family of methods (grand-high and grand-low are one), a dash pattern for each of a colour."""
     families: dict[str, list[str]] = {}
-    for name in names:
-        families.setdefault(name.split("-")[0], []).append(name)
+    for name in dict.fromkeys(methods):
+        family = "cluster-balanced" if name.startswith("cluster-balanced") else name.split("-")[0]
+        families.setdefault(family, []).append(name)
     palette = Palette(families, {}, neutral=["random"])
+    dashes: dict[str, Iterator[tuple[float, ...]]] = {}  # of a colour: more families than colours share them
     return {
-        name: {"color": palette(family), "dash": DASHES[place % len(DASHES)]}
+        name: {"color": palette(family), "dash": next(dashes.setdefault(palette(family), cycle(DASHES)))}
         for family, members in families.items()
-        for place, name in enumerate(members)
+        for name in members
     }
 
 
@@ -169,20 +178,46 @@ def _ratio(
         for metric in m.metrics:
             target = None if line.is_full else best[metric.key]
             is_best = target is not None and line.means[metric.key] == target
-            cells.append({"text": line.texts[metric.key], "best": is_best})
+            cells.append({**_stacked(line.texts[metric.key]), "mark": "best" if is_best else ""})
         shares = [tables.heat_cell(line.classes.get(c, 0.0), share) for c, share in m.reference_classes.items()]
         strip = strips.get((line.method, line.prune))
         rows.append(
             {
                 "name": "full data" if line.is_full else line.method,
+                "full": line.is_full,
                 "color": INK if line.is_full else look[line.method]["color"],
                 "images": f"{line.training_images:,}",
                 "cells": cells,
                 "classes": shares if line.classes else [],
                 "strip": None if strip is None else data_uri(strip),
+                "strip_seed": None if strip is None else m.samples[line.method, line.prune][0],
             }
         )
-    return {"percent": f"{100 * ratio:.10g}", "rows": rows}
+    against = [pair for line in pruned for pair in line.against.values()]
+    return {
+        "percent": f"{100 * ratio:.10g}",
+        "rows": rows,
+        "seeds": tables.seeds_told(line.seeds for line in lines),
+        "strip_seeds": sorted({row["strip_seed"] for row in rows if row["strip"]}),
+        "against": [_against(m, line, look[line.method]["color"]) for line in pruned if line.against],
+        "against_seeds": tables.seeds_told(seeds for seeds, *_ in against) if against else "",
+        "one_seed": any(seeds == 1 for seeds, *_ in against),
+    }
+
+
+def _against(m: SweepMaterial, line: Line, color: str) -> dict[str, Any]:
+    """The row of a method in the table of differences to random selection."""
+    cells = []
+    for metric in m.metrics:
+        _, text, is_clear = line.against.get(metric.key, (0, "–", False))
+        cells.append({**_stacked(text), "mark": "0 is outside" if is_clear else ""})
+    return {"name": line.method, "color": color, "cells": cells}
+
+
+def _stacked(text: str) -> dict[str, str]:
+    """A number and what follows its ±, which a narrow column has under it."""
+    mean, _, spread = text.partition(" ± ")
+    return {"text": mean, "spread": spread}
 
 
 def _strip(shards: Path) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,18 +13,27 @@ import numpy as np
 from diffprune.reporting.inputs import Score, Scores, Selection
 
 MAX_CLASSES = 20  # that a table shows as columns
+MAX_NAMES = 12  # that a note lists
 PERCENT = "\N{NO-BREAK SPACE}%"
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A column of the metric table. ``better`` is "low", "high", or "real": like real images."""
+    """A column of the metric tables. ``better`` is "low", "high", or "real": like real images.
+
+    ``further`` ones say nearly what another one does; they stand in a table of their own, behind a fold.
+    """
 
     key: str
     title: str
     better: str
     meaning: str
-    percent: bool = False
+    unit: str = ""
+    further: bool = False
+
+    @property
+    def percent(self) -> bool:
+        return self.unit == "%"
 
     @property
     def arrow(self) -> str:
@@ -33,15 +42,21 @@ class Metric:
 
 METRICS = (
     Metric("frechet_distance", "Fréchet distance", "low", "between the embeddings of generated and real images"),
-    Metric("frechet_distance_infinity", "Fréchet at ∞", "low", "Fréchet distance extrapolated to endless samples"),
+    Metric(
+        "frechet_distance_infinity",
+        "Fréchet at ∞",
+        "low",
+        "Fréchet distance extrapolated to endless samples",
+        further=True,
+    ),
     Metric(
         "kernel_distance", "Kernel distance", "low", "squared maximum mean discrepancy, which no sample count biases"
     ),
-    Metric("precision", "Precision", "high", "share of generated images that fall where real ones are", True),
-    Metric("recall", "Recall", "high", "share of real images that fall where generated ones are", True),
-    Metric("f_score", "F-score", "high", "harmonic mean of precision and recall", True),
-    Metric("density", "Density", "high", "how many real neighbourhoods hold a generated image, over k"),
-    Metric("coverage", "Coverage", "high", "share of real neighbourhoods with a generated image in them", True),
+    Metric("precision", "Precision", "high", "share of generated images that fall where real ones are", "%"),
+    Metric("recall", "Recall", "high", "share of real images that fall where generated ones are", "%"),
+    Metric("f_score", "F-score", "high", "harmonic mean of precision and recall", "%"),
+    Metric("density", "Density", "high", "how many real neighbourhoods hold a generated image, over k", further=True),
+    Metric("coverage", "Coverage", "high", "share of real neighbourhoods with a generated image in them", "%"),
     Metric("vendi_score", "Vendi score", "real", "effective number of different images"),
     Metric("memorization_ratio", "Nearest training image", "real", "median distance to it, over that of real images"),
     Metric(
@@ -49,13 +64,20 @@ METRICS = (
         "Near copies",
         "real",
         "share nearer to a training image than 99\N{NO-BREAK SPACE}% of real images",
-        True,
+        "%",
     ),
     Metric(
-        "class_kl_reference", "Class imbalance", "low", "KL divergence of the classes made from the real ones, nats"
+        "class_kl_reference", "Class imbalance", "low", "KL divergence of the classes made from the real ones", "nats"
     ),
-    Metric("class_kl_uniform", "Unequal classes", "low", "KL divergence of the classes made from equal shares, nats"),
-    Metric("label_agreement", "Right class", "high", "share recognised as the class that was asked for", True),
+    Metric(
+        "class_kl_uniform",
+        "Unequal classes",
+        "low",
+        "KL divergence of the classes made from equal shares",
+        "nats",
+        True,
+    ),
+    Metric("label_agreement", "Right class", "high", "share recognised as the class that was asked for", "%"),
     Metric("same_seed_cosine", "Same seed", "high", "cosine between images that two models drew from the same noise"),
 )
 
@@ -64,20 +86,30 @@ def metric_table(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Columns, rows and the row of real images; the best of a column is marked only if all rows are comparable."""
     comparable = len({_terms(e) for e in evaluations}) == 1
     columns = [m for m in METRICS if any(e["metrics"].get(m.key) is not None for e in evaluations)]
-    rows = [{"name": e["name"], "training": e["context"].get("training_images"), "cells": []} for e in evaluations]
+    rows: list[dict[str, Any]] = []
+    for e in evaluations:
+        training = e["context"].get("training_images")
+        rows.append({"name": e["name"], "images": "–" if training is None else f"{training:,}", "cells": []})
     real = [] if comparable else None
     for metric in columns:
         values = [e["metrics"].get(metric.key) for e in evaluations]
-        told = _real_value(metric.key, evaluations[0])
-        texts = format_column([*values, told], percent=metric.percent)
+        told = real_value(metric.key, evaluations[0])
+        texts = format_column([*values, told], percent=metric.percent, unit=False)
         given = [v for v in values if v is not None]
         best = {"low": min, "high": max}.get(metric.better)
         target = best(given) if best and comparable and len(given) > 1 else None
         for row, value, text in zip(rows, values, texts, strict=False):
-            row["cells"].append({"text": text, "best": value is not None and value == target})
+            row["cells"].append({"text": text, "mark": "best" if value is not None and value == target else ""})
         if real is not None:
             real.append(texts[-1])
-    return {"columns": columns, "rows": rows, "real": real, "comparable": comparable, "flags": _flags(evaluations)}
+    told = {"columns": columns, "parts": column_parts(columns), "rows": rows, "real": real}
+    return {**told, "comparable": comparable, "flags": told_flags((e["name"], e["context"]) for e in evaluations)}
+
+
+def column_parts(metrics: Sequence[Metric]) -> list[list[int]]:
+    """The places of the columns of the first table and, if there are some, of the second one."""
+    parts = [[i for i, metric in enumerate(metrics) if metric.further == further] for further in (False, True)]
+    return [part for part in parts if part]
 
 
 def headline(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -86,7 +118,7 @@ def headline(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         return None
     full = [e for e in evaluations if e["context"].get("kept") is None]
     pruned = [e for e in evaluations if e["context"].get("kept") is not None]
-    if not pruned:
+    if not pruned or any(_frechet(e) is None for e in evaluations):
         return None
     texts = dict(zip(map(id, evaluations), format_column([_frechet(e) for e in evaluations]), strict=True))
     best = min(pruned, key=_frechet)
@@ -94,7 +126,8 @@ def headline(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         "name": best["name"],
         "distance": texts[id(best)],
         "training": best["context"].get("training_images"),
-        "reference": best["context"]["reference"]["count"],
+        # the reference is what was selected from, unless that was given beside it
+        "of": None if best["context"].get("training") else best["context"]["reference"]["count"],
         "others": len(pruned) - 1,
         "full_name": full[0]["name"] if full else None,
         "full_distance": texts[id(full[0])] if full else None,
@@ -174,10 +207,10 @@ def percent(value: float) -> str:
     return f"{100 * value:.0f}{PERCENT}" if value in (0, 1) else f"{100 * value:.1f}{PERCENT}"
 
 
-def format_column(values: Sequence[float | None], *, percent: bool = False) -> list[str]:
+def format_column(values: Sequence[float | None], *, percent: bool = False, unit: bool = True) -> list[str]:
     """Numbers of one column to the same number of decimals, at most four; "–" for None.
 
-    Four significant digits of the largest; powers of ten if it is under 0.001 or over a million.
+    Four significant digits of the largest; powers of ten if it is under 0.001 or over a million. ``unit``: with %.
     """
     shown = [None if v is None else 100 * v if percent else v for v in values]
     largest = max((abs(v) for v in shown if v is not None), default=0.0)
@@ -187,8 +220,15 @@ def format_column(values: Sequence[float | None], *, percent: bool = False) -> l
         form = ".2e"
     else:
         form = f",.{max(0, min(4, 3 - math.floor(math.log10(largest)))) if largest else 0}f"
-    unit = PERCENT if percent else ""
-    return ["–" if v is None else _minus(f"{v:{form}}{unit}") for v in shown]
+    sign = PERCENT if percent and unit else ""
+    return ["–" if v is None else _minus(f"{v:{form}}{sign}") for v in shown]
+
+
+def seeds_told(counts: Iterable[int]) -> str:
+    """How many seeds numbers are of: "1 seed", "3 seeds", "1 to 3 seeds"."""
+    found = sorted(counts)
+    fewest, most = found[0], found[-1]
+    return f"{fewest} to {most} seeds" if fewest < most else f"{most} seed{'' if most == 1 else 's'}"
 
 
 def signed(value: float) -> str:
@@ -212,7 +252,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
-def _frechet(evaluation: dict[str, Any]) -> float:
+def _frechet(evaluation: dict[str, Any]) -> float | None:
     return evaluation["metrics"]["frechet_distance"]
 
 
@@ -234,7 +274,7 @@ def _terms(evaluation: dict[str, Any]) -> str:
     return repr([*parts, *(context.get(name) for name in ("k", "class_k", "limit"))])
 
 
-def _real_value(key: str, evaluation: dict[str, Any]) -> float | None:
+def real_value(key: str, evaluation: dict[str, Any]) -> float | None:
     """What real images have in a metric, where that is known."""
     classes = evaluation.get("classes") or {}
     shares = list(classes.get("reference_shares", {}).values())
@@ -248,11 +288,17 @@ def _real_value(key: str, evaluation: dict[str, Any]) -> float | None:
     }.get(key)
 
 
-def _flags(evaluations: Sequence[dict[str, Any]]) -> list[str]:
-    """Every flag once, with the names that it is about unless it is about all."""
+def told_flags(results: Iterable[tuple[str, dict[str, Any]]]) -> list[str]:
+    """Every one of the ``flags`` of named results once, with the names that it is about unless it is about all."""
     about: dict[str, list[str]] = {}
-    for evaluation in evaluations:
-        for flag in evaluation["context"].get("flags", []):
-            about.setdefault(flag, []).append(str(evaluation["name"]))
-    whole = len(evaluations)
-    return [flag if len(names) == whole else f"{', '.join(names)}: {flag}" for flag, names in about.items()]
+    whole = 0
+    for name, result in results:
+        whole += 1
+        for flag in result.get("flags", []):
+            about.setdefault(flag, []).append(str(name))
+    told = []
+    for flag, names in about.items():
+        some = list(dict.fromkeys(names))
+        more = f" and {len(some) - MAX_NAMES:,} more" if len(some) > MAX_NAMES else ""
+        told.append(flag if len(names) == whole else f"{', '.join(some[:MAX_NAMES])}{more}: {flag}")
+    return told

@@ -19,6 +19,7 @@ from diffprune.encoding import embed
 from diffprune.errors import InputError, ResumeError
 from diffprune.evaluation import evaluate
 from diffprune.files import fingerprint, read_json, write_json
+from diffprune.reporting.tables import METRICS, real_value
 from diffprune.sampling import sample
 from diffprune.selection import select
 from diffprune.sweeping.methods import FULL
@@ -28,6 +29,7 @@ from diffprune.tables import kept_keys, read_folder
 from diffprune.training import train_dit
 
 RESULT_FILE = "result.json"
+LEFT_OUT = "what the selection left out"
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ def run_cell(config: SweepConfig, cell: Cell, out: Path, device: str) -> dict[st
         "training_classes": _classes(shared, kept),
         "metrics": measured["metrics"],
         "classes": measured["classes"],
+        "real": {m.key: value for m in METRICS if (value := real_value(m.key, measured)) is not None},
         "flags": measured["context"]["flags"],
         "setting": _setting(config, cell, trained, measured["context"]),
         "seconds": seconds,
@@ -175,7 +178,7 @@ def _baseline(context: dict[str, Any]) -> str:
     """What the distance of generated images to training images is compared with."""
     if context["training"]:
         return "the reference, which is held out"
-    return "training images, each left out" if context["kept"] is None else "what the selection left out"
+    return "training images, each left out" if context["kept"] is None else LEFT_OUT
 
 
 def _classes(shared: Shared, kept: Path | None) -> dict[str, int]:

@@ -13,6 +13,7 @@ from diffprune.errors import InputError
 from diffprune.requests import DIVERSE, ORDERS, SHARES, Request
 
 FULL = "full"
+RANDOM = "random"
 SCORES = ("loss", "el2n", "grand", "moso", "monotonicity")
 """The columns that a surrogate gives."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
@@ -48,7 +49,7 @@ class Method:
 
 
 def _known() -> dict[str, Method]:
-    methods = {"random": Method("random")}
+    methods = {RANDOM: Method("random")}
     for score in SCORES:
         for name, order in (("high", "highest"), ("low", "lowest"), ("middle", "middle")):
             methods[f"{score}-{name}"] = Method(order, by=score)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,36 +11,14 @@ import pyarrow as pa
 
 from diffprune.files import atomic_path
 from diffprune.reporting.sweep_page import Line, SweepMaterial, write_sweep_page
-from diffprune.reporting.tables import METRICS, Metric, format_column, percent
-from diffprune.sweeping.cells import Cell, list_cells, read_result
+from diffprune.reporting.tables import METRICS, Metric, format_column, percent, seeds_told, told_flags
+from diffprune.sweeping.cells import LEFT_OUT, Cell, list_cells, read_result
+from diffprune.sweeping.differences import Difference
+from diffprune.sweeping.groups import Group, against_random, grouped, shown_metrics
 from diffprune.sweeping.methods import FULL
 from diffprune.sweeping.settings import SweepConfig
 from diffprune.sweeping.shared import Shared
 from diffprune.tables import write_table
-
-
-@dataclass(frozen=True)
-class Group:
-    """The cells of one method and ratio: per metric the values of its seeds, in order of seeds."""
-
-    method: str
-    prune: float
-    training_images: int
-    values: dict[str, list[float]]
-    classes: dict[str, list[float]]
-    """Of each class, the share of the generated images, per seed."""
-    trained_on: dict[str, float]
-    """Of each class, the share of the training images, mean over seeds."""
-
-    def mean(self, metric: str) -> float | None:
-        """Over seeds; None where no cell has the metric."""
-        values = self.values.get(metric)
-        return statistics.fmean(values) if values else None
-
-    def spread(self, metric: str) -> float | None:
-        """Sample standard deviation over seeds; None with fewer than two."""
-        values = self.values.get(metric, [])
-        return statistics.stdev(values) if len(values) > 1 else None
 
 
 def write_results(config: SweepConfig, out: Path) -> dict[str, Any]:
@@ -54,65 +31,79 @@ def write_results(config: SweepConfig, out: Path) -> dict[str, Any]:
     write_table(paths["parquet"], _rows(cells), {"stage": "sweep", "config": config.identity(), "missing": missing})
     write_table(out / "summary.parquet", _summary(groups), {"stage": "sweep", "missing": missing})
     with atomic_path(paths["table"]) as temporary:
-        text = markdown(groups, missing) + (class_table(groups) if config.data.skew > 1 else "")
+        real = _real(cells, shown_metrics(groups))
+        text = markdown(groups, missing, real) + (class_table(groups) if config.data.skew > 1 else "")
         temporary.write_text(text, encoding="utf-8")
     write_sweep_page(paths["page"], _material(config, out, groups, cells, missing))
     return {name: str(path) for name, path in paths.items()}
 
 
-def grouped(config: SweepConfig, cells: list[tuple[Cell, dict[str, Any]]]) -> list[Group]:
-    """Full data first, then the methods in order of the config, each by rising ratio."""
-    groups = []
-    grid = config.sweep
-    for method, ratio in [(FULL, 0.0), *((method, ratio) for method in grid.methods for ratio in sorted(grid.prune))]:
-        own = [result for cell, result in cells if (cell.method, cell.prune) == (method, ratio)]
-        if not own:
-            continue
-        values = {m.key: [r["metrics"][m.key] for r in own if r["metrics"].get(m.key) is not None] for m in METRICS}
-        shares = [r["classes"]["shares"] for r in own if r["classes"]]
-        classes = {name: [share[name] for share in shares] for name in (shares[0] if shares else {})}
-        counts = [result["training_classes"] for result in own]
-        trained_on = {
-            name: statistics.fmean(count.get(name, 0) / sum(count.values()) for count in counts)
-            for name in sorted({name for count in counts for name in count}, key=int)
-        }
-        groups.append(Group(method, ratio, own[0]["training_images"], values, classes, trained_on))
-    return groups
-
-
-def shown_metrics(groups: list[Group]) -> list[Metric]:
-    """The metrics that some cell has."""
-    return [metric for metric in METRICS if any(group.values[metric.key] for group in groups)]
-
-
-def texts(groups: list[Group], metric: Metric) -> list[str]:
+def texts(groups: list[Group], metric: Metric, *, unit: bool = True) -> list[str]:
     """Mean ± spread of each group, as text with one number of decimals."""
     means, spreads = [g.mean(metric.key) for g in groups], [g.spread(metric.key) for g in groups]
-    shown = format_column([*means, *spreads], percent=metric.percent)
+    shown = format_column([*means, *spreads], percent=metric.percent, unit=unit)
     pairs = zip(shown[: len(groups)], shown[len(groups) :], strict=True)
     return [mean if spread == "–" else f"{mean} ± {spread}" for mean, spread in pairs]
 
 
-def markdown(groups: list[Group], missing: list[str]) -> str:
-    """A table per ratio, full data the first row of each."""
+def difference_texts(differences: list[Difference | None], metric: Metric, *, unit: bool = True) -> list[str]:
+    """Difference ± half of its interval of each, as text; shares in percentage points."""
+    means = [None if found is None else found.mean for found in differences]
+    halves = [None if found is None else found.half_width for found in differences]
+    shown = format_column([*means, *halves], percent=metric.percent, unit=unit)
+    pairs = zip(differences, shown[: len(means)], shown[len(means) :], strict=True)
+    return [
+        ("+" if found and found.mean > 0 else "") + mean + ("" if half == "–" else f" ± {half}")
+        for found, mean, half in pairs
+    ]
+
+
+def markdown(groups: list[Group], missing: list[str], real: list[str] | None = None) -> str:
+    """Per ratio a table, full data its first row, ``real`` images its last; and one of differences to random."""
     metrics = shown_metrics(groups)
     columns = {metric.key: dict(zip(map(id, groups), texts(groups, metric), strict=True)) for metric in metrics}
     lines = []
     full = [group for group in groups if group.method == FULL]
     for ratio in sorted({group.prune for group in groups if group.method != FULL}) or [0.0]:
         rows = full + [group for group in groups if group.method != FULL and group.prune == ratio]
-        seeds = sorted({len(values) for group in rows for values in group.values.values() if values})
-        many = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
-        lines += [f"### {100 * ratio:.10g}% pruned", "", f"Mean ± sample standard deviation over {many} seeds.", ""]
+        seeds = seeds_told(len(values) for group in rows for values in group.values.values() if values)
+        lines += [f"### {100 * ratio:.10g}% pruned", "", f"Mean ± sample standard deviation over {seeds}.", ""]
         lines.append("| method | images | " + " | ".join(f"{m.title} {m.arrow}" for m in metrics) + " |")
         lines.append("|---" * (2 + len(metrics)) + "|")
         for group in rows:
             cells = " | ".join(columns[metric.key][id(group)] for metric in metrics)
             lines.append(f"| {group.method} | {group.training_images:,} | {cells} |")
-        lines.append("")
+        lines += [f"| real images | | {' | '.join(real)} |"] if real else []
+        lines += ["", *_difference_table(groups, ratio, metrics)]
     if missing:
         lines += [f"Missing, {len(missing)} cells: {', '.join(missing)}.", ""]
     return "\n".join(lines)
+
+
+def _difference_table(groups: list[Group], ratio: float, metrics: list[Metric]) -> list[str]:
+    """The lines of a table in Markdown, none without random selection to compare with."""
+    found = {method: pairs for (method, prune), pairs in against_random(groups).items() if prune == ratio}
+    shown = [metric for metric in metrics if any(metric.key in pairs for pairs in found.values())]
+    if not shown:
+        return []
+    columns = []
+    for metric in shown:
+        differences = [pairs.get(metric.key) for pairs in found.values()]
+        told = zip(differences, difference_texts(differences, metric), strict=True)
+        columns.append([f"**{text}**" if one and one.is_clear else text for one, text in told])
+    seeds = seeds_told(pair.seeds for pairs in found.values() for pair in pairs.values())
+    return [
+        f"#### Difference to random selection at {100 * ratio:.10g}%",
+        "",
+        f"Mean over {seeds} of the difference to `random` with the same seed ± half of its 95% interval (Student's t). "
+        "Of shares, percentage points. Bold: 0 is outside of the interval, as it is by chance once in 20 numbers where "
+        "there is no difference.",
+        "",
+        "| method | " + " | ".join(f"{m.title} {m.arrow}" for m in shown) + " |",
+        "|---" * (1 + len(shown)) + "|",
+        *("| " + " | ".join(row) + " |" for row in zip(found, *columns, strict=True)),
+        "",
+    ]
 
 
 def class_table(groups: list[Group]) -> str:
@@ -140,7 +131,8 @@ def _material(
     config: SweepConfig, out: Path, groups: list[Group], cells: list[tuple[Cell, dict[str, Any]]], missing: list[str]
 ) -> SweepMaterial:
     metrics, shared = shown_metrics(groups), Shared(config, out / "shared")
-    told = {metric.key: texts(groups, metric) for metric in metrics}
+    told = {metric.key: texts(groups, metric, unit=False) for metric in metrics}
+    against = _against_texts(groups, metrics)
     lines = [
         Line(
             group.method,
@@ -150,29 +142,63 @@ def _material(
             {metric.key: group.mean(metric.key) for metric in metrics},
             {metric.key: group.spread(metric.key) for metric in metrics},
             {name: statistics.fmean(values) for name, values in group.classes.items()},
+            max(map(len, group.values.values())),
+            against.get((group.method, group.prune), {}),
         )
         for place, group in enumerate(groups)
     ]
     first = cells[0][1]
     columns = set().union(*(config.method(name).columns for name in config.sweep.methods))
-    samples: dict[tuple[str, float], Path] = {}
+    samples: dict[tuple[str, float], tuple[int, Path]] = {}
     for cell, _ in cells:
         folder = out / "cells" / cell.name / "samples"
         if any(folder.glob("*-000000.tar")):  # of the first seed that there is; somebody may have made room
-            samples.setdefault((cell.method, cell.prune), folder)
+            samples.setdefault((cell.method, cell.prune), (cell.seed, folder))
     return SweepMaterial(
         config.sweep.title or "Pruning methods compared",
         lines,
         metrics,
+        _real(cells, metrics, unit=False),
         config.sweep.seeds,
         len(cells) + len(missing),
         missing,
         _common(first["setting"], config),
-        sorted({flag for _, result in cells for flag in result["flags"]}),
+        told_flags((cell.name.rpartition("-s")[0], result) for cell, result in cells) + _other_baselines(cells),
         first["classes"]["reference_shares"] if first["classes"] else {},
         {folder.name: folder for folder in shared.tables(columns)[1:]},
         samples,
     )
+
+
+def _other_baselines(cells: list[tuple[Cell, dict[str, Any]]]) -> list[str]:
+    """A note, if memorization is not judged by the same images for all methods."""
+    if all(result["setting"]["memorization_baseline"] != LEFT_OUT for _, result in cells):
+        return []
+    return [
+        f"nearest training image and near copies are judged by {LEFT_OUT}, which differs from method to method: they "
+        'compare methods only with evaluate.reference = "held-out"'
+    ]
+
+
+def _against_texts(groups: list[Group], metrics: list[Metric]) -> dict[tuple[str, float], dict[str, Any]]:
+    """By method and ratio, of each metric: seeds, text and clearness of the difference; a ratio has one form."""
+    found = against_random(groups)
+    told: dict[tuple[str, float], dict[str, Any]] = {place: {} for place in found}
+    for ratio in {prune for _, prune in found}:
+        for metric in metrics:
+            pairs = {at: pair[metric.key] for at, pair in found.items() if at[1] == ratio and metric.key in pair}
+            shown = difference_texts(list(pairs.values()), metric, unit=False)
+            for (at, pair), text in zip(pairs.items(), shown, strict=True):
+                told[at][metric.key] = (pair.seeds, text, pair.is_clear)
+    return told
+
+
+def _real(cells: list[tuple[Cell, dict[str, Any]]], metrics: list[Metric], *, unit: bool = True) -> list[str] | None:
+    """What real images have in each metric, as text; None where no cell says, as those of old did not."""
+    real = next((result["real"] for _, result in cells if result.get("real")), None)
+    if real is None:
+        return None
+    return [format_column([real.get(metric.key)], percent=metric.percent, unit=unit)[0] for metric in metrics]
 
 
 def _common(setting: dict[str, Any], config: SweepConfig) -> dict[str, Any]:
@@ -220,20 +246,26 @@ def _rows(cells: list[tuple[Cell, dict[str, Any]]]) -> pa.Table:
 
 
 def _summary(groups: list[Group]) -> pa.Table:
-    """A row per method, ratio and metric."""
-    rows = [
-        {
-            "method": group.method,
-            "prune": group.prune,
-            "training_images": group.training_images,
-            "metric": metric.key,
-            "seeds": len(group.values[metric.key]),
-            "mean": group.mean(metric.key),
-            "spread": group.spread(metric.key),
-        }
-        for group in groups
-        for metric in shown_metrics(groups)
-    ]
-    kinds = {"method": pa.string(), "metric": pa.string(), "training_images": pa.int64(), "seeds": pa.int64()}
+    """A row per method, ratio and metric; the last columns are about the difference to random selection."""
+    rows, against = [], against_random(groups)
+    for group in groups:
+        for metric in shown_metrics(groups):
+            pair = against.get((group.method, group.prune), {}).get(metric.key)
+            row = {
+                "method": group.method,
+                "prune": group.prune,
+                "training_images": group.training_images,
+                "metric": metric.key,
+                "seeds": len(group.values[metric.key]),
+                "mean": group.mean(metric.key),
+                "spread": group.spread(metric.key),
+                "minus_random": pair and pair.mean,
+                "minus_random_error": pair and pair.error,
+                "minus_random_interval": pair and pair.half_width,
+                "minus_random_seeds": pair.seeds if pair else 0,
+            }
+            rows.append(row)
+    kinds = {"method": pa.string(), "metric": pa.string()}
+    kinds |= {name: pa.int64() for name in ("training_images", "seeds", "minus_random_seeds")}
     names = list(rows[0])
     return pa.table({name: pa.array([row[name] for row in rows], kinds.get(name, pa.float64())) for name in names})

@@ -50,7 +50,8 @@ def sweep(
     any order and on several machines that share ``out``: their results are the same.
 
     At the end (with ``cells``: when no cell is left) ``out`` gets ``results.parquet`` (a row per cell),
-    ``summary.parquet`` and ``results.md`` (means and sample standard deviations over seeds), ``sweep.html``, and PNGs.
+    ``summary.parquet`` and ``results.md`` (means and sample standard deviations over seeds, and differences to random
+    selection at equal seeds), ``sweep.html``, and PNGs.
 
     Args:
         config: a TOML file, see ``configs/``.
