@@ -63,8 +63,10 @@ def select_rows(
     request = Request(
         order, by, seed, within, per, shares, None if quota is None else read_quota(quota), dedup, dedup_keep
     )
-    arrays = {name: _host(values) for name, values in dict(columns or {}).items()}
-    points = None if embeddings is None else _host(embeddings)
+    arrays = {name: _host(f"column {name!r}", values) for name, values in dict(columns or {}).items()}
+    points = None if embeddings is None else _host("embeddings", embeddings)
+    if points is not None and points.dtype.kind not in "fiu":
+        raise InputError(f"embeddings: expected numbers, got {points.dtype}")
     table = _table(arrays, keys, points)
     request.check(table, counted=any(value is not None for value in (keep, prune, count)))
     needed = request.needs_embeddings
@@ -75,12 +77,18 @@ def select_rows(
     return choose_rows(table, request, resolve_count(table.num_rows, keep, prune, count, request), points, device)
 
 
-def _host(values: Any) -> np.ndarray:
-    """Of torch in bfloat16 in float32, of float16 as it is."""
-    if hasattr(values, "detach"):
-        values = values.detach().cpu()
-        values = values.float() if str(values.dtype) == "torch.bfloat16" else values
-    return np.asarray(values)
+def _host(what: str, values: Any) -> np.ndarray:
+    """In this machine's byte order; of torch in bfloat16 in float32, of float16 as it is."""
+    if np.ma.isMaskedArray(values):
+        raise InputError(f"{what}: expected an array without a mask; leave out the rows that are masked")
+    try:
+        if hasattr(values, "detach"):
+            values = values.detach().cpu()
+            values = values.float() if str(values.dtype) == "torch.bfloat16" else values
+        array = np.asarray(values)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{what}: expected an array: {error}") from error
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
 def _table(arrays: Mapping[str, np.ndarray], keys: Sequence[str] | None, points: np.ndarray | None) -> pa.Table:
@@ -92,11 +100,13 @@ def _table(arrays: Mapping[str, np.ndarray], keys: Sequence[str] | None, points:
         told = ", ".join(f"{name} {length}" for name, length in lengths.items())
         raise InputError(f"select_rows: expected arrays with a row for each sample, got {told or 'none'}")
     [count] = set(lengths.values())
+    if not count:
+        raise InputError("select_rows: expected samples to choose from, got arrays of length 0")
     for name, values in arrays.items():
         if name in BASE_COLUMNS and name not in _GROUPS:
             raise InputError(f"column {name!r}: the name has a meaning of its own in tables; give it another")
-        if values.ndim != 1 or np.ma.isMaskedArray(values):
-            raise InputError(f"column {name!r}: expected [{count}] with no mask, got {values.shape}")
+        if values.ndim != 1:
+            raise InputError(f"column {name!r}: expected [{count}], got {values.shape}")
         if name == "cluster" and values.dtype.kind not in "iu":
             raise InputError(f"column 'cluster': expected whole numbers, got {values.dtype}")
     texts = [f"{row:012d}" for row in range(count)] if keys is None else keys
@@ -112,11 +122,10 @@ def _table(arrays: Mapping[str, np.ndarray], keys: Sequence[str] | None, points:
 
 
 def _column(what: str, values: Any) -> pa.Array:
-    values = np.asarray(values) if not isinstance(values, (pa.Array, pa.ChunkedArray)) else values
     if isinstance(values, np.ndarray) and values.dtype == np.float16:
         values = values.astype(np.float32)  # which arrow ranks
     try:
         made = pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+    except (pa.ArrowException, UnicodeError) as error:
         raise InputError(f"{what}: expected numbers or texts: {error}") from error
     return made.combine_chunks() if isinstance(made, pa.ChunkedArray) else made

@@ -109,11 +109,15 @@ def test_torch_lists_and_other_dtypes_are_the_same_values():
         )
     half = COLUMNS["grand"].astype(np.float16)  # holds them exactly
     bfloat = torch.from_numpy(COLUMNS["grand"]).bfloat16()
-    for grand in (half, bfloat):
+    for grand in (half, bfloat, COLUMNS["grand"].astype(">f8")):
         assert np.array_equal(select_rows(COLUMNS | {"grand": grand}, by="grand & label", count=40), expected)
     bits = torch.from_numpy(POINTS).bfloat16()
     chosen = select_rows(embeddings=bits, order="k-center", count=9)
     assert np.array_equal(chosen, select_rows(embeddings=bits.float().numpy(), order="k-center", count=9))
+
+
+def test_keys_that_end_in_a_nul_stay_apart():
+    assert select_rows({"a": [1.0, 2.0]}, keys=["x", "x\0"], by="a", count=1).tolist() == [1]
 
 
 def test_the_rows_of_a_key_do_not_depend_on_their_place():
@@ -137,6 +141,15 @@ def test_the_rows_of_a_key_do_not_depend_on_their_place():
         ({"columns": {"a": [1.0, 2.0]}, "by": "a", "keys": [1, 2]}, "keys: expected texts, got int64"),
         ({"columns": {"size": [1.0, 2.0]}, "by": "size"}, "column 'size': the name has a meaning"),
         ({"columns": {"cluster": [0.5, 1.0]}, "order": "drop-clusters"}, "whole numbers, got float64"),
+        ({"columns": {"a": []}, "by": "a"}, "arrays of length 0"),
+        ({"columns": {"a": np.ma.array([1.0, 2.0], mask=[0, 1])}, "by": "a"}, "column 'a': expected an array without"),
+        ({"columns": {"a": torch.zeros(2).to_sparse()}, "by": "a"}, "column 'a': expected an array: .*[Ss]parse"),
+        ({"columns": {"a": [1, 2]}, "by": "a", "keys": ["x", "\ud800"]}, "keys: expected numbers or texts"),
+        ({"columns": {"a": [1, 2]}, "by": "a", "keys": ["x", None]}, "keys: expected texts, got string with 1 missing"),
+        (
+            {"embeddings": np.ones((2, 3), np.complex64), "order": "herding"},
+            "embeddings: expected numbers, got complex64",
+        ),
         ({"columns": {"a": [{}, 1]}, "by": "a"}, "column 'a': expected numbers or texts"),
         ({"keys": ["x", "y"], "order": "herding"}, r"herding: works on embeddings: give embeddings=\[2, D\]"),
         ({"embeddings": np.zeros((2, 3)), "order": "random"}, "works on no embeddings"),
