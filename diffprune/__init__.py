@@ -43,6 +43,7 @@ if TYPE_CHECKING:  # what editors and type checkers see of the names below
     from diffprune.pruning import prune as prune
     from diffprune.reconstruction import reconstruct as reconstruct
     from diffprune.reporting import report as report
+    from diffprune.row_selection import select_rows as select_rows
     from diffprune.sampling import sample as sample
     from diffprune.scoring import score as score
     from diffprune.selection import select as select
@@ -65,6 +66,7 @@ _PUBLIC = {
     "cluster": "diffprune.clustering",
     "choose_k": "diffprune.cluster_count",
     "select": "diffprune.selection",
+    "select_rows": "diffprune.row_selection",
     "prune": "diffprune.pruning",
     "export": "diffprune.exporting",
     "reconstruct": "diffprune.reconstruction",

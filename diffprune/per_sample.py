@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from diffprune.errors import InputError
 from diffprune.gradient_rules import RULES
@@ -54,7 +55,8 @@ def per_sample_gradients(
             `model.named_parameters()`. "total": with the batch's own Σ_i g_i, in the same pass.
         rows_per_sample: J. Rows i·J ... i·J+J-1 are one sample, whose gradient is the sum over its rows.
         weight_gradients: also leave the batch's gradients in the parameters' `.grad`, as without this block but for
-            hooks on parameters. By default they are not computed, which saves a third of the backward.
+            hooks on parameters. By default they are not computed, which saves a third of the backward. Under
+            DistributedDataParallel they would be one process's own: take its `no_sync()` around, and average them.
         total: compute `total`.
         fallback: "vmap" maps a torch function that takes a parameter and has no rule over the samples, at the price of
             a copy of that parameter's gradient per sample. None refuses it.
@@ -73,6 +75,8 @@ def per_sample_gradients(
     if fallback not in (None, "vmap"):
         raise InputError(f"per_sample_gradients: expected fallback None or 'vmap', got {fallback!r}")
     uses = _parameter_uses(model)
+    if weight_gradients and any(_reduces(module) for module in model.modules()):
+        raise InputError(_NOT_AVERAGED)
     if direction is not None and direction != "total":
         _set_direction(uses, direction)
     wanted = Wanted(norm, total or direction == "total", direction == "total")
@@ -201,6 +205,8 @@ def _stand_ins(model: nn.Module, uses: list[ParameterUse], recorder: Recorder) -
     ]
 
     def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if module is model:
+            _check_wrapper(recorder)
         recorder.tracker.enter(module, (args, kwargs), module is model)
 
     def leave(module: nn.Module, args: tuple, output: Any) -> None:
@@ -213,6 +219,8 @@ def _stand_ins(model: nn.Module, uses: list[ParameterUse], recorder: Recorder) -
                 stack.callback(hook.remove)
                 recorder.tracker.add_parameter(use.name, use.parameter)
             for module in model.modules():
+                if isinstance(module, DistributedDataParallel):
+                    stack.enter_context(_without_reducer(module))
                 hook = module.register_forward_pre_hook(enter, with_kwargs=True)
                 stack.callback(hook.remove)
                 hook = module.register_forward_hook(leave, always_call=True)
@@ -229,6 +237,47 @@ def _stand_ins(model: nn.Module, uses: list[ParameterUse], recorder: Recorder) -
             recorder.closed = True
             for module, key, parameter in places:
                 module._parameters[key] = parameter
+
+
+_NOT_AVERAGED = (
+    "per_sample_gradients: weight_gradients under DistributedDataParallel would be those of this process alone, and "
+    "the processes' models would drift apart; do this under the model's no_sync() and average .grad over the processes"
+)
+
+
+def _reduces(module: nn.Module) -> bool:
+    return isinstance(module, DistributedDataParallel) and module.require_backward_grad_sync
+
+
+@contextmanager
+def _without_reducer(model: DistributedDataParallel) -> Iterator[None]:
+    """The reducer hears nothing of the block: with `static_graph` it would take it for the first training step, find
+    every parameter unused, and never reduce one."""
+    synced = model.require_forward_param_sync  # else buffers would miss one broadcast
+    first = model.static_graph and not model._static_graph_delay_allreduce_enqueued
+    with model.no_sync():
+        if first:
+            model._static_graph_delay_allreduce_enqueued = True
+        try:
+            yield
+        finally:
+            model.require_forward_param_sync = synced
+            if first:
+                model._static_graph_delay_allreduce_enqueued = False
+
+
+def _check_wrapper(recorder: Recorder) -> None:
+    """InputError if the model is called by a wrapper that the block was not given, and that counts on its backward."""
+    wrapper = DistributedDataParallel._active_ddp_module
+    if wrapper is None:
+        return
+    if recorder.weight_gradients and _reduces(wrapper):
+        raise InputError(_NOT_AVERAGED)
+    if wrapper.static_graph:
+        raise InputError(
+            "per_sample_gradients: the model is called through DistributedDataParallel(static_graph=True), which would "
+            "take this for a training step; give the wrapper to per_sample_gradients, or call the model itself"
+        )
 
 
 def _refuse_use_past_stand_in(use: ParameterUse) -> Callable[[Tensor], None]:

@@ -99,7 +99,7 @@ def select(
     table, extra_inputs = add_columns(table, extra, request.columns() if order in NEEDS else frozenset())
     request.check(table, counted=counted)
     total = int(pc.sum(pc.equal(table["status"], "ok")).as_py() or 0)
-    count = _resolve_count(total, keep, prune, count, request)
+    count = resolve_count(total, keep, prune, count, request)
     inputs += extra_inputs
     points_folder = _open_embeddings(embeddings, request)
     if points_folder is not None:
@@ -175,9 +175,10 @@ def _column_keeps(table: pa.Table, request: Request) -> str | None:
     return (ends.pop() or None) if len(ends) == 1 else None
 
 
-def _resolve_count(
+def resolve_count(
     total: int, keep: float | None, prune: float | None, count: int | None, request: Request
 ) -> int | None:
+    """How many of ``total``; None where a quota or near-duplicates say it. InputError unless one says it."""
     given = {name: value for name, value in (("keep", keep), ("prune", prune), ("count", count)) if value is not None}
     if request.quota is not None:
         if given:

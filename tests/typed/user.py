@@ -26,6 +26,7 @@ assert_type(linear_grad_sqnorm(tensor, tensor, bias=True), Tensor)
 assert_type(diffprune.select("clusters/", Path("kept.parquet"), order="balanced", prune=0.9), dict[str, Any])
 assert_type(diffprune.KMeans(2, metric="cosine").fit(array), diffprune.KMeans)
 assert_type(diffprune.KMeans(2).fit(tensor).inertia_, float)
+assert_type(diffprune.select_rows({"grand": tensor, "label": [1, 2]}, by="grand", prune=0.5), NDArray[Any])
 diffprune.select("clusters/", "kept.parquet", prunes=0.9)  # type: ignore[call-arg]
 diffprune.selects("clusters/")  # type: ignore[attr-defined]
 
