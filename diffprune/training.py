@@ -110,8 +110,8 @@ def train_dit(
     per step.
 
     ``latents`` may be ``LiveLatents``: shards (pruned ones too) whose images are encoded once, before the first step,
-    by every process of the run; with ``kept`` its samples alone. The training is that on the folder, to the bit where
-    the same images were encoded together, else but for rounding.
+    each process of the run doing its share and getting the others'; with ``kept`` its samples alone. The training is
+    that on the folder, to the bit where the same images were encoded together, else but for rounding.
     ``oversample_balanced``: "label", or a folder of `diffprune cluster`: each label or cluster is seen equally often
     (``BalancedOrder``), or in proportion to ``group_weights``, whole numbers by group as in ``select``'s ``quota``
     ("0=3,*=1", a mapping, or a JSON file). ``start_from``: initial weights: a checkpoint or run folder (its moving
