@@ -222,6 +222,15 @@ def checkpoint_path(run_folder: AnyPath, step: int) -> AnyPath:
     return run_folder / f"step_{step:08d}"
 
 
+def keep_weights(checkpoint: Path, weights: str) -> None:
+    """Leave of a checkpoint what it is loaded for with these ``weights``; training can't go on from it any more."""
+    state = read_state(checkpoint)
+    file = f"{weights}.safetensors"
+    write_json(checkpoint / STATE_FILE, {**state, "files": {file: state["files"][file]}})
+    for other in state["files"].keys() - {file}:
+        (checkpoint / other).unlink(missing_ok=True)
+
+
 def read_state(checkpoint: AnyPath) -> dict[str, Any]:
     """``state.json`` of a checkpoint folder, its fields' presence and types checked; InputError otherwise."""
     path = checkpoint / STATE_FILE
@@ -243,7 +252,10 @@ def read_tensors(checkpoint: AnyPath, state: Mapping[str, Any], name: str, *, ag
     path = checkpoint / f"{name}.safetensors"
     expected = state["files"].get(path.name)
     if expected is None:
-        remedy = '; a run with train.ema_decay 0 has none: take weights "model"' if name == "ema" else ""
+        remedy = {
+            "ema": '; a run with train.ema_decay 0 has none: take weights "model"',
+            "optimizer": "; training cannot go on from it: begin another run with --start-from it",
+        }.get(name, "")
         raise InputError(f"{checkpoint}: has no {path.name}; it has {', '.join(sorted(state['files']))}{remedy}")
     try:
         with (kept_file if again else local_file)(path) as file:

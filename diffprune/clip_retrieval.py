@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from diffprune.arrays import ArrayFolder, load_array, write_array
+from diffprune.arrays import ArrayFolder, array_digest, load_array, write_array
 from diffprune.decode import read_all_annotations
 from diffprune.engines import Engine, Made, run_stage
 from diffprune.errors import InputError
@@ -186,7 +186,8 @@ def bind_embeddings(
 
     Then selections know where each sample lies. A sample of the shards without an embedding is a failed row, but, as
     embeddings may be of a part of the shards, none of the ``max_failures`` in a row that end the run; raises InputError
-    if not one has an embedding.
+    if not one has an embedding. New shards may be added to ``out``, with embeddings that are new in ``source``;
+    ResumeError where those of a shard that is done have changed.
     """
     if max_failures < 0:
         raise InputError(f"max_failures: expected 0 or more, got {max_failures}")
@@ -204,30 +205,36 @@ def bind_embeddings(
             f"they are such as {example!r}; were these embeddings made from other shards?"
         )
 
+    def embeddings(stem: str) -> np.ndarray:
+        """float16 [n, D] of a shard's samples, NaN where there is none."""
+        found = np.full((len(rows[stem]), *folder.metadata["shape"]), np.nan, dtype=np.float16)
+        owner = np.searchsorted(starts, rows[stem], side="right") - 1
+        for part in np.unique(owner[owner >= 0]):
+            places = np.flatnonzero(owner == part)
+            found[places] = arrays[part][rows[stem][places] - starts[part]]
+        return found
+
     def work(stem: str, bar: Progress) -> Made:
-        index = indexes[stem]
-        array = np.full((len(index.samples), *folder.metadata["shape"]), np.nan, dtype=np.float16)
+        index, array = indexes[stem], embeddings(stem)
         labels, uids, errors = read_all_annotations(index)
+        finite = np.isfinite(array).all(axis=1)
         for place, row in enumerate(rows[stem].tolist()):
-            if errors[place] is not None:
-                continue
-            if row < 0:
+            if errors[place] is None and row < 0:
                 errors[place] = f"no embedding of this key in {source}"
-                continue
-            part = int(np.searchsorted(starts, row, side="right")) - 1
-            array[place] = arrays[part][row - starts[part]]
-            if not np.isfinite(array[place]).all():
-                errors[place], array[place] = f"its embedding in {source} is NaN or infinite", np.nan
+            elif errors[place] is None and not finite[place]:
+                errors[place] = f"its embedding in {source} is NaN or infinite"
+            if errors[place] is not None:
+                array[place] = np.nan
         digest = write_array(as_path(out) / f"{stem}.npy", array)
         bar.advance(len(index.samples))
         table = base_table(index.path.name, index.samples, labels, uids, errors)
         return Made(table, (rows[stem] >= 0).tolist(), {"array": digest})
 
     total = sum(len(index.samples) for index in indexes.values())
-    config = {**folder.metadata, "embeddings": folder.fingerprint}
-    inputs = {stem: index.identity for stem, index in indexes.items()}
+    inputs = {stem: {**index.identity, "embeddings": array_digest(embeddings(stem))} for stem, index in indexes.items()}
     options = {"beside": [".npy"], "metadata": {"model_path": str(source)}, "engine": Engine(max_failures=max_failures)}
-    return run_stage("embed", out, config, list(indexes), work, total=total, inputs=inputs, **options, dry_run=dry_run)
+    stems = list(indexes)
+    return run_stage("embed", out, folder.metadata, stems, work, total=total, inputs=inputs, **options, dry_run=dry_run)
 
 
 def _rows_of(index: ShardIndex, keys: pa.Array) -> np.ndarray:

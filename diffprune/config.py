@@ -118,7 +118,7 @@ class TrainConfig:
     checkpoint_every: int = 1000
     """Steps between checkpoints; the last step always has one."""
     log_every: int = 10
-    """Steps between lines of log.jsonl."""
+    """Steps between lines of log.jsonl, each with the mean of their losses."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of activations; auto is bfloat16 on a GPU that has it, else float32. Weights are float32."""
     device: str = "auto"

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from diffprune.errors import InputError, short
 from diffprune.files import atomic_path, open_file
-from diffprune.outputs import NPY, TEXT, Kind, check_output
+from diffprune.outputs import KEY_LIST, NPY, Kind, check_output
 from diffprune.progress import progress
 from diffprune.shards import ShardIndex, ShardSpec, index_shards
 from diffprune.storage import AnyPath, as_path
@@ -195,7 +195,7 @@ def _timm(source: _Source) -> bytes:
 
 # What writes it, which shards it needs, and what an earlier one is known by.
 FORMATS: dict[str, tuple[Callable[[_Source], bytes], str, Kind]] = {
-    "keys": (_keys, "", TEXT),
+    "keys": (_keys, "", KEY_LIST),
     "datacomp": (_datacomp, "", NPY),
     "energon": (_energon, "the selection was made from", Kind("split.yaml", b"split_parts:")),
     "wids": (_wids, "`diffprune prune` wrote", Kind("wids index", b'"__kind__"')),

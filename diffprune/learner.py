@@ -204,7 +204,7 @@ class Learner:
 
     def restore(self, checkpoint: AnyPath, state: dict[str, Any]) -> None:
         """Put back what ``tensors`` gave."""
-        found = {name: read_tensors(checkpoint, state, name) for name in ("model", "optimizer")}
+        found = {name: read_tensors(checkpoint, state, name) for name in ("optimizer", "model")}
         if self.ema:
             found["ema"] = read_tensors(checkpoint, state, "ema")
         model = self.model.state_dict()

@@ -21,16 +21,24 @@ _BINARY = (b"PAR1", b"\x89PNG", b"\x93NUMPY", b"PK\x03\x04", b"\x1f\x8b", b"\xff
 
 
 class Kind(NamedTuple):
-    """What a file holds, and the bytes that tell: a binary file begins with them, a text has them somewhere in it."""
+    """What a file holds, and the bytes that tell: a binary file begins with them, a text has them somewhere in it.
+
+    ``is_list``: a text whose lines are all ended, none of them empty or there twice, which is all that tells.
+    """
 
     name: str
     mark: bytes
     is_text: bool = True
+    is_list: bool = False
 
     def found_in(self, data: bytes) -> bool:
         """Whether a file's first bytes may be those of such a file; an empty file may become anything."""
         if not self.is_text or not data:
             return data[: len(self.mark)] == self.mark or not data
+        if self.is_list:
+            *lines, rest = data.split(b"\n")
+            if not all(lines) or len(set(lines)) < len(lines) or (rest and len(data) < _READ_AT_MOST):
+                return False
         return not data.startswith(_BINARY) and b"\0" not in data[:1024] and self.mark in data
 
 
@@ -38,7 +46,7 @@ PNG = Kind("PNG picture", b"\x89PNG", is_text=False)
 NPY = Kind(".npy array", b"\x93NUMPY", is_text=False)
 PARQUET = Kind("parquet table", b"PAR1", is_text=False)
 HTML = Kind("HTML page", b"<!doctype html>")
-TEXT = Kind("text", b"")
+KEY_LIST = Kind("text with a key a line", b"", is_list=True)
 
 
 def check_output(out: str | os.PathLike, kind: Kind, others: Iterable[str | os.PathLike | None] = ()) -> None:

@@ -14,6 +14,8 @@ from diffprune.device import pick_device
 from diffprune.errors import InputError
 from diffprune.rank_talk import environment_number, join
 
+_TOLD_BYTES = 64 << 20  # at a time
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -42,6 +44,16 @@ class Ranks:
             values = [None] * self.size
             distributed.all_gather_object(values, value)
         return values
+
+    def tell(self, values: Tensor, rank: int) -> None:
+        """That process's ``values`` [n, ...], on the CPU, into everyone's, which are of its shape and dtype."""
+        if self.size == 1 or not len(values):
+            return
+        device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+        for block in values.split(max(1, _TOLD_BYTES * len(values) // values.nbytes)):
+            told = block.to(device)
+            distributed.broadcast(told, rank)
+            block.copy_(told)
 
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by the mean of everyone's."""

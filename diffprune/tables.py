@@ -230,6 +230,7 @@ _OTHERS = {
     "bytes": "of another size",
     "index": "with other names, sizes, times or labels",
     "array": "with other values",
+    "embeddings": "with other embeddings",
 }
 
 

@@ -65,10 +65,11 @@ def train_vqvae(
 
     Returns: kind, out, images, failed, parameters, device, processes, precision, operations_per_image (of a training
     step, without LPIPS and the discriminator), steps, first_step, images_seen, epochs; and after training checkpoint,
-    loss, the last log line's metrics, latent_scale, images_per_second and mfu (operations per second over what a large
-    matrix product reached just before, on as many devices). Reconstruction_error, psnr, frechet_distance and
-    frechet_features, codebook_use and code_perplexity or divergence are then those of ``measured_images`` training
-    images, see ``ReconstructionMeasure.result``. With ``dry_run`` nothing is written.
+    loss (as in the last log line: the mean over its steps) and that line's metrics, latent_scale, images_per_second and
+    mfu (operations per second over what a large matrix product reached just before, on as many devices).
+    Reconstruction_error, psnr, frechet_distance and frechet_features, codebook_use and code_perplexity or divergence
+    are then those of ``measured_images`` training images, see ``ReconstructionMeasure.result``. With ``dry_run``
+    nothing is written.
 
     Raises:
         InputError: no usable image, LPIPS weights that are not there, or an argument that does not fit.
@@ -110,8 +111,8 @@ def train_dit(
     per step.
 
     ``latents`` may be ``LiveLatents``: shards (pruned ones too) whose images are encoded once, before the first step,
-    by every process of the run; with ``kept`` its samples alone. The training is that on the folder, to the bit where
-    the same images were encoded together, else but for rounding.
+    each process of the run doing its share and getting the others'; with ``kept`` its samples alone. The training is
+    that on the folder, to the bit where the same images were encoded together, else but for rounding.
     ``oversample_balanced``: "label", or a folder of `diffprune cluster`: each label or cluster is seen equally often
     (``BalancedOrder``), or in proportion to ``group_weights``, whole numbers by group as in ``select``'s ``quota``
     ("0=3,*=1", a mapping, or a JSON file). ``start_from``: initial weights: a checkpoint or run folder (its moving

@@ -56,11 +56,11 @@ def training_latents(
 ) -> TrainingLatents:
     """Find all latents of the samples that are ok, or of those of ``kept``, and hold them in memory if they are few.
 
-    All processes do the same. Raises InputError for a key of ``kept`` that is not here or failed, a missing file, and
-    latents that are not [C, H, W] of ``shape``.
+    All processes do the same, but encode shares of ``LiveLatents``. Raises InputError for a key of ``kept`` that is not
+    here or failed, a missing file, and latents that are not [C, H, W] of ``shape``.
     """
     if isinstance(folder, LiveLatents):
-        table, values, mirrored = folder.load(kept, twins=twins)
+        table, values, mirrored = folder.load(kept, twins=twins, ranks=ranks)
         for array in (values, mirrored):
             if array is not None and len(array):
                 check_latent_shape(folder.folder, array.shape[1:], shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,27 @@ class Pace:
 
     def _mfu(self, rate: float) -> str:
         return f"{100 * rate * self.image_seconds:.0f}%"
+
+
+class MeanLoss:
+    """Of all steps since the last multiple of ``every``: of a line of the log, and of those behind a checkpoint.
+
+    ``state`` is kept in checkpoints, so that a resumed run tells the same means.
+    """
+
+    def __init__(self, every: int, state: Mapping[str, Any] | None) -> None:
+        self.every, self.state = every, dict(state or {"steps": 0, "sum": 0.0})
+
+    def add(self, step: int, loss: float) -> None:
+        """The loss of step number ``step``, from 1."""
+        if (step - 1) % self.every == 0:
+            self.state = {"steps": 0, "sum": 0.0}
+        self.state["steps"] += 1
+        self.state["sum"] += loss
+
+    @property
+    def value(self) -> float:
+        return self.state["sum"] / self.state["steps"]
 
 
 class TrainingLog:

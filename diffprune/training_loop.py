@@ -25,7 +25,7 @@ from diffprune.progress import progress
 from diffprune.run_pictures import LOSS_PLOT, SAMPLES, SampleGrids, write_loss_plot
 from diffprune.storage import AnyPath, as_path, local_path
 from diffprune.throughput import matmul_rate, step_operations
-from diffprune.training_log import LOG_FILE, Pace, TrainingLog, summary_writer
+from diffprune.training_log import LOG_FILE, MeanLoss, Pace, TrainingLog, summary_writer
 
 STOPPED_FILE = "stopped.json"
 # What a resumed run may change: how it runs (which may round otherwise), not what it computes.
@@ -97,6 +97,7 @@ def _train(
     if state:
         _draw_what_is_missing(learner, train, out, first_step, grids)
     peak = matmul_rate(objective.device, torch.bfloat16 if bfloat16 else torch.float32) * ranks.size
+    mean = MeanLoss(train.log_every, state and state.get("logged_loss"))
     loss, title = None, f"train {objective.kind}"
 
     def draws(_: str) -> Iterator[Draw]:
@@ -119,11 +120,12 @@ def _train(
                 raise
             done = draw.step + 1
             pace.step(loss, grad_norm)
+            mean.add(done, loss)
             if done % train.log_every == 0 or done == train.steps:
-                log.write(done, pace, loss=loss, grad_norm=grad_norm, **objective.metrics())
+                log.write(done, pace, loss=mean.value, grad_norm=grad_norm, **objective.metrics())
             if done % train.checkpoint_every == 0 or done == train.steps:
                 log.keep()
-                checkpoint = _save(learner, run, out, done)
+                checkpoint = _save(learner, run, out, done, mean)
                 if ranks.rank == 0 and log.last:
                     write_loss_plot(out / LOG_FILE, out / LOSS_PLOT)
             if grids is not None and (done % train.sample_every == 0 or done == train.steps):
@@ -148,7 +150,7 @@ def _draw_what_is_missing(
             grids.write(weights, path)
 
 
-def _save(learner: Learner, run: Run, out: AnyPath, step: int) -> AnyPath:
+def _save(learner: Learner, run: Run, out: AnyPath, step: int, mean: MeanLoss) -> AnyPath:
     objective, train = learner.objective, run.train
     tensors = learner.tensors()
     if objective.ranks.rank:
@@ -164,6 +166,7 @@ def _save(learner: Learner, run: Run, out: AnyPath, step: int) -> AnyPath:
         "config": to_dict(run),
         "data": objective.data,
         "latents": objective.latents,
+        "logged_loss": mean.state,
     }
     return save_checkpoint(out, state, tensors)
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from small_run import contents
 
 import diffprune
 from diffprune.arrays import ArrayFolder
@@ -177,6 +178,30 @@ def test_binding_goes_by_key_and_tells_what_is_missing(small_set, tmp_path):
     with pytest.raises(InputError, match=r"none of its keys, such as 'x0', is in the shards, .* such as '"):
         diffprune.embed(shards, tmp_path / "no", model=f"clip-retrieval:{other}")
     assert not (tmp_path / "no").exists()
+
+
+def test_a_bound_folder_takes_new_shards_and_refuses_other_embeddings_of_those_that_are_done(small_set, tmp_path):
+    shards, keys, rows = small_set
+    first, *others = sorted(shards.glob("*.tar"))
+    bind = {"model": f"clip-retrieval:{tmp_path / 'emb'}"}
+    write(tmp_path / "emb", rows.astype(np.float16), keys)
+    for late in ("10", "11"):
+        (tmp_path / "emb" / "img_emb" / f"img_emb_{late}.npy").unlink()
+        (tmp_path / "emb" / "metadata" / f"metadata_{late}.parquet").unlink()
+    assert diffprune.embed(first, tmp_path / "grown", **bind)["samples"] == 25
+    write(tmp_path / "emb", rows.astype(np.float16), keys)
+    grown = diffprune.embed([first, *others], tmp_path / "grown", **bind)
+    assert (grown["shards_done_before"], grown["samples"], grown["failed"]) == (1, 60, 0)
+    diffprune.embed(shards, tmp_path / "at_once", **bind)
+    assert contents(tmp_path / "grown") == contents(tmp_path / "at_once")
+    last = others[-1].stem
+    for changed in (np.flip(rows[50:], axis=1), np.full((10, WIDTH), np.nan)):
+        write(tmp_path / "emb", np.concatenate([rows[:50], changed]).astype(np.float16), keys)
+        with pytest.raises(ResumeError, match=rf": {last} \(now with other embeddings\)\. Give another"):
+            diffprune.embed(shards, tmp_path / "grown", **bind)
+    write(tmp_path / "emb", rows.astype(np.float16), [*keys[:59], "elsewhere"])
+    with pytest.raises(ResumeError, match=rf": {last} \(now with other embeddings\)\. Give another"):
+        diffprune.embed(shards, tmp_path / "grown", **bind)
 
 
 def test_missing_embeddings_do_not_stop_the_run_and_bad_ones_do(small_set, tmp_path):

@@ -19,7 +19,7 @@ import pytest
 import diffprune
 from diffprune.errors import InputError
 from diffprune.files import atomic_dir, atomic_path, write_json
-from diffprune.outputs import HTML, PARQUET, PNG, TEXT, Kind, check_output, is_stdout, is_stream
+from diffprune.outputs import HTML, KEY_LIST, PARQUET, PNG, Kind, check_output, is_stdout, is_stream
 from diffprune.tables import write_table
 
 KEYS = ["k0", "k1", "k2"]
@@ -180,7 +180,20 @@ def test_a_text_replaces_texts_and_no_binary_file(tmp_path, kept):
     (tmp_path / "empty").touch()
     for name in ("keys.txt", "empty", "new"):
         diffprune.export(kept, tmp_path / name, format="keys")
-    check_output(tmp_path / "empty", TEXT)
+    check_output(tmp_path / "empty", KEY_LIST)
+
+
+@pytest.mark.parametrize("text", ["# Notes\n\nMine.\n", "[train]\nlr = 1\n[model]\nlr = 1\nlr = 1\n", "no end"])
+def test_a_text_that_is_no_list_of_keys_is_not_replaced_by_one(tmp_path, kept, text):
+    out = tmp_path / "notes.txt"
+    out.write_text(text)
+    with pytest.raises(InputError, match=r"notes.txt: already there and no text with a key a line of an earlier run"):
+        diffprune.export(kept, out, format="keys")
+    assert out.read_text() == text
+    for earlier in ("", "k7\nk2\n", "k" * (16 << 20)):  # the last is more than is looked at
+        out.write_text(earlier)
+        diffprune.export(kept, out, format="keys")
+        assert out.read_text().split() == KEYS
 
 
 def test_an_input_is_not_written_to_whatever_it_is_called(tmp_path, kept, monkeypatch):

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 import diffprune
 from diffprune.checkpoints import read_state
 from diffprune.cli.app import app
-from diffprune.config import load_config
+from diffprune.config import from_dict, load_config
 from diffprune.errors import DiffpruneError, InputError, ResumeError
 from diffprune.reporting.sweep_page import _looks
 from diffprune.sweeping.cells import list_cells, run_cell
@@ -286,6 +286,22 @@ def test_a_cell_that_fails_leaves_the_others(tiny, done, tmp_path):
     assert "2 cells are not done" in (out / "sweep.html").read_text()
 
 
+def test_of_a_cell_that_is_done_the_weights_stay_that_were_sampled_from(done, tmp_path):
+    model = done / "cells" / "random-50-s0" / "model"
+    checkpoint = model / "step_00000006"
+    assert sorted(path.name for path in checkpoint.iterdir()) == ["ema.safetensors", "state.json"]
+    state = read_state(checkpoint)
+    assert state["files"]["ema.safetensors"] == result(done, "random-50-s0")["setting"]["model_sha256"]
+    diffprune.sample(model, done / "shared" / "vqvae", tmp_path / "samples", count=4, device="cpu")
+    shutil.copytree(model, tmp_path / "model")
+    config = from_dict("dit", state["config"], "state.json")
+    kept = done / "cells" / "random-50-s0" / "kept.parquet"
+    with pytest.raises(InputError, match=r"no optimizer\.safetensors; it has ema.* another run with --start-from it"):
+        diffprune.train_dit(config, done / "shared" / "latents", tmp_path / "model", kept=kept)
+    start = {"kept": kept, "start_from": tmp_path / "model"}
+    assert diffprune.train_dit(config, done / "shared" / "latents", tmp_path / "next", **start)["loss"] > 0
+
+
 def test_a_model_without_a_moving_average_is_sampled_as_it_is_and_its_last_checkpoint_stays(tiny, done, tmp_path):
     out = begun(done, tmp_path / "out")
     plain = changed(tiny, tmp_path / "plain.toml", ("ema_decay = 0.9", "ema_decay = 0.0\ncheckpoint_every = 2"))
@@ -294,7 +310,7 @@ def test_a_model_without_a_moving_average_is_sampled_as_it_is_and_its_last_check
     assert [path.name for path in (out / "cells/full-s0/model").glob("step_*")] == ["step_00000006"]
     state = read_state(out / "cells/full-s0/model/step_00000006")
     assert result(out, "full-s0")["setting"]["model_sha256"] == state["files"]["model.safetensors"]
-    assert "ema.safetensors" not in state["files"]
+    assert list(state["files"]) == ["model.safetensors"]
 
 
 class Tags(HTMLParser):

@@ -12,6 +12,7 @@ from test_sweep import TINY, changed
 
 import diffprune
 from diffprune.errors import InputError, ResumeError
+from diffprune.sweeping import running
 from diffprune.sweeping.settings import load_sweep
 
 
@@ -35,15 +36,19 @@ def config(tmp_path: Path) -> Path:
     )
 
 
-def test_other_shards_than_those_of_the_first_run_are_refused(config, tmp_path):
+def test_other_shards_than_those_of_the_first_run_are_refused(config, tmp_path, monkeypatch):
+    indexed, real = [], running.index_found
+    monkeypatch.setattr(running, "index_found", lambda found: (indexed.extend(found), real(found))[1])
     report = diffprune.sweep(config, tmp_path / "out")
+    assert len(indexed) == 5
     assert (report["done"], report["left"]) == (1, [])
     recorded = json.loads((tmp_path / "out" / "sweep.json").read_text())
     assert (sorted(recorded["shards"]), sorted(recorded["held_out_shards"])) == (
         ["a.tar", "b.tar", "c.tar"],
         ["d.tar", "e.tar"],
     )
-    assert diffprune.sweep(config, tmp_path / "out")["done"] == 1
+    assert diffprune.sweep(config, tmp_path / "out", cells=["full-s0"])["done"] == 1
+    assert len(indexed) == 5  # once, and not again by each cell's process
     more = changed(config, tmp_path / "more.toml", ("seeds = [0]", "seeds = [0, 1]"))
 
     def refused(message: str) -> None:

@@ -90,7 +90,7 @@ def test_three_steps_of_a_dit_are_those_of_a_plain_loop(small_run, tmp_path):
     parameters = [p for p in model.parameters() if p.requires_grad]
     ema = [p.detach().double().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.1, foreach=False)
-    dropped = 0
+    dropped, losses = 0, []
     for step in range(3):
         rows = batch_rows(len(latents), 8, 9, step)
         generator = step_generator(9, "step", step)
@@ -102,6 +102,7 @@ def test_three_steps_of_a_dit_are_those_of_a_plain_loop(small_run, tmp_path):
         xt = torch.stack([(1 - t[i]) * x0[i] + t[i] * x1[i] for i in range(8)])
         y = torch.tensor([10 if drop[i] else labels[rows[i]] for i in range(8)])
         loss = sum(((model(xt, t, y) - (x1 - x0)) ** 2)[i].mean() for i in range(8)) / 8
+        losses.append(loss.item())
         gradients = torch.autograd.grad(loss, parameters)
         norm = math.sqrt(sum(g.double().square().sum().item() for g in gradients))
         for p, g in zip(parameters, gradients, strict=True):
@@ -123,7 +124,7 @@ def test_three_steps_of_a_dit_are_those_of_a_plain_loop(small_run, tmp_path):
         assert (one - initial).abs().max() > 1e-4
     assert state["lr"] == 0.01 and state["images_seen"] == 24 and state["total_steps"] == 3
     assert logged(tmp_path / "run")[-1]["grad_norm"] == pytest.approx(norm, rel=1e-3)
-    assert logged(tmp_path / "run")[-1]["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert logged(tmp_path / "run")[-1]["loss"] == pytest.approx(sum(losses) / 3, rel=1e-4)
 
 
 def test_the_learning_rate_does_not_know_the_number_of_steps():
@@ -228,6 +229,35 @@ def test_ctrl_c_leaves_finished_checkpoints_and_the_next_run_ends_the_same(small
     for step in ("step_00000002", "step_00000004", "step_00000006"):
         assert same_bytes(tmp_path / "cut" / step, tmp_path / "whole" / step)
     assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
+
+
+def test_the_log_tells_the_mean_loss_of_its_steps_also_of_a_run_that_was_stopped_among_them(
+    small_run, tmp_path, monkeypatch
+):
+    def train(run: str, *overrides: str) -> None:
+        every = ["train.steps=10", "train.checkpoint_every=3", "train.device=cpu", *overrides]
+        diffprune.train_dit(dit_config(*every), small_run.latents, tmp_path / run)
+
+    train("each", "train.log_every=1")
+    train("whole", "train.log_every=4")
+    each = [line["loss"] for line in logged(tmp_path / "each")]
+    expected = [np.mean(each[:4]), np.mean(each[4:8]), np.mean(each[8:])]
+    assert [line["loss"] for line in logged(tmp_path / "whole")] == pytest.approx(expected, rel=1e-12)
+    with monkeypatch.context() as patched:
+        real, calls = dit_objective.velocity_loss, []
+
+        def interrupted(*arguments):
+            calls.append(1)
+            if len(calls) == 8:  # the checkpoint is of step 6, the last line of step 4
+                raise KeyboardInterrupt
+            return real(*arguments)
+
+        patched.setattr(dit_objective, "velocity_loss", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train("cut", "train.log_every=4")
+    train("cut", "train.log_every=4")
+    assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
+    assert same_bytes(tmp_path / "cut" / "step_00000010", tmp_path / "whole" / "step_00000010")
 
 
 def test_a_run_cut_while_it_saves_leaves_no_half_checkpoint(small_run, tmp_path, monkeypatch):

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_encoding import damage_image
 
 import diffprune
 from diffprune.arrays import ArrayFolder
-from diffprune.checkpoints import load_dit
+from diffprune.checkpoints import load_dit, read_state
 from diffprune.config import load_config
 from diffprune.errors import InputError
 from diffprune.ranks import Ranks
@@ -32,8 +36,8 @@ RECOMPUTED = "train.activation_checkpointing=true"
 RELATIVE, ABSOLUTE = 1e-4, 1e-4
 
 
-def torchrun(folder: Path, processes: int, *requests: dict) -> None:
-    """Run tests/ranks_worker.py on these requests, one after the other."""
+def torchrun(folder: Path, processes: int, *requests: dict, fails: bool = False) -> str:
+    """Run tests/ranks_worker.py on these requests, one after the other; what they wrote to stderr."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "request.json").write_text(json.dumps(requests))
     root = Path(__file__).resolve().parents[1]
@@ -45,7 +49,8 @@ def torchrun(folder: Path, processes: int, *requests: dict) -> None:
         text=True,
         timeout=280,
     )
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert (result.returncode != 0) == fails, result.stderr[-3000:]
+    return result.stderr
 
 
 def dit(small_run, out: Path, *overrides: str, **more) -> dict:
@@ -149,6 +154,47 @@ def test_two_and_four_processes_draw_the_same_curve_and_go_on_from_each_other(sm
         assert json.loads((tmp_path / run / "stopped.json").read_text())["last_checkpoint"].endswith("_00000002")
     error = json.loads((tmp_path / "uneven" / "report-3.json").read_text())["error"]
     assert error == "train.batch_size: expected a multiple of the 4 processes, got 10"
+
+
+def test_each_process_encodes_its_share_of_images(small_run, tmp_path):
+    shards = Path(shutil.copytree(small_run.shards, tmp_path / "shards"))
+    key = damage_image(sorted(shards.glob("*.tar"))[1])
+    table = ArrayFolder(small_run.latents).load()[0].select(["key", "shard", "offset", "size"])
+    pq.write_table(table.filter(pc.not_equal(table["key"], key)).take(list(range(7, 12))), tmp_path / "kept.parquet")
+    runs = {
+        "all": (120, ["train.flip=true"], {}),
+        "kept": (5, [], {"kept": str(tmp_path / "kept.parquet")}),  # one batch: all but one process encode nothing
+    }
+    for run, (_, more, options) in runs.items():
+        source = diffprune.LiveLatents(shards, small_run.vqvae, batch_size=8, device="cpu")
+        config = load_config(None, "dit", [*DIT, "train.steps=4", "train.device=cpu", *more])
+        diffprune.train_dit(config, source, tmp_path / "one" / run, **options)
+    live = {"vqvae": str(small_run.vqvae), "data": str(shards)}
+    refused = [
+        {**dit(small_run, tmp_path / "two" / "other"), **live, "data_of_last": str(small_run.shards)},
+        {**dit(small_run, tmp_path / "two" / "narrow"), **live, "streamed": True},  # no memory is free
+    ]
+    for name, processes in (("two", 2), ("four", 4)):
+        requests = [
+            {**dit(small_run, tmp_path / name / run, "train.steps=4", *more), **live, **options}
+            for run, (_, more, options) in runs.items()
+        ]
+        torchrun(tmp_path / name, processes, *requests, *(refused if name == "two" else []))
+        for run, (images, _, _) in runs.items():
+            assert_same(tmp_path / "one" / run, tmp_path / name / run, 4)
+            # To the bit the same latents.
+            states = [read_state(tmp_path / folder / run / "step_00000004") for folder in ("one", name)]
+            assert states[0]["data"] == states[1]["data"]
+            reports = [json.loads((tmp_path / name / run / f"report-{n}.json").read_text()) for n in range(processes)]
+            assert {report["failed"] for report in reports if run == "all"} <= {1}
+            assert sum(report["encoded"] for report in reports) == images
+            assert max(report["encoded"] for report in reports) <= images // processes + 8
+    for run, message in (("other", "see different samples there"), ("narrow", "0.0 GB free; `diffprune encode`")):
+        for rank in range(2):
+            assert message in json.loads((tmp_path / "two" / run / f"report-{rank}.json").read_text())["error"]
+    # What goes wrong with one process's images ends all, and is told.
+    request = {**dit(small_run, tmp_path / "gone"), "vqvae": str(small_run.vqvae), "data": str(shards), "gone": True}
+    assert "the last process's images are gone" in torchrun(tmp_path / "gone", 2, request, fails=True)
 
 
 def test_one_process_of_torchrun_is_a_run_without_it(monkeypatch):

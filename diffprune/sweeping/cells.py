@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from diffprune._version import __version__
-from diffprune.checkpoints import find_checkpoints
+from diffprune.checkpoints import find_checkpoints, keep_weights
 from diffprune.encoding import embed
 from diffprune.errors import InputError, ResumeError
 from diffprune.evaluation import evaluate
@@ -139,6 +139,8 @@ def run_cell(config: SweepConfig, cell: Cell, out: Path, device: str) -> dict[st
         "seconds": seconds,
     }
     write_json(folder / RESULT_FILE, result)
+    # A config with more steps is another sweep's.
+    keep_weights(find_checkpoints(folder / "model")[-1], drawn["weights"])
     return result
 
 

@@ -20,7 +20,8 @@ from diffprune.errors import DiffpruneError, InputError, ResumeError
 from diffprune.files import is_begun, read_json, write_json
 from diffprune.locks import folder_lock
 from diffprune.progress import progress, quiet
-from diffprune.shards import index_shards
+from diffprune.shards import find_shards, index_found
+from diffprune.storage import AnyPath, Stat
 from diffprune.sweeping.cells import Cell, find_cell, list_cells, read_result, run_cell
 from diffprune.sweeping.estimates import estimate
 from diffprune.sweeping.results import write_results
@@ -209,20 +210,36 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _checked_shards(settings: SweepConfig, out: Path) -> dict[str, dict[str, Any]]:
-    """What identifies the config's shards, for ``sweep.json``; ResumeError where that knows other ones."""
+    """What identifies the config's shards, for ``sweep.json``; ResumeError where that knows other ones.
+
+    Shards of the places, sizes and times (or versions) that ``sweep.json`` knows are not indexed again, cell by cell.
+    """
     path = out / SWEEP_FILE
     found = read_json(path) if path.is_file() else {}
-    here = {}
+    here: dict[str, dict[str, Any]] = {}
+    seen: dict[str, dict[str, Any]] = {}
     for name in ("shards", "held_out_shards"):
         if spec := getattr(settings.data, name):
-            here[name] = {index.path.name: index.identity for index in index_shards(spec)}
-            before = found.get(name)
+            there, before, known = find_shards(spec), found.get(name), found.get("seen")
+            seen[name] = {str(shard): _stamp(shard, about) for shard, about in there.items()}  # before they are indexed
+            is_known = isinstance(known, dict) and known.get(name) == seen[name] and None not in seen[name].values()
+            if is_known and isinstance(before, dict):
+                here[name] = before
+                continue
+            here[name] = {index.path.name: index.identity for index in index_found(there)}
             if isinstance(before, dict) and (changes := input_changes(before, here[name])):
                 raise ResumeError(
                     f"{out}: holds a sweep over other images: of data.{name} {changes}. Its cells can only be compared "
                     "over the same ones: bring these back, or give another --out"
                 )
-    return here
+    return {**here, "seen": seen}
+
+
+def _stamp(path: AnyPath, about: Stat) -> list[int | str] | None:
+    """What changes with a file, JSON-able; None where storage says too little."""
+    if isinstance(path, Path):
+        return [about.st_size, path.stat().st_mtime_ns]
+    return [about.st_size, about.version] if about.version else None
 
 
 def _check_folder(settings: SweepConfig, out: Path) -> None:
