@@ -113,7 +113,8 @@ class Request:
             if name not in table.column_names:
                 raise InputError(
                     f"{f'order {self.order!r}' if self.dedup is None else 'dedup'} needs the column {name!r}, found "
-                    f"{_columns_there(table)}: run `diffprune cluster` and pass its folder too"
+                    f"{_columns_there(table)}: run `diffprune cluster` and pass its folder too (of arrays: a KMeans' "
+                    "assignment_ and distance_)"
                 )
 
     def _check_by(self, table: pa.Table, ranked: bool) -> None:
