@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
@@ -363,11 +364,15 @@ def _expand_url(url: RemotePath) -> list[AnyPath]:
 def _expand_braces(spec: str) -> list[AnyPath]:
     from braceexpand import UnbalancedBracesError, braceexpand
 
+    # braceexpand lists every range, however long, before it gives the first name
+    ranges = re.findall(r"\{(-?\d{1,30})\.\.(-?\d{1,30})[.}]", spec)
+    names: list[str] = []
     try:
-        names = list(islice(braceexpand(spec), MOST_NAMES + 1))
+        if all(abs(int(last) - int(first)) < MOST_NAMES for first, last in ranges):
+            names = list(islice(braceexpand(spec), MOST_NAMES + 1))
     except UnbalancedBracesError as error:
         raise InputError(f"{spec}: a brace pattern whose braces do not match") from error
-    if len(names) > MOST_NAMES:
+    if not names or len(names) > MOST_NAMES:
         raise InputError(f"{spec}: a brace pattern of more than {MOST_NAMES:,} names; is there a digit too many in it?")
     return [as_path(one) for one in names]
 
