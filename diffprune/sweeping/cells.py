@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from diffprune._version import __version__
 from diffprune.checkpoints import find_checkpoints
 from diffprune.encoding import embed
-from diffprune.errors import InputError, ResumeError
+from diffprune.errors import InputError, ResumeError, short
 from diffprune.evaluation import evaluate
 from diffprune.files import fingerprint, read_json, write_json
 from diffprune.sampling import sample
@@ -28,6 +28,8 @@ from diffprune.tables import kept_keys, read_folder
 from diffprune.training import train_dit
 
 RESULT_FILE = "result.json"
+_RESULT_TYPES = {"cell": dict, "training_images": int, "training_classes": dict, "metrics": dict, "flags": list}
+_RESULT_TYPES |= {"setting": dict, "seconds": dict}
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,11 @@ def read_result(config: SweepConfig, cell: Cell, out: Path) -> dict[str, Any] | 
     result = read_json(path)
     if not isinstance(result, dict) or result.get("fingerprint") != cell_fingerprint(config, cell):
         raise ResumeError(f"{path}: of a cell with another config; give another --out, or delete its folder")
+    for name, kind in _RESULT_TYPES.items():
+        if not isinstance(result.get(name), kind):
+            raise InputError(
+                f"{path}: {name}: expected {kind.__name__}, found {short(result.get(name))}; delete it and run again"
+            )
     return result
 
 
