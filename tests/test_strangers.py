@@ -302,3 +302,10 @@ def test_changed_centroids_and_partial_results_are_told(small_run, tmp_path, wha
         diffprune.cluster(small_run.embeddings, out, k=6)
     with pytest.raises(DiffpruneError):
         diffprune.cluster(small_run.embeddings, tmp_path / "like", like=out)
+
+
+def test_a_number_that_no_float_holds_is_told(tmp_path):
+    path = tmp_path / "metrics.json"
+    path.write_text('{"metrics": {"precision": 1%s}}' % (400 * "0"))
+    with pytest.raises(DiffpruneError, match=r"metrics\.json: not valid JSON \(it holds a number of 401 digits\)"):
+        diffprune.report(tmp_path / "report.html", metrics=[path])
