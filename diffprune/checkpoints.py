@@ -76,7 +76,13 @@ def load_vqvae(
 
     if is_foreign_autoencoder(checkpoint):
         return load_foreign_autoencoder(checkpoint, device)
-    return _load(checkpoint, "vqvae", build_autoencoder, "model", device)
+    model, state = _load(checkpoint, "vqvae", build_autoencoder, "model", device)
+    if not model.latent_scale.isfinite():
+        raise InputError(
+            f"{state['path']}: latent_scale is {float(model.latent_scale)}, expected a finite number: its training "
+            "diverged; use a checkpoint from before, or a lower train.lr"
+        )
+    return model, state
 
 
 def load_start(path: str | Path, config: DitConfig, latents: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
@@ -149,7 +155,7 @@ def read_foreign_dit(path: str | Path, config: DitConfig) -> tuple[DiT, str]:
             raise no_diffusers_weights(path)
     try:
         with local_file(path) as file:
-            tensors, sha256 = in_float32(read_weights(file, under=("ema",), name=path)), sha256_file(file)
+            tensors, sha256 = in_float32(read_weights(file, under=("ema",), name=path), path), sha256_file(file)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     if folder is not None:

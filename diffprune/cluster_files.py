@@ -36,9 +36,12 @@ def load_centroids(path: AnyPath) -> tuple[np.ndarray, dict[str, Any]]:
     """What ``save_centroids`` wrote; InputError if it is damaged."""
     tensors, about = load_tensors(path)
     try:
-        return tensors["centroids"].numpy(), json.loads(about["fit"])
-    except (KeyError, ValueError) as error:
+        centroids, fit = tensors["centroids"], json.loads(about["fit"])
+        if centroids.dim() != 2 or centroids.dtype != torch.float32 or not isinstance(fit, dict):
+            raise ValueError
+    except (KeyError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: expected centroids that `cluster` wrote; delete it and run again") from error
+    return centroids.numpy(), fit
 
 
 def cluster_sizes(out: AnyPath, k: int) -> dict[str, int]:

@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from diffprune.config_autoencoder import LossConfig, VqvaeConfig
 from diffprune.config_checks import as_known, expect
-from diffprune.errors import InputError
+from diffprune.errors import InputError, short
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -88,7 +88,7 @@ class DitConfig:
         expect(self.hidden_size % 4 == 0, self, "hidden_size", "a multiple of 4")
         if self.rope:
             expect(self.hidden_size // heads % 4 == 0, self, "hidden_size", f"a multiple of {4 * heads} with rope")
-        expect(self.hidden_size * self.mlp_ratio >= 1, self, "mlp_ratio", "a positive number")
+        expect(1 <= self.hidden_size * self.mlp_ratio < math.inf, self, "mlp_ratio", "a positive number")
         expect(0 <= self.class_dropout_prob < 1, self, "class_dropout_prob", "at least 0 and below 1")
         expect(self.num_classes >= 0, self, "num_classes", "at least 0")
         expect(0 < self.time_scale < math.inf, self, "time_scale", "a positive number")
@@ -157,7 +157,7 @@ class TrainConfig:
         for name in ("steps", "batch_size", "checkpoint_every", "log_every", "accumulate"):
             expect(getattr(self, name) >= 1, self, name, "at least 1")
         for name in ("warmup_steps", "weight_decay", "grad_clip", "sample_every"):
-            expect(getattr(self, name) >= 0, self, name, "at least 0")
+            expect(0 <= getattr(self, name) < math.inf, self, name, "at least 0")
         expect(self.accumulate <= self.batch_size, self, "accumulate", f"at most batch_size {self.batch_size}")
         factor = self.explosion_factor
         expect(factor == 0 or 1 < factor < math.inf, self, "explosion_factor", "0, or a number above 1")
@@ -198,7 +198,7 @@ class VqvaeRun:
                 "weight is one of the whole batch"
             )
         # Below: 2 more convolutions of kernel 4, stride 1, padding 1, each of which takes a row and a column away.
-        patches = self.model.image_size // 2**self.loss.discriminator_layers - 2
+        patches = (self.model.image_size >> self.loss.discriminator_layers) - 2
         if self.loss.adversarial_weight and patches < 1:
             raise InputError(
                 f"loss.discriminator_layers: {self.loss.discriminator_layers} halvings leave no patch of images of "
@@ -251,8 +251,8 @@ def load_config(path: str | Path | None, kind: Literal["vqvae", "dit"], override
         name, equals, text = override.partition("=")
         section, dot, key = name.strip().partition(".")
         if not equals or not dot:
-            raise InputError(f"override {override!r}: expected section.field=value, such as train.steps=100")
-        changes.append(_changes(run, {section: {key: _toml_value(text.strip())}}, f"override {override!r}"))
+            raise InputError(f"override {short(override)}: expected section.field=value, such as train.steps=100")
+        changes.append(_changes(run, {section: {key: _toml_value(text.strip())}}, f"override {short(override)}"))
     return _apply(run, changes, "config" if path is None else str(path))
 
 
@@ -310,15 +310,16 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such config file") from None
-    except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
+    except (OSError, ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
         raise InputError(f"{path}: not a readable TOML file ({error})") from error
 
 
 def _toml_value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        document = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):  # also of a number of thousands of digits
         return text
+    return document["value"] if len(document) == 1 else text  # of several lines, further keys
 
 
 def _changes(run: Run, sections: Any, where: str) -> Changes:
@@ -356,9 +357,10 @@ def _named(values: Any, owner: Any, where: str, what: str) -> Iterable[tuple[str
 
 
 def _convert(value: Any, expected: Any, where: str) -> Any:
-    if expected is float and type(value) in (int, float):
+    fits = type(value) is not int or -(2**63) <= value < 2**63  # as tensors and files hold
+    if expected is float and type(value) in (int, float) and fits:
         return float(value)
-    if expected in (int, bool, str) and type(value) is expected:
+    if expected in (int, bool, str) and type(value) is expected and fits:
         return value
     if typing.get_origin(expected) is Literal and isinstance(value, str):
         value = as_known(value, typing.get_args(expected))
@@ -369,7 +371,8 @@ def _convert(value: Any, expected: Any, where: str) -> Any:
     for one in typing.get_args(expected) if typing.get_origin(expected) is UnionType else ():
         with suppress(InputError):
             return _convert(value, one, where)
-    raise InputError(f"{where}: expected {_described(expected)}, found {value!r}")
+    found = short(value) if fits else "a number beyond 64 bits"
+    raise InputError(f"{where}: expected {_described(expected)}, found {found}")
 
 
 def _described(expected: Any) -> str:

@@ -59,7 +59,7 @@ class VqvaeConfig:
         multipliers = self.channel_multipliers
         expect(multipliers and min(multipliers) >= 1, self, "channel_multipliers", "numbers of at least 1")
         expect(self.image_size % self.downsampling == 0, self, "image_size", f"a multiple of {self.downsampling}")
-        expect(self.commitment_weight >= 0, self, "commitment_weight", "at least 0")
+        expect(0 <= self.commitment_weight < math.inf, self, "commitment_weight", "at least 0")
         expect(0 < self.codebook_decay < 1, self, "codebook_decay", "between 0 and 1")
         expect(abs(self.latent_shift) < math.inf, self, "latent_shift", "a finite number")
         if self.backbone == "taming":

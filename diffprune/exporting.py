@@ -117,6 +117,9 @@ class _Source:
 
 
 def _keys(source: _Source) -> bytes:
+    for key in source.keys:
+        if "\n" in key or "\r" in key:  # not of shards, where it is damage
+            raise InputError(f"{source.kept}: key {short(key)} has a line break; a list has a key per line")
     return "".join(f"{key}\n" for key in source.keys).encode()
 
 

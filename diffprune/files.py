@@ -141,7 +141,12 @@ def read_json(path: str | Path, *, unique: bool = False) -> Any:
     def refuse(constant: str) -> None:
         raise ValueError(f"it holds {constant}")
 
-    hooks = {"object_pairs_hook": mapping if unique else None, "parse_constant": refuse}
+    def whole(digits: str) -> int:
+        if len(digits) > 300:  # near what a float holds
+            refuse(f"a number of {len(digits):,} digits")
+        return int(digits)
+
+    hooks = {"object_pairs_hook": mapping if unique else None, "parse_constant": refuse, "parse_int": whole}
     try:
         return json.loads(as_path(path).read_text(encoding="utf-8"), **hooks)
     except FileNotFoundError:

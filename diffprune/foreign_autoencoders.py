@@ -111,7 +111,7 @@ def load_foreign_autoencoder(
     else:
         read, file = _Read(IMAGE_SIZE, 32, math.nan, 0.0), path
         tensors, what = _published_names(read_weights(file, under=("ema", "model", "state_dict")))
-    tensors = _completed(in_float32(tensors), read.scale, what == "llamagen", file)
+    tensors = _completed(in_float32(tensors, file), read.scale, what == "llamagen", file)
     size = read.image_size if size is None else size
     config = _inferred_config(tensors, file, size, read.groups, read.shift, what == "llamagen")
     model = filled(lambda: build_autoencoder(config), tensors, file)
@@ -200,9 +200,6 @@ def _completed(tensors: dict[str, Tensor], scale: float, unit_codes: bool, path:
         raise InputError(
             f"{path}: a VQGAN with Gumbel-softmax codes, which is not supported; use one with nearest codes"
         )
-    for name, value in tensors.items():
-        if value.is_floating_point() and not value.isfinite().all():
-            raise InputError(f"{path}: tensor {name!r} has values that are not finite; download the file again")
     tensors = {**tensors, "latent_scale": torch.tensor(scale)}
     encoder, decoder = (_of(tensors, f"{part}.weight", 4, path) for part in ("encoder.conv_out", "decoder.conv_in"))
     if "codebook" in tensors:
@@ -259,4 +256,6 @@ def _of(tensors: dict[str, Tensor], name: str, dimensions: int, path: Path) -> T
             f"{path}: expected a tensor {name!r} of {dimensions} axes, as in a VQGAN, latent diffusion's, LlamaGen's "
             f"or diffusers' autoencoder; found tensors such as {', '.join(sorted(tensors)[:3])}"
         )
+    if not tensors[name].is_floating_point():
+        raise InputError(f"{path}: tensor {name!r}: expected float32 or half precision, found {tensors[name].dtype}")
     return tensors[name]

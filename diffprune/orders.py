@@ -107,9 +107,9 @@ def given_quotas(names: Sequence[object], sizes: np.ndarray, given: Mapping[str,
 
 
 def group_codes(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The different values of ``values`` [N] int64, ascending [K], and each row's number among them [N]."""
+    """The different values of ``values`` [N], integers, ascending [K], and each row's number among them [N]."""
     low = int(values.min())
-    if int(values.max()) - low > 4 * len(values):
+    if int(values.max()) - low > 4 * len(values) or values.dtype == np.uint64:
         return np.unique(values, return_inverse=True)
     there = np.bincount(values - low) > 0
     return np.flatnonzero(there) + low, (np.cumsum(there) - 1)[values - low]

@@ -60,7 +60,7 @@ class Request:
     @property
     def group(self) -> str | None:
         """The column whose groups are chosen from one by one."""
-        return self.per or (self.ranking.group if self.ranking else None)
+        return self.per if self.per is not None else self.ranking.group if self.ranking else None
 
     @property
     def needs_embeddings(self) -> str | None:
@@ -74,7 +74,7 @@ class Request:
 
     def columns(self) -> set[str]:
         """The columns that it works on, beside key and status."""
-        names = {*(self.ranking.columns if self.ranking else ()), *([self.group] if self.group else ())}
+        names = {*(self.ranking.columns if self.ranking else ()), *([] if self.group is None else [self.group])}
         part = self.within if "within" in NEEDS[self.order] else self.order.removeprefix("cluster-")
         if "cluster" in NEEDS[self.order]:
             names |= {"cluster"} | ({"distance"} if part in _BY_DISTANCE else set())

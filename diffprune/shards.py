@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +49,7 @@ __all__ = [
 
 _BLOCK_BYTES = 1 << 20
 _INDEXED_AT_ONCE = 4
+MOST_NAMES = 1_000_000  # of a brace pattern; the largest data sets have a quarter of that
 
 ShardSpec = str | os.PathLike | Sequence[str | os.PathLike]
 
@@ -361,10 +364,17 @@ def _expand_url(url: RemotePath) -> list[AnyPath]:
 def _expand_braces(spec: str) -> list[AnyPath]:
     from braceexpand import UnbalancedBracesError, braceexpand
 
+    # braceexpand lists every range, however long, before it gives the first name
+    ranges = re.findall(r"\{(-?\d{1,30})\.\.(-?\d{1,30})[.}]", spec)
+    names: list[str] = []
     try:
-        return [as_path(one) for one in braceexpand(spec)]
+        if all(abs(int(last) - int(first)) < MOST_NAMES for first, last in ranges):
+            names = list(islice(braceexpand(spec), MOST_NAMES + 1))
     except UnbalancedBracesError as error:
         raise InputError(f"{spec}: a brace pattern whose braces do not match") from error
+    if not names or len(names) > MOST_NAMES:
+        raise InputError(f"{spec}: a brace pattern of more than {MOST_NAMES:,} names; is there a digit too many in it?")
+    return [as_path(one) for one in names]
 
 
 def _is_pattern(text: str) -> bool:

@@ -102,10 +102,23 @@ def no_diffusers_weights(path: AnyPath) -> InputError:
     )
 
 
-def in_float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights in half precision as float32; others as they are."""
-    halves = (torch.float16, torch.bfloat16)
-    return {name: value.float() if value.dtype in halves else value for name, value in tensors.items()}
+def in_float32(tensors: Mapping[str, Tensor], path: AnyPath) -> dict[str, Tensor]:
+    """Weights in half precision as float32; others as they are.
+
+    Raises InputError, naming the file and tensor, for values that are not finite, and for those of a byte or less: what
+    scales them lies elsewhere.
+    """
+    found = {}
+    for name, value in tensors.items():
+        if value.is_floating_point() and value.element_size() == 1:
+            raise InputError(
+                f"{path}: tensor {name!r}: expected float32, float16 or bfloat16, found {_describe(value)}; take the "
+                "file that this one was quantised from"
+            )
+        if value.is_floating_point() and not value.isfinite().all():
+            raise InputError(f"{path}: tensor {name!r} has values that are not finite; download the file again")
+        found[name] = value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+    return found
 
 
 def _lightning_names(path: Path) -> AbstractContextManager:

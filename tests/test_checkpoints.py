@@ -81,6 +81,19 @@ def test_what_is_saved_comes_back(tmp_path):
     assert vqvae.latent_scale == 2.5 and vqvae.config.channel_multipliers == (1,)
 
 
+def test_a_latent_scale_that_diverged_is_told(small_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(small_run.vqvae, folder)
+    checkpoint = list_checkpoints(folder)[-1]
+    path = checkpoint / "model.safetensors"
+    save_file({**load_file(path), "latent_scale": torch.tensor(torch.nan)}, path)
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["files"]["model.safetensors"] = sha256_file(path)
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    with pytest.raises(InputError, match=r"step_00000006: latent_scale is nan, expected a finite number"):
+        load_vqvae(folder)
+
+
 def test_a_run_folder_is_its_checkpoints_by_step(tmp_path):
     for step in (20_000_000, 20, 123_456_789):
         save_dit(tmp_path, step, seed=step % 7)

@@ -79,7 +79,12 @@ def test_the_imagenet_config_is_the_published_dit_xl_2():
         ("[train]\nsteps = 0", r"run.toml: TrainConfig.steps: expected at least 1, got 0"),
         ("[train]\nlr = nan", r"TrainConfig.lr: expected a positive number, got nan"),
         ("[train]\nseed = -1", r"TrainConfig.seed: expected at least 0 and below 2\*\*32, got -1"),
+        ("[train]\nlr = 1" + 400 * "0", r"run.toml: train.lr: expected a float, found a number beyond 64 bits"),
+        ("[train]\nbatch_size = 0x" + 5000 * "f", r"train.batch_size: expected an int, found a number beyond 64 bits"),
+        ("[train]\ngrad_clip = inf", r"TrainConfig.grad_clip: expected at least 0, got inf"),
+        ("[model]\nmlp_ratio = 1e308", r"DitConfig.mlp_ratio: expected a positive number, got 1e\+308"),
         ("[train]\nsteps = ", r"run.toml: not a readable TOML file"),
+        ("[train]\nsteps = " + 100_000 * "[", r"run.toml: not a readable TOML file"),
         ("[model]\npatch_size = 3", r"run.toml: DitConfig.input_size: expected a multiple of patch_size 3, got 8"),
     ],
 )
@@ -96,6 +101,10 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path, text, message):
         ("dit", "train.stepz=1", r"override 'train.stepz=1': \[train\]: unknown key 'stepz'"),
         ("dit", "steps=1", r"expected section.field=value, such as train.steps=100"),
         ("dit", "train.steps", r"expected section.field=value"),
+        ("dit", "train.steps=2\ntrain.lr=3", r"train.steps: expected an int, found '2\\ntrain.lr=3'"),
+        ("dit", "train.steps=" + 100_000 * "[", r"train.steps: expected an int, found '\[\[\["),
+        ("dit", "train.steps=" + 5000 * "9", r"train.steps: expected an int, found '999"),
+        ("vqvae", "model.commitment_weight=inf", r"commitment_weight: expected at least 0, got inf"),
         ("vqvae", "model.depth=4", r"unknown key 'depth'; known: kind, backbone, image_size"),
         ("vqvae", "model.channel_multipliers=[1, 'a']", r"model.channel_multipliers: expected an int, found 'a'"),
         ("vqvae", "model.channel_multipliers=2", r"model.channel_multipliers: expected a list of int, found 2"),
@@ -108,6 +117,11 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path, text, message):
 def test_an_override_that_does_not_fit_is_refused(kind, override, message):
     with pytest.raises(InputError, match=message):
         load_config(None, kind, [override])
+
+
+def test_halvings_beyond_all_bounds_are_told_at_once():
+    with pytest.raises(InputError, match=r"loss.discriminator_layers: 9\d* halvings leave no patch"):
+        load_config(None, "vqvae", ["loss.discriminator_layers=999999999999", "loss.adversarial_weight=1"])
 
 
 def test_missing_files_and_unknown_kinds_are_told(tmp_path):

@@ -179,6 +179,16 @@ def test_what_does_not_fit_is_told(small_run, published, tmp_path):
     with pytest.raises(InputError, match="embeddings"):
         convert(latents=small_run.embeddings)
     assert not (tmp_path / "run").exists()
+    weights = torch.load(published, weights_only=True)
+    for name, value, message in (
+        ("nan", torch.nan, r"nan.pt: tensor 'x_embedder.proj.weight' has values that are not finite"),
+        ("float8", None, r"float8.pt: tensor 'x_embedder.proj.weight': expected float32, float16 or bfloat16, found"),
+    ):
+        proj = weights["x_embedder.proj.weight"]
+        changed = proj.to(torch.float8_e4m3fn) if value is None else torch.full_like(proj, value)
+        torch.save({**weights, "x_embedder.proj.weight": changed}, tmp_path / f"{name}.pt")
+        with pytest.raises(InputError, match=message):
+            convert(tmp_path / f"{name}.pt")
     convert()
     state = json.loads((tmp_path / "run/step_07000000/state.json").read_text())
     (tmp_path / "run/step_07000000/state.json").write_text(json.dumps({**state, "predicts": "x0"}))

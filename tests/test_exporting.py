@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from diffprune.errors import InputError
@@ -72,6 +73,15 @@ def test_keys_are_one_a_line(data):
     report = export(data / "kept.parquet", data / "keys.txt", format="keys")
     assert (data / "keys.txt").read_text().splitlines() == [key_of(number) for number in KEPT]
     assert (report["count"], report["format"]) == (5, "keys")
+
+
+def test_a_key_with_a_line_break_is_no_line_of_a_list(data):
+    table = pq.read_table(data / "kept.parquet")
+    keys = ["a\nb", *table["key"].to_pylist()[1:]]
+    pq.write_table(table.set_column(table.column_names.index("key"), "key", pa.array(keys)), data / "odd.parquet")
+    with pytest.raises(InputError, match=r"odd.parquet: key 'a\\nb' has a line break"):
+        export(data / "odd.parquet", data / "keys.txt", format="keys")
+    assert not (data / "keys.txt").exists()
 
 
 def test_datacomp_finds_each_uid_by_bisection(data):

@@ -274,7 +274,13 @@ def test_files_that_are_something_else_are_told(taming, tmp_path):
             torch.full((Z,), float("nan")),
             "conv_out.bias' has values that are not finite",
         ),
+        (
+            "decoder.mid.block_1.conv1.bias",
+            torch.ones(64).to(torch.float8_e4m3fn),
+            r"conv1.bias': expected float32, float16 or bfloat16, found \[64\] float8_e4m3fn",
+        ),
         ("encoder.down.1.block.0.conv1.weight", torch.ones(33, 32, 3, 3), r"found 32 and \[32, 33\]"),
+        ("encoder.conv_out.weight", torch.ones(Z, 64, 3, 3).int(), r"conv_out.weight': expected float32 or half"),
         ("quant_conv.weight", torch.ones(9, Z, 1, 1), r"'codebook': expected \[50, 9\] float32, found \[50, 4\]"),
     ]:
         state = {key: value for key, value in {**taming.state, name: changes}.items() if value is not None}

@@ -70,9 +70,10 @@ def test_rankings_equal_a_sort_with_ties_by_key(table, count):
         assert got.tolist() == sorted(r["row"] for r in ranking)
 
 
-@pytest.mark.parametrize("kind", [np.int64, np.uint64])  # nanoseconds, hashes
-def test_whole_numbers_that_float64_does_not_hold(table, kind):
-    values = np.array(np.random.default_rng(3).integers(0, 50, table.num_rows), kind) + kind(2**63 - 99)
+# nanoseconds, hashes
+@pytest.mark.parametrize("kind, least", [(np.int64, 2**63 - 99), (np.uint64, 2**63 - 99), (np.uint64, 2**64 - 99)])
+def test_whole_numbers_that_float64_does_not_hold(table, kind, least):
+    values = np.array(np.random.default_rng(3).integers(0, 50, table.num_rows), kind) + kind(least)
     table = table.append_column("stamp", pa.array(values))
     rows = ok_rows(table)
     up = sorted(rows, key=lambda r: (r["stamp"], r["key"]))

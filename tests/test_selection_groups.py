@@ -482,3 +482,8 @@ def test_a_quota_and_a_count_do_not_go_together(tmp_path):
 def test_column_keeps_is_the_end_that_all_columns_mean(tmp_path, by, keeps):
     write_scores(tmp_path / "s", uids=False)
     assert select(tmp_path / "s", tmp_path / "k.parquet", by=by, count=5)["column_keeps"] == keeps
+
+
+def test_an_empty_name_is_no_column_to_group_by(table):
+    with pytest.raises(InputError, match="per: no column ''"):
+        choose(table, "random", 30, per="")

@@ -372,3 +372,9 @@ def test_a_list_that_names_itself_is_refused(tmp_path):
     (tmp_path / "list.txt").write_text("list.txt\n")
     with pytest.raises(InputError, match=r"list.txt: a list of shards that leads back to itself"):
         index_shards(tmp_path / "list.txt")
+
+
+def test_a_pattern_of_more_names_than_there_are_shards_anywhere_is_told_at_once():
+    for spec in ("train-{0..999999999}.tar", "train-{00..99}{000..999}{000..999}.tar"):
+        with pytest.raises(InputError, match=r"\}\.tar: a brace pattern of more than 1,000,000 names"):
+            list_shards(spec)

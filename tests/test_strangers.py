@@ -274,7 +274,10 @@ def test_a_changed_sample_json_is_told(small_run, tmp_path, about):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("what", ["nothing in it", "no metadata", "another shape", "a cut header", "NaN", "a list"])
+WHAT = ["nothing in it", "no metadata", "another shape", "a cut header", "NaN", "a list", "a number", "bfloat16"]
+
+
+@pytest.mark.parametrize("what", [*WHAT, "float8"])
 def test_changed_centroids_and_partial_results_are_told(small_run, tmp_path, what):
     out = tmp_path / "clusters"
     shutil.copytree(small_run.clusters, out)
@@ -290,7 +293,19 @@ def test_changed_centroids_and_partial_results_are_told(small_run, tmp_path, wha
             "no metadata": {"centroids": torch.zeros(6, 3)},
             "another shape": {"centroids": torch.zeros(2, 2, 2)},
             "NaN": {"centroids": torch.full((6, 64), torch.nan)},
+            "a number": {"centroids": torch.zeros(())},
+            "bfloat16": {"centroids": torch.zeros(6, 64, dtype=torch.bfloat16)},
+            "float8": {"centroids": torch.zeros(6, 64).to(torch.float8_e4m3fn)},
         }[what]
         save_file(centroids, path, metadata=None if what == "no metadata" else {"fit": "{}"})
     with pytest.raises(DiffpruneError):
         diffprune.cluster(small_run.embeddings, out, k=6)
+    with pytest.raises(DiffpruneError):
+        diffprune.cluster(small_run.embeddings, tmp_path / "like", like=out)
+
+
+def test_a_number_that_no_float_holds_is_told(tmp_path):
+    path = tmp_path / "metrics.json"
+    path.write_text('{"metrics": {"precision": 1%s}}' % (400 * "0"))
+    with pytest.raises(DiffpruneError, match=r"metrics\.json: not valid JSON \(it holds a number of 401 digits\)"):
+        diffprune.report(tmp_path / "report.html", metrics=[path])

@@ -499,3 +499,24 @@ def test_gpus_are_taken_in_turn():
     assert [worker_device("auto", number, 2) for number in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
     assert worker_device("auto", 1, 1) == "auto" and worker_device("auto", 1, 0) == "auto"
     assert worker_device("cuda:1", 0, 4) == "cuda:1" and worker_device("cpu", 1, 4) == "cpu"
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("shared/shared.json", lambda told: [1], r"shared.json: expected the names of finished stages"),
+        ("shared/shared.json", lambda told: {"stages": [["pack"]]}, r"shared.json: expected the names of finished"),
+        ("cells/full-s0/result.json", lambda told: {**told, "metrics": None}, r"metrics: expected dict, found None"),
+        (
+            "cells/full-s0/result.json",
+            lambda told: {"fingerprint": told["fingerprint"]},
+            r"result.json: cell: expected dict, found None; delete its folder and run again",
+        ),
+    ],
+)
+def test_changed_files_of_a_sweep_are_told(tiny, done, tmp_path, name, change, message):
+    shutil.copytree(done, tmp_path / "out")
+    path = tmp_path / "out" / name
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(InputError, match=message):
+        diffprune.sweep(tiny, tmp_path / "out")

@@ -10,7 +10,7 @@ from typing import Any
 
 from diffprune.clustering import cluster
 from diffprune.encoding import embed, encode
-from diffprune.errors import BusyError
+from diffprune.errors import BusyError, InputError
 from diffprune.files import read_json, write_json
 from diffprune.locks import folder_lock
 from diffprune.models.classifier import train_classifier
@@ -180,4 +180,12 @@ def _scores(shared: Shared, group: str, device: str) -> Callable[[], Any]:
 
 def _done(shared: Shared) -> list[str]:
     path = shared.root / DONE_FILE
-    return read_json(path)["stages"] if path.is_file() else []
+    if not path.is_file():
+        return []
+    found = read_json(path)
+    stages = found.get("stages") if isinstance(found, dict) else None
+    if not isinstance(stages, list) or not all(isinstance(stage, str) for stage in stages):
+        raise InputError(
+            f"{path}: expected the names of finished stages, found something else; delete it and run again"
+        )
+    return stages
