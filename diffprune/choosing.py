@@ -240,7 +240,10 @@ class _Chooser:
 
     @cached_property
     def cluster(self) -> np.ndarray:
-        return self.column("cluster").astype(np.int64)
+        values = self.column("cluster")
+        if (broken := values[(values != np.rint(values)) | np.isinf(values)]).size:
+            raise InputError(f"column 'cluster': expected whole numbers, found {broken[0]:g}")
+        return values.astype(np.int64)
 
     @cached_property
     def distance(self) -> np.ndarray:

@@ -116,6 +116,7 @@ class Request:
                     f"{_columns_there(table)}: run `diffprune cluster` and pass its folder too (of arrays: a KMeans' "
                     "assignment_ and distance_)"
                 )
+            _check_column(table, name)
 
     def _check_by(self, table: pa.Table, ranked: bool) -> None:
         if "by" not in NEEDS[self.order]:

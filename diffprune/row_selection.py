@@ -107,8 +107,6 @@ def _table(arrays: Mapping[str, np.ndarray], keys: Sequence[str] | None, points:
             raise InputError(f"column {name!r}: the name has a meaning of its own in tables; give it another")
         if values.ndim != 1:
             raise InputError(f"column {name!r}: expected [{count}], got {values.shape}")
-        if name == "cluster" and values.dtype.kind not in "iu":
-            raise InputError(f"column 'cluster': expected whole numbers, got {values.dtype}")
     texts = [f"{row:012d}" for row in range(count)] if keys is None else keys
     named = {"key": _column("keys", texts)}
     if not (pa.types.is_string(named["key"].type) or pa.types.is_large_string(named["key"].type)) or (

@@ -140,7 +140,7 @@ def test_the_rows_of_a_key_do_not_depend_on_their_place():
         ({"columns": {"a": [1.0, 2.0]}, "by": "a", "keys": ["x", "x"]}, "keys: 'x' stands in them twice"),
         ({"columns": {"a": [1.0, 2.0]}, "by": "a", "keys": [1, 2]}, "keys: expected texts, got int64"),
         ({"columns": {"size": [1.0, 2.0]}, "by": "size"}, "column 'size': the name has a meaning"),
-        ({"columns": {"cluster": [0.5, 1.0]}, "order": "drop-clusters"}, "whole numbers, got float64"),
+        ({"columns": {"cluster": [0.5, 1.0]}, "order": "drop-clusters"}, "whole numbers, found 0.5"),
         ({"columns": {"a": []}, "by": "a"}, "arrays of length 0"),
         ({"columns": {"a": np.ma.array([1.0, 2.0], mask=[0, 1])}, "by": "a"}, "column 'a': expected an array without"),
         ({"columns": {"a": torch.zeros(2).to_sparse()}, "by": "a"}, "column 'a': expected an array: .*[Ss]parse"),

@@ -416,6 +416,16 @@ def test_missing_cluster_columns_say_what_to_run(table):
                 choose(table.drop_columns([lost]), order, 5)
 
 
+@pytest.mark.parametrize(
+    "cluster, message",
+    [(0.5, "whole numbers, found 0.5"), (float("inf"), "whole numbers, found inf"), ("a", "numbers")],
+)
+def test_clusters_are_whole_numbers(table, cluster, message):
+    table = table.drop_columns(["cluster"]).append_column("cluster", pa.array([cluster] * len(table)))
+    with pytest.raises(InputError, match=f"'cluster': expected {message}"):
+        choose(table, "drop-clusters", 5)
+
+
 def test_a_text_column_cannot_be_ranked(table):
     table = table.append_column("caption", pa.array(["x"] * len(table)))
     with pytest.raises(InputError, match="'caption': expected numbers"):
