@@ -34,6 +34,7 @@ from benchmarks.gpu_cases_training import TRAINING
 from benchmarks.gpu_steps import ROOT, build, idle_time, kernel_tests, run_worker, sanitized_tests, sanitizer
 from benchmarks.gpu_worker import CASES, key, plan, run_op
 from diffprune.files import sha256_file, write_json
+from diffprune.kernels.dispatch import CONFIRMED
 
 TOTAL = 465.0
 """Seconds for all."""
@@ -102,6 +103,7 @@ class Run:
                     self._step("idle", "measuring the time that score leaves the device idle",
                                lambda: idle_time(min(IDLE, self._left())))  # fmt: skip
         self._note("finished", True)
+        self._note("confirmed", results.confirmed(self.result))
         self._note("seconds", round(self.clock() - begin, 1))
         self._report()
         return 1 if results.failed(self.result) else 0
@@ -184,6 +186,9 @@ class Run:
                 reason = r.get("reason", "").strip().splitlines()
                 print(f"{r['key']}: {r['status']}: {reason[-1][:200] if reason else ''}")
         print(results.short_table(self.result))
+        if self.result["confirmed"]:
+            print('For impl="auto" to take, on this machine, what is right and not slower than PyTorch\'s own:')
+            print(f"  export {CONFIRMED}={self.result['confirmed']}")
         print(f"{self.result['seconds']:.0f} s; " + (f"written to {self.out}" if self.out else "no file written"))
 
 

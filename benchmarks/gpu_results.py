@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from math import inf, log
 from pathlib import Path
 from typing import Any
 
 from diffprune.files import read_json
+from diffprune.kernels import report
+from diffprune.kernels.dispatch import orders
 
 RESULTS = Path(__file__).parent / "results"
 NOT_RUN = "not yet run on a GPU"
@@ -67,6 +70,38 @@ def failed(result: dict[str, Any]) -> bool:
     """Whether a kernel test failed (or not all ran), a result of ours was wrong, or an op could not be imported."""
     wrong = any(r["ours"] and r["status"] == "wrong" for r in result["records"])
     return wrong or bool(result.get("errors")) or result.get("tests", {}).get("status") in ("failed", "error")
+
+
+def confirmed(result: dict[str, Any]) -> str:
+    """What this run confirms, as ``dispatch.CONFIRMED`` takes it; "" where tests did not pass or did not run.
+
+    Of each op the implementation that was right in all cases, and in none slower than other code that computes the
+    same; of several such the faster. Its backward, which the cases time too, goes with it.
+    """
+    if result.get("tests", {}).get("status") != "ok" or failed(result):
+        return ""
+    found = []
+    for op in sorted(report().keys() - orders().keys()):  # of the others "auto" takes PyTorch's own first
+        own = [r for r in result["records"] if r["op"] == op]
+        paces = {name: _pace(own, name) for name in dict.fromkeys(r["implementation"] for r in own if r["ours"])}
+        best = min(paces, key=paces.__getitem__, default="")
+        if best and paces[best] < inf:
+            both = (op, f"{op}_backward", f"{op}_grad")
+            found += [f"{best}:{one}" for one in both if best in report().get(one, {})]
+    return ",".join(found)
+
+
+def _pace(records: list[dict[str, Any]], name: str) -> float:
+    """Mean logarithm of an implementation's seconds; infinite if in some case it was not right, or not the faster."""
+    logarithms = []
+    for r in records:
+        if r["implementation"] == name:
+            same = [o for o in records if o["label"] == r["label"] and not o["ours"] and "error" in o]
+            rivals = [o["median_s"] for o in same if o["status"] == "ok"]
+            if r["status"] != "ok" or r["median_s"] > min(rivals, default=inf):
+                return inf
+            logarithms.append(log(r["median_s"]))
+    return sum(logarithms) / len(logarithms)
 
 
 def short_table(result: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from diffprune._version import __version__
 from diffprune.kernels import report
-from diffprune.kernels.dispatch import UNCONFIRMED, orders
+from diffprune.kernels.dispatch import UNCONFIRMED, orders, unconfirmed
 
 PACKAGES = ("torch", "numpy", "pyarrow", "safetensors", "simplejpeg", "pillow", "triton", "cupy", "faiss", "webdataset")
 
@@ -20,7 +20,8 @@ def doctor() -> dict[str, Any]:
     """Versions, devices, and per op each implementation: "runs", "runs when asked for by name", or the reason why not.
 
     In the order in which they are tried; where that is not the usual one, ``orders`` says why. An implementation that
-    no GPU has confirmed yet is in ``unconfirmed``: it is never chosen by itself, and its entries say so.
+    no GPU has confirmed yet is in ``unconfirmed``: it is not chosen by itself, and its entries say so, but where
+    ``DIFFPRUNE_CONFIRMED`` says that the one here has.
     """
     return {
         "diffprune": __version__,
@@ -31,12 +32,12 @@ def doctor() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "unconfirmed": sorted(UNCONFIRMED),
         "orders": {op: f"{', '.join(names)}: {because}" for op, (names, because) in orders().items()},
-        "ops": {op: {name: _say(name, reason) for name, reason in found.items()} for op, found in report().items()},
+        "ops": {op: {name: _say(op, name, why) for name, why in found.items()} for op, found in report().items()},
     }
 
 
-def _say(name: str, reason: str | None) -> str:
-    if name in UNCONFIRMED:
+def _say(op: str, name: str, reason: str | None) -> str:
+    if name in unconfirmed(op):
         return f"{reason or 'runs when asked for by name'}; no GPU has confirmed it yet"
     return reason or "runs"
 

@@ -417,6 +417,34 @@ def test_what_fails_a_run(tests: dict, ours: bool, status: str, expected: bool) 
     assert gpu_results.failed({"records": records, "tests": tests}) is expected
 
 
+def test_what_a_run_confirms() -> None:
+    """By op: the faster of ours, if it is right in every case and no slower there than others that do the same."""
+
+    def run(*records: dict[str, Any], status: str = "ok") -> str:
+        return gpu_results.confirmed({"records": list(records), "tests": {"status": status}})
+
+    def other(op: str, median: float, **more: Any) -> dict[str, Any]:
+        return timed(op, "plain", median, ours=False, error=0.0, **more)
+
+    dot = [timed("linear_grad_dot", "triton", 2.0, error=0.0), timed("linear_grad_dot", "cuda", 1.0, error=0.0)]
+    matmul = timed("linear_grad_dot", "matmul", 0.5, ours=False)  # computes less: no error
+    assert run(*dot, matmul, other("linear_grad_dot", 3.0)) == "cuda:linear_grad_dot"
+    assert run(*dot, other("linear_grad_dot", 1.5)) == "cuda:linear_grad_dot"
+    assert run(*dot, other("linear_grad_dot", 0.9)) == ""
+    assert run(*dot, other("linear_grad_dot", 0.9, status="wrong")) == "cuda:linear_grad_dot"
+    slower = timed("linear_grad_dot", "cuda", 5.0, error=0.0, label="y")
+    also = timed("linear_grad_dot", "triton", 4.0, error=0.0, label="y")
+    assert run(*dot, slower, also) == "cuda:linear_grad_dot", "√5 is less than √8"
+    assert run(*dot, slower, also, other("linear_grad_dot", 4.5, label="y")) == "triton:linear_grad_dot"
+    assert run(*dot, slower | {"status": "skipped"}, also) == "triton:linear_grad_dot"
+    assert run(*dot, status="error") == run(*dot, status="failed") == run(*dot, status="unavailable") == ""
+    assert run(*dot, timed("pairwise_topk", "triton", 1.0, status="wrong")) == "", "one that is wrong spoils all"
+    ops = ("attention", "adaln_modulate", "flow_matching_loss", "score_dit_b2")
+    assert run(*(timed(op, "triton", 1.0, error=0.0) for op in ops)) == (
+        "triton:adaln_modulate,triton:adaln_modulate_backward,triton:flow_matching_loss,triton:flow_matching_loss_grad"
+    ), "attention takes PyTorch's own first, whatever is confirmed"
+
+
 def test_table_of_results_and_of_what_no_gpu_has_run(tmp_path: Path) -> None:
     planned = [timed("a", name, 1.0, goal("copy", 0.5), status="planned") for name in ("triton", "cuda")]
     for row in planned:

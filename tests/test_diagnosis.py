@@ -34,6 +34,13 @@ def test_every_implementation_has_its_word(ops: None) -> None:
     assert found["unconfirmed"] == sorted(UNCONFIRMED)
 
 
+def test_what_the_user_says_is_confirmed_runs(ops: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(dispatch.CONFIRMED, "triton:plain")
+    found = diagnosis.doctor()["ops"]
+    assert found["plain"]["triton"] == "runs" and found["plain"]["cuda"].endswith("no GPU has confirmed it yet")
+    assert found["other"]["triton"].endswith("no GPU has confirmed it yet")
+
+
 def test_table(ops: None, capsys: pytest.CaptureFixture[str]) -> None:
     show_doctor(diagnosis.doctor())
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]

@@ -1,4 +1,4 @@
-"""The ops a backend has to provide, and nothing else: this package imports torch alone.
+"""The ops a backend has to provide, and nothing else: this package imports torch, and diffprune's errors.
 
 Each op is ``torch.ops.diffprune.<op>``, registered by ``registration``: what ``torch.library.custom_op`` gives, but
 for a second's import at the first call. Its contract is the docstring in ``kernels/<op>.py``;

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from diffprune.errors import InputError
 from diffprune.kernels import dispatch, kmeans_assign, report
 
 
@@ -71,6 +72,33 @@ def test_what_no_gpu_has_confirmed_runs_only_when_asked_for(op, name) -> None:
     op.implementations = {**op.implementations, name: SimpleNamespace(run=lambda x: (name, x))}
     assert op("auto", 3) == ("cpu", 3)
     assert op(name, 3) == (name, 3)
+
+
+@pytest.mark.parametrize(
+    ("said", "taken"),
+    [
+        ("triton", "triton"),
+        ("cuda:example, triton", "cuda"),
+        ("triton:other", "cpu"),
+        ("cuda:other", "cpu"),
+        ("", "cpu"),
+    ],
+)
+def test_what_the_user_says_is_confirmed_is_taken(op, monkeypatch, said, taken) -> None:
+    dispatch.Op("other")
+    for name in dispatch.UNCONFIRMED:
+        op.implementations[name] = SimpleNamespace(run=lambda x, name=name: (name, x))
+    monkeypatch.setenv(dispatch.CONFIRMED, said)
+    monkeypatch.setattr(dispatch, "_emulated", lambda name: False)  # which "auto" never takes
+    assert op("auto", 3) == (taken, 3)
+
+
+@pytest.mark.parametrize("said", ["tritn", "triton:exmaple", "triton:", "cuda example"])
+def test_what_is_confirmed_must_exist(op, monkeypatch, said) -> None:
+    monkeypatch.setenv(dispatch.CONFIRMED, said)
+    with pytest.raises(InputError, match=rf"DIFFPRUNE_CONFIRMED: .*got '{said}'; .*ops: example$"):
+        op("auto", 3)
+    assert op("cpu", 3) == ("cpu", 3)
 
 
 def test_op_through_the_public_function() -> None:
