@@ -62,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cpu" and not options.quick:
         print("on a CPU these sizes take hours: add --quick", file=sys.stderr)
         return 2
+    os.environ.pop(CONFIRMED, None)  # what "auto" takes is then the same for everyone
     return Run(options).run()
 
 
