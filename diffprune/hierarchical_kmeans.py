@@ -47,8 +47,9 @@ class HierarchicalKMeans:
         ks: numbers of clusters, level by level, falling: (50_000, 5_000, 500). The first is best started with
             ``init="split"``, the default for 4096 and more clusters, which costs about √k·N distances instead of k·N.
         init: of the first level: as ``KMeans``, or "split", see ``split_start``; the others use "k-means++".
-        resample: how often each level above the first is clustered anew from the elements nearest to its centroids,
-            as many from each cluster (the paper's resampling).
+        resample: how often each level above the first is clustered anew, from a start of its own, on the elements
+            nearest to its centroids, as many from each cluster (the paper's resampling, which it does on the first
+            level too, 10 times in its code). The last of these centroids stand: they are no means of all elements.
         resample_share: how many of those: this share of a cluster's mean size, at least 1.
         max_iter, tol, metric, seed, memory: as ``KMeans``.
 
@@ -128,15 +129,16 @@ class HierarchicalKMeans:
     def _above(self, elements: Any, k: int, depth: int) -> Level:
         options = {**self.options, "memory": None}
         fitted = KMeans(k, seed=self.seed + depth, **options).fit(elements)
-        for _ in range(self.resample):
+        for again in range(1, self.resample + 1):
             labels, distance = _numpy(fitted.assignment_), _numpy(fitted.distance_)
             sizes = np.bincount(labels, minlength=k)
             most = max(1, round(self.resample_share * len(labels) / k))
             rows = np.sort(within_clusters(labels, np.minimum(sizes, most), distance, "lowest"))
             kept = elements[torch.from_numpy(rows) if isinstance(elements, Tensor) else rows]
-            again = KMeans(k, init=fitted.centroids_, seed=self.seed + depth, **options).fit(kept)
-            # One round on all elements: labels and centroids of the level belong together.
-            fitted = KMeans(k, init=again.centroids_, **{**options, "max_iter": 1}).fit(elements)
+            # From the centroids that are there it would end where it began; a round of means over all elements would
+            # draw the new ones back to where these are dense.
+            learnt = KMeans(k, seed=self.seed + depth + again * len(self.ks), **options).fit(kept)
+            fitted = KMeans(k, init=learnt.centroids_, **{**options, "max_iter": 0}).fit(elements)
         return _level(fitted)
 
 

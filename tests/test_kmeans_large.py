@@ -244,3 +244,17 @@ def test_resampling_takes_as_many_from_each_cluster(monkeypatch: pytest.MonkeyPa
     before = fit(KMeans(10, seed=1, max_iter=50), fit(KMeans(100, max_iter=50), points).centroids_)
     assert sizes == [2190, 100, kept, 100]
     assert kept == int(before.assignment_.bincount().clamp(max=5).sum()) < 100
+
+
+def test_resampling_moves_centroids_out_of_dense_regions() -> None:
+    """Into a thin background. When each repeat began with the centroids of the one before, none left the blob."""
+    generator = torch.Generator().manual_seed(0)
+    blob = 0.25 + 0.07 * torch.randn(9000, 2, generator=generator)
+    points = torch.cat([blob, torch.rand(3000, 2, generator=generator)])
+
+    def inside(resample: int) -> float:
+        models = [HierarchicalKMeans((600, 40), resample=resample, seed=seed).fit(points) for seed in range(3)]
+        far = [torch.linalg.vector_norm(model.levels_[1].centroids - 0.25, dim=1) for model in models]
+        return float((torch.stack(far) < 0.16).double().mean())
+
+    assert inside(3) < 0.75 * inside(0)
