@@ -104,7 +104,9 @@ class HierarchicalKMeans:
 
         From the top: ``count`` is shared equally over the clusters, what small ones lack is given by the others, and
         each share again over the clusters inside, down to the points: of each lowest cluster, "random" ones, or the
-        "nearest" or "farthest" from its centroid. Raises InputError for more than there are.
+        "nearest" or "farthest" from its centroid. What a share does not divide goes one each to clusters drawn by
+        ``seed``, as in the paper's code: the largest ones would be those of the dense parts. Raises InputError for
+        more than there are.
         """
         bottom = _numpy(self.assignments_[0])
         if not 0 <= count <= len(bottom):
@@ -112,18 +114,16 @@ class HierarchicalKMeans:
         if part not in PARTS:
             raise InputError(f"hierarchical k-means: expected part to be one of {', '.join(PARTS)}, got {part!r}")
         capacity = [np.bincount(_numpy(a), minlength=k) for a, k in zip(self.assignments_, self.ks, strict=True)]
-        quotas = equal_quotas(capacity[-1], count)
+        generator = np.random.default_rng(self.seed if seed is None else seed)
+        quotas = equal_quotas(capacity[-1], count, generator.random(len(capacity[-1])))
         for below, level in zip(reversed(capacity[:-1]), reversed(self.levels_[1:]), strict=True):
-            parents = _numpy(level.assignment)
+            parents, priority = _numpy(level.assignment), generator.random(len(below))
             shares = np.zeros(len(below), np.int64)
             for parent in np.flatnonzero(quotas):
                 inside = np.flatnonzero(parents == parent)
-                shares[inside] = equal_quotas(below[inside], int(quotas[parent]))
+                shares[inside] = equal_quotas(below[inside], int(quotas[parent]), priority[inside])
             quotas = shares
-        if part == "random":
-            values = np.random.default_rng(self.seed if seed is None else seed).random(len(bottom))
-        else:
-            values = _numpy(self.levels_[0].distance)
+        values = generator.random(len(bottom)) if part == "random" else _numpy(self.levels_[0].distance)
         return np.sort(within_clusters(bottom, quotas, values, "highest" if part == "farthest" else "lowest"))
 
     def _above(self, elements: Any, k: int, depth: int) -> Level:

@@ -258,3 +258,18 @@ def test_resampling_moves_centroids_out_of_dense_regions() -> None:
         return float((torch.stack(far) < 0.16).double().mean())
 
     assert inside(3) < 0.75 * inside(0)
+
+
+def test_a_sample_smaller_than_the_tree_is_not_of_its_largest_clusters() -> None:
+    """What a share does not divide went to the largest, which are those of the blob: half of 20 points and not 3."""
+    generator = torch.Generator().manual_seed(0)
+    blob = 0.25 + 0.07 * torch.randn(9000, 2, generator=generator)
+    points = torch.cat([blob, torch.rand(3000, 2, generator=generator)])
+    model = HierarchicalKMeans((600, 40), seed=0).fit(points)
+    for count in (20, 100, 300):
+        rows = [model.sample(count, seed=seed) for seed in range(8)]
+        assert all(len(set(found.tolist())) == count for found in rows)
+        inside = (torch.linalg.vector_norm(points[np.concatenate(rows)] - 0.25, dim=1) < 0.16).double().mean()
+        assert inside < 0.22
+    assert not np.array_equal(rows[0], rows[1])
+    assert np.array_equal(rows[0], model.sample(300))
