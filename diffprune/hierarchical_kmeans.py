@@ -47,8 +47,9 @@ class HierarchicalKMeans:
         ks: numbers of clusters, level by level, falling: (50_000, 5_000, 500). The first is best started with
             ``init="split"``, the default for 4096 and more clusters, which costs about √k·N distances instead of k·N.
         init: of the first level: as ``KMeans``, or "split", see ``split_start``; the others use "k-means++".
-        resample: how often each level above the first is clustered anew from the elements nearest to its centroids,
-            as many from each cluster (the paper's resampling).
+        resample: how often each level above the first is clustered anew, from a start of its own, on the elements
+            nearest to its centroids, as many from each cluster (the paper's resampling, which it does on the first
+            level too, 10 times in its code). The last of these centroids stand: they are no means of all elements.
         resample_share: how many of those: this share of a cluster's mean size, at least 1.
         max_iter, tol, metric, seed, memory: as ``KMeans``.
 
@@ -103,7 +104,9 @@ class HierarchicalKMeans:
 
         From the top: ``count`` is shared equally over the clusters, what small ones lack is given by the others, and
         each share again over the clusters inside, down to the points: of each lowest cluster, "random" ones, or the
-        "nearest" or "farthest" from its centroid. Raises InputError for more than there are.
+        "nearest" or "farthest" from its centroid. What a share does not divide goes one each to clusters drawn by
+        ``seed``, as in the paper's code: the largest ones would be those of the dense parts. Raises InputError for
+        more than there are.
         """
         bottom = _numpy(self.assignments_[0])
         if not 0 <= count <= len(bottom):
@@ -111,32 +114,31 @@ class HierarchicalKMeans:
         if part not in PARTS:
             raise InputError(f"hierarchical k-means: expected part to be one of {', '.join(PARTS)}, got {part!r}")
         capacity = [np.bincount(_numpy(a), minlength=k) for a, k in zip(self.assignments_, self.ks, strict=True)]
-        quotas = equal_quotas(capacity[-1], count)
+        generator = np.random.default_rng(self.seed if seed is None else seed)
+        quotas = equal_quotas(capacity[-1], count, generator.random(len(capacity[-1])))
         for below, level in zip(reversed(capacity[:-1]), reversed(self.levels_[1:]), strict=True):
-            parents = _numpy(level.assignment)
+            parents, priority = _numpy(level.assignment), generator.random(len(below))
             shares = np.zeros(len(below), np.int64)
             for parent in np.flatnonzero(quotas):
                 inside = np.flatnonzero(parents == parent)
-                shares[inside] = equal_quotas(below[inside], int(quotas[parent]))
+                shares[inside] = equal_quotas(below[inside], int(quotas[parent]), priority[inside])
             quotas = shares
-        if part == "random":
-            values = np.random.default_rng(self.seed if seed is None else seed).random(len(bottom))
-        else:
-            values = _numpy(self.levels_[0].distance)
+        values = generator.random(len(bottom)) if part == "random" else _numpy(self.levels_[0].distance)
         return np.sort(within_clusters(bottom, quotas, values, "highest" if part == "farthest" else "lowest"))
 
     def _above(self, elements: Any, k: int, depth: int) -> Level:
         options = {**self.options, "memory": None}
         fitted = KMeans(k, seed=self.seed + depth, **options).fit(elements)
-        for _ in range(self.resample):
+        for again in range(1, self.resample + 1):
             labels, distance = _numpy(fitted.assignment_), _numpy(fitted.distance_)
             sizes = np.bincount(labels, minlength=k)
             most = max(1, round(self.resample_share * len(labels) / k))
             rows = np.sort(within_clusters(labels, np.minimum(sizes, most), distance, "lowest"))
             kept = elements[torch.from_numpy(rows) if isinstance(elements, Tensor) else rows]
-            again = KMeans(k, init=fitted.centroids_, seed=self.seed + depth, **options).fit(kept)
-            # One round on all elements: labels and centroids of the level belong together.
-            fitted = KMeans(k, init=again.centroids_, **{**options, "max_iter": 1}).fit(elements)
+            # From the centroids that are there it would end where it began; a round of means over all elements would
+            # draw the new ones back to where these are dense.
+            learnt = KMeans(k, seed=self.seed + depth + again * len(self.ks), **options).fit(kept)
+            fitted = KMeans(k, init=learnt.centroids_, **{**options, "max_iter": 0}).fit(elements)
         return _level(fitted)
 
 

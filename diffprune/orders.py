@@ -66,17 +66,19 @@ def balanced_quotas(sizes: np.ndarray, count: int) -> np.ndarray:
     return _one_more(np.full(len(sizes), count // len(sizes)), highest(sizes, count % len(sizes)))
 
 
-def equal_quotas(sizes: np.ndarray, count: int) -> np.ndarray:
+def equal_quotas(sizes: np.ndarray, count: int, priority: np.ndarray | None = None) -> np.ndarray:
     """``count`` shared equally, but no cluster gives more than it has: quotas are min(size, level), water-filling.
 
-    What is left over below the next whole level goes one each to the largest clusters, the smaller number first.
+    What is left over below the next whole level goes one each to the largest clusters, the smaller number first; with
+    ``priority`` [K] to those with the highest, among the clusters that have one more to give.
     """
     low, high = 0, int(sizes.max())
     while low < high:  # the highest level that does not need more than count
         level = (low + high + 1) // 2
         low, high = (level, high) if int(np.minimum(sizes, level).sum()) <= count else (low, level - 1)
     quotas = np.minimum(sizes, low)
-    return _one_more(quotas, highest(sizes, count - int(quotas.sum())))
+    first = sizes if priority is None else np.where(sizes > low, priority, -np.inf)
+    return _one_more(quotas, highest(first, count - int(quotas.sum())))
 
 
 def given_quotas(names: Sequence[object], sizes: np.ndarray, given: Mapping[str, int], what: str) -> np.ndarray:

@@ -38,6 +38,19 @@ def test_equal_shares_raise_the_rarer_classes_without_labels(balance):
     assert rarer("cluster-random") < rarer("equal", within="random")
 
 
+def test_the_page_says_how_far_runs_lie_apart(balance, monkeypatch, capsys):
+    """One clustering of each set gave another table with every change of k-means' start."""
+    monkeypatch.setattr(balance, "ORDERS", {"random": {"order": "random"}})
+    one = balance.skewed_set(0)
+    monkeypatch.setattr(balance, "skewed_set", lambda rotation, seed: one)
+    balance.main()
+    page = (ROOT / "docs/balance.md").read_text().splitlines()
+    header, line, _, random = capsys.readouterr().out.splitlines()
+    assert header in page and line in page
+    assert random.count("±") == 3 and random.endswith("| 25 |")
+    assert all(row.count("±") == 3 for row in page if row.startswith(("| equal", "| two levels")))
+
+
 def test_the_page_holds_a_row_per_order(balance):
     lines = (ROOT / "docs/balance.md").read_text().splitlines()
     rows = [line.split("|")[1].strip() for line in lines if line.startswith("| ") and "kept by" not in line]

@@ -244,3 +244,32 @@ def test_resampling_takes_as_many_from_each_cluster(monkeypatch: pytest.MonkeyPa
     before = fit(KMeans(10, seed=1, max_iter=50), fit(KMeans(100, max_iter=50), points).centroids_)
     assert sizes == [2190, 100, kept, 100]
     assert kept == int(before.assignment_.bincount().clamp(max=5).sum()) < 100
+
+
+def test_resampling_moves_centroids_out_of_dense_regions() -> None:
+    """Into a thin background. When each repeat began with the centroids of the one before, none left the blob."""
+    generator = torch.Generator().manual_seed(0)
+    blob = 0.25 + 0.07 * torch.randn(9000, 2, generator=generator)
+    points = torch.cat([blob, torch.rand(3000, 2, generator=generator)])
+
+    def inside(resample: int) -> float:
+        models = [HierarchicalKMeans((600, 40), resample=resample, seed=seed).fit(points) for seed in range(3)]
+        far = [torch.linalg.vector_norm(model.levels_[1].centroids - 0.25, dim=1) for model in models]
+        return float((torch.stack(far) < 0.16).double().mean())
+
+    assert inside(3) < 0.75 * inside(0)
+
+
+def test_a_sample_smaller_than_the_tree_is_not_of_its_largest_clusters() -> None:
+    """What a share does not divide went to the largest, which are those of the blob: half of 20 points and not 3."""
+    generator = torch.Generator().manual_seed(0)
+    blob = 0.25 + 0.07 * torch.randn(9000, 2, generator=generator)
+    points = torch.cat([blob, torch.rand(3000, 2, generator=generator)])
+    model = HierarchicalKMeans((600, 40), seed=0).fit(points)
+    for count in (20, 100, 300):
+        rows = [model.sample(count, seed=seed) for seed in range(8)]
+        assert all(len(set(found.tolist())) == count for found in rows)
+        inside = (torch.linalg.vector_norm(points[np.concatenate(rows)] - 0.25, dim=1) < 0.16).double().mean()
+        assert inside < 0.22
+    assert not np.array_equal(rows[0], rows[1])
+    assert np.array_equal(rows[0], model.sample(300))

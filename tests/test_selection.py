@@ -228,6 +228,8 @@ def test_quotas_are_exact_and_fair(sizes, data):
 def test_equal_pours_what_small_clusters_lack_into_the_others():
     np.testing.assert_array_equal(orders.equal_quotas(np.array([2, 10, 9, 1]), 14), [2, 6, 5, 1])
     np.testing.assert_array_equal(orders.equal_quotas(np.array([2, 10, 9, 1]), 22), [2, 10, 9, 1])
+    first = np.array([0.9, 0.1, 0.2, 0.8])  # the first and the last have no more to give
+    np.testing.assert_array_equal(orders.equal_quotas(np.array([2, 10, 9, 1]), 14, first), [2, 5, 6, 1])
 
 
 @pytest.mark.parametrize("count", [1, 20, 41, 55])

@@ -448,6 +448,7 @@ def test_the_presets_of_the_paper(name, cells, k):
     assert (model.hidden_size, model.depth, model.num_heads, model.patch_size) == (1152, 28, 16, 2)
     assert (train.steps, train.batch_size, train.lr, train.ema_decay) == (120_000, 256, 1e-4, 0.9999)
     assert (train.weight_decay, train.warmup_steps, train.timesteps) == (0.0, 0, "uniform")
+    assert not model.learn_sigma and (config.score.weights, config.score.draws) == ("ema", 1)  # as in its code
     assert config.surrogate.train.steps == 60_000 and config.surrogate.model == model
     assert config.cluster.k == k and (config.sample.method, config.sample.steps + 1) == ("euler", 60)
     codes = (config.vqvae.model.codebook_size, config.vqvae.model.latent_channels)

@@ -13,8 +13,9 @@ from diffprune.draws import KeyHashes, uniform
 @dataclass(frozen=True)
 class Support:
     """`trials` disjoint sets of about equal size, as MoSo's paper splits its data set (arXiv 2310.14664): a sample is
-    scored against the mean gradient of its own. Of each, a `fraction` makes the mean. Both are chosen by the key's hash
-    and the seed, and so are the same in any order of samples and shards.
+    scored against the mean gradient of its own. (The paper trains a surrogate on each, too; here there is one for all.)
+    Of each, a `fraction` makes the mean. Both are chosen by the key's hash and the seed, and so are the same in any
+    order of samples and shards.
     """
 
     seed: int
