@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,11 +36,11 @@ ENGINES = ("diffprune", "faiss")
 
 
 def cluster(
-    embeddings: str | Path | Sequence[str | Path],
-    out: str | Path,
+    embeddings: str | os.PathLike | Sequence[str | os.PathLike],
+    out: str | os.PathLike,
     *,
     k: int | None = None,
-    like: str | Path | None = None,
+    like: str | os.PathLike | None = None,
     levels: Sequence[int] = (),
     seed: int = 0,
     init: str = "k-means||",

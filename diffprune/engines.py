@@ -8,12 +8,12 @@ torchrun started (``rank_talk``), or in several runs of a part each; the files a
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
@@ -145,7 +145,7 @@ class TableWriter:
 
 def run_stage(
     name: str,
-    out: str | Path,
+    out: str | os.PathLike,
     config: dict[str, Any],
     shards: Sequence[str],
     work: Work,

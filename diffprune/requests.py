@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import pyarrow as pa
 
 from diffprune.errors import InputError
 from diffprune.expressions import By, parse_by
 from diffprune.files import read_json
+from diffprune.storage import as_path
 from diffprune.tables import BASE_COLUMNS, score_columns
 
 NEEDS = {  # what each order works on
@@ -144,7 +145,7 @@ class Request:
             raise InputError("quota and shares are of groups: give `per`, such as label or cluster")
 
 
-def read_quota(quota: str | Path | Mapping[str, int]) -> dict[str, int]:
+def read_quota(quota: str | os.PathLike | Mapping[str, int]) -> dict[str, int]:
     """A quota: a mapping, text such as "0=100,1=50,*=20", or the path of a JSON object; else InputError."""
     if isinstance(quota, Mapping):
         given, where = quota, "quota"
@@ -155,7 +156,7 @@ def read_quota(quota: str | Path | Mapping[str, int]) -> dict[str, int]:
             raise InputError(f"quota {quota!r}: group {twice[0]!r} stands in it twice")
         given, where = {n: _whole(v.strip()) for n, (_, _, v) in zip(names, pairs, strict=True)}, f"quota {quota!r}"
     else:
-        given, where = read_json(quota, unique=True), f"{quota}"
+        given, where = read_json(quota, unique=True), f"{as_path(quota)}"
     if not isinstance(given, Mapping) or not given:
         raise InputError(f'{where}: expected numbers by group, such as 0=100,1=50 or {{"0": 100, "1": 50}}')
     for name, value in given.items():

@@ -30,7 +30,7 @@ class Surrogate:
 
     def __init__(
         self,
-        checkpoints: str | Path | Sequence[str | Path],
+        checkpoints: str | os.PathLike | Sequence[str | os.PathLike],
         weights: str,
         device: torch.device,
         *,

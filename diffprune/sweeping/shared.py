@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -56,11 +57,11 @@ class Shared:
         return self.config.data.held_out_shards or None
 
     @property
-    def vqvae(self) -> str | Path:
+    def vqvae(self) -> str | os.PathLike:
         return self.config.vqvae if isinstance(self.config.vqvae, str) else self.root / "vqvae"
 
     @property
-    def surrogate(self) -> str | Path:
+    def surrogate(self) -> str | os.PathLike:
         return self.config.surrogate if isinstance(self.config.surrogate, str) else self.root / "surrogate"
 
     @property
