@@ -6,7 +6,6 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,7 +60,7 @@ class ArrayFolder:
 
         return super().__new__(ClipRetrievalFolder if is_clip_retrieval(folder) else cls)
 
-    def __getnewargs__(self) -> tuple[Path]:  # for pickle: what ``__new__`` asks for
+    def __getnewargs__(self) -> tuple[AnyPath]:  # for pickle: what ``__new__`` asks for
         return (self.folder,)
 
     def __init__(self, folder: str | os.PathLike, kind: str | None = None) -> None:

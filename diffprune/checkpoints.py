@@ -223,7 +223,7 @@ def checkpoint_path(run_folder: AnyPath, step: int) -> AnyPath:
     return run_folder / f"step_{step:08d}"
 
 
-def keep_weights(checkpoint: Path, weights: str) -> None:
+def keep_weights(checkpoint: AnyPath, weights: str) -> None:
     """Leave of a checkpoint what it is loaded for with these ``weights``; training can't go on from it any more."""
     state = read_state(checkpoint)
     file = f"{weights}.safetensors"

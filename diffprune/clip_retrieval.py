@@ -232,7 +232,11 @@ def bind_embeddings(
 
     total = sum(len(index.samples) for index in indexes.values())
     inputs = {stem: {**index.identity, "embeddings": array_digest(embeddings(stem))} for stem, index in indexes.items()}
-    options = {"beside": [".npy"], "metadata": {"model_path": str(source)}, "engine": Engine(max_failures=max_failures)}
+    options: dict[str, Any] = {
+        "beside": [".npy"],
+        "metadata": {"model_path": str(source)},
+        "engine": Engine(max_failures=max_failures),
+    }
     stems = list(indexes)
     return run_stage("embed", out, folder.metadata, stems, work, total=total, inputs=inputs, **options, dry_run=dry_run)
 

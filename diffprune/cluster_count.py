@@ -151,7 +151,7 @@ def measure(
     the stability: k-means on either half of the points, all points assigned by both, their adjusted Rand index (Hubert
     and Arabie 1985), for three divisions into halves. No trial of a k above the number of distinct points in a half.
     """
-    options = {"init": "k-means||", "max_iter": max_iter, "metric": metric}
+    options: dict[str, Any] = {"init": "k-means||", "max_iter": max_iter, "metric": metric}
     rng = np.random.default_rng(seed)
     halves = [torch.from_numpy(rng.permutation(len(points))) for _ in range(REPEATS)]
     looked_at = torch.from_numpy(np.sort(rng.permutation(len(points))[:SILHOUETTE_SAMPLE]))

@@ -93,7 +93,7 @@ def cluster(
     if (rows := talk.count(source.rows)) < k:
         raise InputError(f"cluster: expected at least k={k} distinct embeddings, got {rows} in all; lower k")
     out = as_path(out)
-    options = {"max_iter": max_iter, "tol": tol, "metric": metric, "seed": seed}
+    options: dict[str, Any] = {"max_iter": max_iter, "tol": tol, "metric": metric, "seed": seed}
     config = {
         "method": "cluster",
         "k": k,
@@ -116,7 +116,7 @@ def cluster(
     def fit() -> None:
         # of a run that was stopped among its tables; all processes have to go the same way
         if not levels and metric == "euclidean" and talk.first([saved.is_file()])[0]:
-            given = {**options, "init": load_centroids(saved)[0], "max_iter": 0}
+            given: dict[str, Any] = {**options, "init": load_centroids(saved)[0], "max_iter": 0}
             kmeans = KMeans(k, **given).fit(source.parts, keys=source.keys, talk=talk)
             fitted.update(cluster=kmeans.assignment_, distance=kmeans.distance_)
             return

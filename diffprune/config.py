@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import UnionType
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from diffprune.config_autoencoder import LossConfig, VqvaeConfig
 from diffprune.config_checks import as_known, expect
@@ -229,6 +229,14 @@ _MODEL_BEFORE = {"vqvae": _VQVAE_BEFORE, "dit": {"qk_norm": False, "rope": False
 _LOSS_BEFORE = {"pixel": "l2", "kl_weight": 1e-6, "lpips_weight": 0.0, "adversarial_weight": 0.0}
 _LOSS_BEFORE |= {"lpips_linear": "vgg.pth", "lpips_vgg16": "vgg16-397923af.pth", "adversarial_start": 0}
 _LOSS_BEFORE |= {"discriminator_channels": 64, "discriminator_layers": 3}
+
+
+@overload
+def load_config(path: str | os.PathLike | None, kind: Literal["vqvae"], overrides: Iterable[str] = ()) -> VqvaeRun: ...
+
+
+@overload
+def load_config(path: str | os.PathLike | None, kind: Literal["dit"], overrides: Iterable[str] = ()) -> DitRun: ...
 
 
 def load_config(path: str | os.PathLike | None, kind: Literal["vqvae", "dit"], overrides: Iterable[str] = ()) -> Run:

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -59,7 +59,7 @@ def no_failures(table: pa.Table) -> Made:
     return Made(table, [status == "ok" for status in table["status"].to_pylist()])
 
 
-Found = pa.Table | Made
+Found: TypeAlias = "pa.Table | Made"
 
 Work = Callable[[str, Progress], Found]
 

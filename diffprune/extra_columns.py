@@ -35,7 +35,7 @@ def add_columns(table: pa.Table, paths: Sequence[str | os.PathLike], names: Set[
     """
     digests = []
     for path in map(as_path, paths):
-        found = _read(path, names.difference(BASE_COLUMNS))
+        found = _read(path, names - frozenset(BASE_COLUMNS))
         rows = pc.index_in(table["key"], value_set=found["key"].combine_chunks())
         lost = table["key"].filter(pc.and_(pc.is_null(rows), pc.equal(table["status"], "ok")))
         if len(lost):

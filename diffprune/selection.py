@@ -139,7 +139,7 @@ def _planned(table: pa.Table, request: Request, count: int | None, device: str) 
 
 def _settings(request: Request) -> dict[str, Any]:
     """The arguments that made a difference, for metadata and report."""
-    settings = {
+    settings: dict[str, Any] = {
         # of near-duplicates left out, and no more, there is none
         "order": request.order if request.by is not None or "by" not in NEEDS[request.order] else None,
         "by": request.by,

@@ -251,9 +251,7 @@ def _first_schema(folder: AnyPath) -> pa.Schema:
     return _schema(folder / f"{stems[0]}.parquet") if stems else BASE_SCHEMA
 
 
-def _read_shards(
-    folder: AnyPath, columns: Sequence[str] | Set[str] | None = None, seen: Seen | None = None
-) -> pa.Table:
+def _read_shards(folder: AnyPath, columns: list[str] | Set[str] | None = None, seen: Seen | None = None) -> pa.Table:
     """Of a set of ``columns`` those that are there."""
     if isinstance(columns, Set):
         columns = [name for name in _first_schema(folder).names if name in columns]

@@ -81,7 +81,7 @@ def train_vqvae(
     ranks, device = training_ranks(config.train.device, config.train.batch_size)
     embedder = None if frechet_encoder is None else load_embedder(frechet_encoder, device)
     size, channels = config.model.image_size, config.model.in_channels
-    options = {"kept": kept, "strict": strict_decode, "max_pixels": max_pixels, "ranks": ranks}
+    options: dict[str, Any] = {"kept": kept, "strict": strict_decode, "max_pixels": max_pixels, "ranks": ranks}
     images = training_images(shards, size=size, channels=channels, **options)
     objective = AutoencoderObjective(config, ranks, device, images, embedder)
     report = run_training(objective, config, out, resume=resume, dry_run=dry_run)

@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -62,7 +62,13 @@ def training_images(
     decoding = Decoding(size, channels, strict, max_pixels)
     room = free_bytes() // 2 // environment_number("LOCAL_WORLD_SIZE", 1)
     in_memory = all(ranks.gathered_objects(len(found) * channels * size * size <= room))
-    options = {"size": size, "channels": channels, "keys": wanted, "strict": strict, "max_pixels": max_pixels}
+    options: dict[str, Any] = {
+        "size": size,
+        "channels": channels,
+        "keys": wanted,
+        "strict": strict,
+        "max_pixels": max_pixels,
+    }
     pixels = np.empty((len(found) if in_memory else 0, *decoding.shape), dtype=np.uint8)
     seen: dict[int, tuple[list[str], str]] = {}  # shard number -> its images' keys, and a digest
     count = 0
@@ -90,9 +96,9 @@ def training_images(
         told = f"{len(found)} samples and none usable"
         raise InputError(f"{show_spec(shards)}: expected images to train on, found {told}")
     shape = (len(keys), *decoding.shape)
-    digest = hashlib.sha256(f"{shape} {' '.join(of_shard for _, of_shard in ordered)}".encode()).hexdigest()
-    images = torch.from_numpy(pixels[:count]) if in_memory else StreamedImages(indexes, keys, decoding)
-    return TrainingImages(images, keys, len(found) - len(keys), digest)
+    sha256 = hashlib.sha256(f"{shape} {' '.join(of_shard for _, of_shard in ordered)}".encode()).hexdigest()
+    every = torch.from_numpy(pixels[:count]) if in_memory else StreamedImages(indexes, keys, decoding)
+    return TrainingImages(every, keys, len(found) - len(keys), sha256)
 
 
 class StreamedImages:

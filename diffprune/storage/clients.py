@@ -21,7 +21,8 @@ SLOWEST = 1 << 20  # bytes a second; an answer that comes more slowly is asked f
 PATIENCE = 60.0  # seconds that any answer may take
 _PACKAGES = {"s3": "fsspec and s3fs", "gs": "fsspec and gcsfs", "memory": "fsspec"}
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Client:
