@@ -122,11 +122,11 @@ def cluster(
             return
         if levels:
             tree = HierarchicalKMeans([k, *levels], init=init, **options).fit(source.parts, keys=source.keys, talk=talk)
-            kmeans = tree.levels_[0]
+            lowest = tree.levels_[0]
             fitted.update({f"cluster_{i}": a for i, a in enumerate(tree.assignments_[1:], start=2)})
-            fitted.update(cluster=kmeans.assignment, distance=kmeans.distance)
-            about.update(inertia=kmeans.inertia)
-            fitted["centroids"] = kmeans.centroids
+            fitted.update(cluster=lowest.assignment, distance=lowest.distance)
+            about.update(inertia=lowest.inertia)
+            fitted["centroids"] = lowest.centroids
         else:
             start, rounds = (init, options), None
             if engine == "faiss":

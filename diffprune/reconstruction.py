@@ -107,7 +107,7 @@ class ReconstructionMeasure:
         self.images, self.squares, self.decibels, self.nats = 0, 0.0, 0.0, 0.0
         self.moments = LatentMoments()
         self.counts = torch.zeros(model.config.codebook_size, dtype=torch.int64)
-        self.gaussians: tuple[Gaussian, Gaussian] | None = None
+        self.gaussians: list[Gaussian] | None = None
 
     @torch.no_grad()
     def add(self, images: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ class ReconstructionMeasure:
         reconstructions = ((y + 1) * 127.5).round().to(torch.uint8)
         features = [self._features(batch) for batch in (images, reconstructions)]
         if self.gaussians is None:
-            self.gaussians = tuple(Gaussian(block.shape[1], block.device) for block in features)
+            self.gaussians = [Gaussian(block.shape[1], block.device) for block in features]
         for gaussian, block in zip(self.gaussians, features, strict=True):
             gaussian.add(block)
         self.images += len(images)

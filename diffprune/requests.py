@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import pyarrow as pa
 
@@ -125,11 +126,11 @@ class Request:
                     "give `per`"
                 )
             return
-        if self.by is None:
+        if (ranking := self.ranking) is None:
             if not ranked:
                 return
             raise InputError(f"order {self.order!r} ranks a score column: give `by`, one of {_columns_there(table)}")
-        for column in self.ranking.columns:
+        for column in ranking.columns:
             _check_column(table, column)
 
     def _check_groups(self, table: pa.Table) -> None:
@@ -147,6 +148,7 @@ class Request:
 
 def read_quota(quota: str | os.PathLike | Mapping[str, int]) -> dict[str, int]:
     """A quota: a mapping, text such as "0=100,1=50,*=20", or the path of a JSON object; else InputError."""
+    given: Any
     if isinstance(quota, Mapping):
         given, where = quota, "quota"
     elif isinstance(quota, str) and "=" in quota:

@@ -52,6 +52,10 @@ class Client:
 
         return retrying(str(path), request)
 
+    def first(self, path: RemotePath, size: int) -> tuple[bytes, Stat]:
+        """The first ``size`` bytes, fewer of a smaller object, and what ``head`` tells; only where reads are tied."""
+        raise NotImplementedError
+
     def get(self, path: RemotePath, offset: int, size: int, version: str) -> bytes:
         """``size`` bytes from ``offset``, exactly."""
         if size == 0:
