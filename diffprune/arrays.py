@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ from diffprune.tables import (
 TWIN_SUFFIX = ".flip.npy"
 
 
-def write_array(path: str | Path, array: np.ndarray) -> str:
+def write_array(path: str | os.PathLike, array: np.ndarray) -> str:
     """Write a float16 ``.npy`` atomically; returns its ``array_digest``."""
     array = np.ascontiguousarray(array, np.float16)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
@@ -55,15 +55,15 @@ class ArrayFolder:
     ``model_sha256`` that made them, ``latent_scale`` for latents. Rows of failed samples are NaN.
     """
 
-    def __new__(cls, folder: str | Path, kind: str | None = None) -> ArrayFolder:
+    def __new__(cls, folder: str | os.PathLike, kind: str | None = None) -> ArrayFolder:
         from diffprune.clip_retrieval import ClipRetrievalFolder, is_clip_retrieval
 
         return super().__new__(ClipRetrievalFolder if is_clip_retrieval(folder) else cls)
 
-    def __getnewargs__(self) -> tuple[Path]:  # for pickle: what ``__new__`` asks for
+    def __getnewargs__(self) -> tuple[AnyPath]:  # for pickle: what ``__new__`` asks for
         return (self.folder,)
 
-    def __init__(self, folder: str | Path, kind: str | None = None) -> None:
+    def __init__(self, folder: str | os.PathLike, kind: str | None = None) -> None:
         self.folder = as_path(folder)
         stage = read_stage(self.folder)
         self.metadata: dict[str, Any] = {**stage.get("config", {}), **stage.get("metadata", {})}
@@ -157,7 +157,7 @@ class ArrayFolder:
             raise InputError(f"{path}: no such file; make the latents with `diffprune encode --flip-twins`")
         return self._checked(path, stem, by_rows)
 
-    def load(self, kept: str | Path | None = None, dtype: type = np.float32) -> tuple[pa.Table, np.ndarray]:
+    def load(self, kept: str | os.PathLike | None = None, dtype: type = np.float32) -> tuple[pa.Table, np.ndarray]:
         """All rows that are ok, in memory: (table, ``dtype`` [N, ...]), row-aligned, in shard order.
 
         ``kept`` (a kept.parquet) restricts them to its keys; raises InputError if one of them is not here or failed,
@@ -166,15 +166,16 @@ class ArrayFolder:
         table, use = self.used(kept)
         return table.filter(use), self._gathered(self.array, table, use, dtype)
 
-    def load_twins(self, kept: str | Path | None = None, dtype: type = np.float32) -> np.ndarray:
+    def load_twins(self, kept: str | os.PathLike | None = None, dtype: type = np.float32) -> np.ndarray:
         """The mirrored images' rows, aligned with those of ``load``."""
         return self._gathered(self.twins, *self.used(kept), dtype)
 
-    def used(self, kept: str | Path | None = None) -> tuple[pa.Table, pa.ChunkedArray]:
+    def used(self, kept: str | os.PathLike | None = None) -> tuple[pa.Table, pa.ChunkedArray]:
         """The whole table, and which of its rows ``load`` gives."""
         table = self.whole_table()
         use = pc.equal(table["status"], "ok")
         if kept is not None:
+            kept = as_path(kept)
             wanted = kept_keys(kept)
             use = pc.and_(use, pc.is_in(table["key"], value_set=pa.array(sorted(wanted), pa.string())))
             found = pc.sum(use).as_py() or 0

@@ -15,7 +15,7 @@ from diffprune.errors import DiffpruneError, InputError
 from diffprune.latent_scales import LatentMoments
 from diffprune.learner import Objective
 from diffprune.models.embedders import Embedder
-from diffprune.models.kl import build_autoencoder
+from diffprune.models.kl import KLAutoencoder, build_autoencoder
 from diffprune.models.lpips import load_lpips
 from diffprune.models.vqvae import VQVAE
 from diffprune.ranks import Ranks
@@ -30,6 +30,7 @@ class AutoencoderObjective(Objective):
     """Reconstruct images through a codebook, or through Gaussian latents."""
 
     kind = "vqvae"
+    model: VQVAE | KLAutoencoder
     latents = None
 
     def __init__(

@@ -12,6 +12,7 @@ There is no state of a random generator in it: all of training's randomness is a
 from __future__ import annotations
 
 import errno
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -49,7 +50,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def load_dit(
-    checkpoint: str | Path, weights: Literal["ema", "model"] = "ema", device: torch.device | str = "cpu"
+    checkpoint: str | os.PathLike, weights: Literal["ema", "model"] = "ema", device: torch.device | str = "cpu"
 ) -> tuple[DiT, dict[str, Any]]:
     """The DiT of a checkpoint, or of a run folder's last one, and the checkpoint's state.
 
@@ -65,7 +66,7 @@ def load_dit(
 
 
 def load_vqvae(
-    checkpoint: str | Path, device: torch.device | str = "cpu"
+    checkpoint: str | os.PathLike, device: torch.device | str = "cpu"
 ) -> tuple[VQVAE | KLAutoencoder, dict[str, Any]]:
     """The autoencoder of a checkpoint, of a run folder's last one, or of another program, and its state.
 
@@ -85,7 +86,7 @@ def load_vqvae(
     return model, state
 
 
-def load_start(path: str | Path, config: DitConfig, latents: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
+def load_start(path: str | os.PathLike, config: DitConfig, latents: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
     """Weights to begin a DiT's training with, and the sha256 of their file.
 
     Args:
@@ -127,7 +128,7 @@ def load_start(path: str | Path, config: DitConfig, latents: Mapping[str, Any]) 
     return model.state_dict(), state["sha256"]
 
 
-def load_foreign_dit(path: str | Path, config: DitConfig, device: torch.device | str = "cpu") -> DiT:
+def load_foreign_dit(path: str | os.PathLike, config: DitConfig, device: torch.device | str = "cpu") -> DiT:
     """A DiT from another program: ``.safetensors``, ``.pt`` with a state dict or one under "ema", or diffusers' folder.
 
     ``.pt`` files are Python pickles: only tensors and plain containers are accepted (``weights_only=True``), never
@@ -144,7 +145,7 @@ def load_foreign_dit(path: str | Path, config: DitConfig, device: torch.device |
     return read_foreign_dit(path, config)[0].to(device)
 
 
-def read_foreign_dit(path: str | Path, config: DitConfig) -> tuple[DiT, str]:
+def read_foreign_dit(path: str | os.PathLike, config: DitConfig) -> tuple[DiT, str]:
     """The same on the CPU, and the sha256 of the weights' file."""
     path = as_path(path)
     folder = diffusers_dit_folder(path)
@@ -163,7 +164,7 @@ def read_foreign_dit(path: str | Path, config: DitConfig) -> tuple[DiT, str]:
     return filled(lambda: DiT(**asdict(config)), tensors, path), sha256
 
 
-def list_checkpoints(path: str | Path) -> list[AnyPath]:
+def list_checkpoints(path: str | os.PathLike) -> list[AnyPath]:
     """The checkpoints of a run folder by step, or the one that ``path`` is; InputError if there is none."""
     path = as_path(path)
     if (path / STATE_FILE).is_file():
@@ -175,7 +176,7 @@ def list_checkpoints(path: str | Path) -> list[AnyPath]:
     return found
 
 
-def find_checkpoints(run_folder: str | Path) -> list[AnyPath]:
+def find_checkpoints(run_folder: str | os.PathLike) -> list[AnyPath]:
     """The checkpoints of a run folder by step; none if there are none."""
     folder = as_path(run_folder)
     entries = folder.iterdir() if folder.is_dir() else ()
@@ -228,7 +229,7 @@ def checkpoint_path(run_folder: AnyPath, step: int) -> AnyPath:
     return run_folder / f"step_{step:08d}"
 
 
-def keep_weights(checkpoint: Path, weights: str) -> None:
+def keep_weights(checkpoint: AnyPath, weights: str) -> None:
     """Leave of a checkpoint what it is loaded for with these ``weights``; training can't go on from it any more."""
     state = read_state(checkpoint)
     file = f"{weights}.safetensors"
@@ -275,7 +276,7 @@ def read_tensors(checkpoint: AnyPath, state: Mapping[str, Any], name: str, *, ag
 
 
 def _load(
-    checkpoint: str | Path, kind: str, build: Callable[[Any], Model], weights: str, device: torch.device | str
+    checkpoint: str | os.PathLike, kind: str, build: Callable[[Any], Model], weights: str, device: torch.device | str
 ) -> tuple[Model, dict[str, Any]]:
     folder = list_checkpoints(checkpoint)[-1]
     state = read_state(folder)

@@ -10,10 +10,10 @@ made of by ``diffprune embed --model clip-retrieval:FOLDER``. Which model made t
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ UNIT_TOLERANCE = 2e-3
 _STEM = re.compile(r"img_emb_(\d+)")
 
 
-def is_clip_retrieval(folder: str | Path) -> bool:
+def is_clip_retrieval(folder: str | os.PathLike) -> bool:
     """Whether a folder has clip-retrieval's layout, and not one of diffprune's stages in it."""
     folder = as_path(folder)
     return (folder / "img_emb").is_dir() and not (folder / STAGE_FILE).is_file()
@@ -52,7 +52,7 @@ class ClipRetrievalFolder(ArrayFolder):
     L2-normalised: arrays whose rows are not get divided by their lengths, in memory.
     """
 
-    def __init__(self, folder: str | Path, kind: str | None = None) -> None:
+    def __init__(self, folder: str | os.PathLike, kind: str | None = None) -> None:
         self.folder = as_path(folder)
         self._check_kind(kind, "embeddings")
         names = [path.stem for path in (self.folder / "img_emb").glob("*.npy")]
@@ -175,9 +175,9 @@ def _lengths(array: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def bind_embeddings(
-    source: str | Path,
+    source: str | os.PathLike,
     shards: ShardSpec,
-    out: str | Path,
+    out: str | os.PathLike,
     *,
     max_failures: int = MAX_FAILURES,
     dry_run: bool = False,
@@ -232,7 +232,11 @@ def bind_embeddings(
 
     total = sum(len(index.samples) for index in indexes.values())
     inputs = {stem: {**index.identity, "embeddings": array_digest(embeddings(stem))} for stem, index in indexes.items()}
-    options = {"beside": [".npy"], "metadata": {"model_path": str(source)}, "engine": Engine(max_failures=max_failures)}
+    options: dict[str, Any] = {
+        "beside": [".npy"],
+        "metadata": {"model_path": str(source)},
+        "engine": Engine(max_failures=max_failures),
+    }
     stems = list(indexes)
     return run_stage("embed", out, folder.metadata, stems, work, total=total, inputs=inputs, **options, dry_run=dry_run)
 

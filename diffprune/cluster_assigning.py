@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,9 +28,9 @@ from diffprune.tables import BASE_COLUMNS, read_stage
 
 
 def assign_like(
-    like: str | Path,
-    embeddings: str | Path | Sequence[str | Path],
-    out: str | Path,
+    like: str | os.PathLike,
+    embeddings: str | os.PathLike | Sequence[str | os.PathLike],
+    out: str | os.PathLike,
     *,
     memory: int | str | None = None,
     dry_run: bool = False,

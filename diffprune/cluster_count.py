@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from diffprune.kmeans_lloyd import TooFewPointsError
 from diffprune.kmeans_points import open_points
 from diffprune.progress import progress
 from diffprune.reporting.cluster_count import write_page
+from diffprune.storage import as_path
 
 PAGE, VALUES = "choose_k.html", "choose_k.json"
 MINIMUM = 3
@@ -61,8 +62,8 @@ class Advice:
 
 
 def choose_k(
-    embeddings: str | Path | Sequence[str | Path],
-    out: str | Path,
+    embeddings: str | os.PathLike | Sequence[str | os.PathLike],
+    out: str | os.PathLike,
     *,
     ks: str | Sequence[int],
     sample: int = 100_000,
@@ -88,7 +89,7 @@ def choose_k(
             f"choose-k: {wanted[-1]} clusters need a sample of at least {4 * wanted[-1]} embeddings, got {count}; "
             + ("use a larger sample" if count < source.rows else "try fewer clusters")
         )
-    out = Path(out)
+    out = as_path(out)
     if seed < 0:
         raise InputError(f"choose-k: expected a seed of 0 or more, got {seed}")
     if out.exists() and not out.is_dir():
@@ -150,7 +151,7 @@ def measure(
     the stability: k-means on either half of the points, all points assigned by both, their adjusted Rand index (Hubert
     and Arabie 1985), for three divisions into halves. No trial of a k above the number of distinct points in a half.
     """
-    options = {"init": "k-means||", "max_iter": max_iter, "metric": metric}
+    options: dict[str, Any] = {"init": "k-means||", "max_iter": max_iter, "metric": metric}
     rng = np.random.default_rng(seed)
     halves = [torch.from_numpy(rng.permutation(len(points))) for _ in range(REPEATS)]
     looked_at = torch.from_numpy(np.sort(rng.permutation(len(points))[:SILHOUETTE_SAMPLE]))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,11 +36,11 @@ ENGINES = ("diffprune", "faiss")
 
 
 def cluster(
-    embeddings: str | Path | Sequence[str | Path],
-    out: str | Path,
+    embeddings: str | os.PathLike | Sequence[str | os.PathLike],
+    out: str | os.PathLike,
     *,
     k: int | None = None,
-    like: str | Path | None = None,
+    like: str | os.PathLike | None = None,
     levels: Sequence[int] = (),
     seed: int = 0,
     init: str = "k-means||",
@@ -93,7 +93,7 @@ def cluster(
     if (rows := talk.count(source.rows)) < k:
         raise InputError(f"cluster: expected at least k={k} distinct embeddings, got {rows} in all; lower k")
     out = as_path(out)
-    options = {"max_iter": max_iter, "tol": tol, "metric": metric, "seed": seed}
+    options: dict[str, Any] = {"max_iter": max_iter, "tol": tol, "metric": metric, "seed": seed}
     config = {
         "method": "cluster",
         "k": k,
@@ -116,17 +116,17 @@ def cluster(
     def fit() -> None:
         # of a run that was stopped among its tables; all processes have to go the same way
         if not levels and metric == "euclidean" and talk.first([saved.is_file()])[0]:
-            given = {**options, "init": load_centroids(saved)[0], "max_iter": 0}
+            given: dict[str, Any] = {**options, "init": load_centroids(saved)[0], "max_iter": 0}
             kmeans = KMeans(k, **given).fit(source.parts, keys=source.keys, talk=talk)
             fitted.update(cluster=kmeans.assignment_, distance=kmeans.distance_)
             return
         if levels:
             tree = HierarchicalKMeans([k, *levels], init=init, **options).fit(source.parts, keys=source.keys, talk=talk)
-            kmeans = tree.levels_[0]
+            lowest = tree.levels_[0]
             fitted.update({f"cluster_{i}": a for i, a in enumerate(tree.assignments_[1:], start=2)})
-            fitted.update(cluster=kmeans.assignment, distance=kmeans.distance)
-            about.update(inertia=kmeans.inertia)
-            fitted["centroids"] = kmeans.centroids
+            fitted.update(cluster=lowest.assignment, distance=lowest.distance)
+            about.update(inertia=lowest.inertia)
+            fitted["centroids"] = lowest.centroids
         else:
             start, rounds = (init, options), None
             if engine == "faiss":

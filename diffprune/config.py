@@ -14,18 +14,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
 import typing
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import UnionType
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from diffprune.config_autoencoder import LossConfig, VqvaeConfig
 from diffprune.config_checks import as_known, expect
 from diffprune.errors import InputError, short
+from diffprune.storage import as_path
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -230,7 +231,15 @@ _LOSS_BEFORE |= {"lpips_linear": "vgg.pth", "lpips_vgg16": "vgg16-397923af.pth",
 _LOSS_BEFORE |= {"discriminator_channels": 64, "discriminator_layers": 3}
 
 
-def load_config(path: str | Path | None, kind: Literal["vqvae", "dit"], overrides: Iterable[str] = ()) -> Run:
+@overload
+def load_config(path: str | os.PathLike | None, kind: Literal["vqvae"], overrides: Iterable[str] = ()) -> VqvaeRun: ...
+
+
+@overload
+def load_config(path: str | os.PathLike | None, kind: Literal["dit"], overrides: Iterable[str] = ()) -> DitRun: ...
+
+
+def load_config(path: str | os.PathLike | None, kind: Literal["vqvae", "dit"], overrides: Iterable[str] = ()) -> Run:
     """Read a TOML file and apply overrides; what neither names keeps its default.
 
     Args:
@@ -243,7 +252,7 @@ def load_config(path: str | Path | None, kind: Literal["vqvae", "dit"], override
         InputError: no such file, malformed TOML, an unknown section or field, a value of another type or out of
             range; it names the file or override and what was expected.
     """
-    run = _run_type(kind)()
+    run, path = _run_type(kind)(), None if path is None else as_path(path)
     changes: list[Changes] = []
     if path is not None:
         changes.append(_changes(run, read_toml(path), str(path)))
@@ -304,10 +313,11 @@ def _run_type(kind: str) -> type[Run]:
     return _RUNS[kind]
 
 
-def read_toml(path: str | Path) -> dict[str, Any]:
+def read_toml(path: str | os.PathLike) -> dict[str, Any]:
     """A TOML document; InputError that names the file if there is none, or it is malformed."""
+    path = as_path(path)
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such config file") from None
     except (OSError, ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ PUBLISHED_RATE = 1e-4
 
 
 def convert(
-    weights: str | Path,
-    latents: str | Path,
-    out: str | Path,
+    weights: str | os.PathLike,
+    latents: str | os.PathLike,
+    out: str | os.PathLike,
     *,
     config: DitRun,
     predicts: str,
@@ -80,7 +81,7 @@ def convert(
     return {**report, "weights_sha256": sha256}
 
 
-def _name(path: str | Path) -> str:
+def _name(path: str | os.PathLike) -> str:
     """Without folders, and of a URL without what may be a signature."""
     path = as_path(path)
     return (path.resolve() if isinstance(path, Path) else path).name

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -146,7 +146,7 @@ def load_images(
     wanted = None if keys is None else frozenset(keys)
     tables, images = [], []
     for index in index_shards(shards):
-        options = {"strict": strict, "max_pixels": max_pixels, "keys": wanted}
+        options: dict[str, Any] = {"strict": strict, "max_pixels": max_pixels, "keys": wanted}
         for batch in read_batches(index, size=size, channels=channels, **options):
             columns = (batch.labels, batch.uids, batch.errors, batch.notes)
             tables.append(base_table(index.path.name, batch.samples, *columns))

@@ -27,6 +27,7 @@ class DitObjective(Objective):
     """Latents, labels, and the flow matching loss of a DiT on them."""
 
     kind = "dit"
+    model: DiT
 
     def __init__(
         self,
@@ -44,7 +45,7 @@ class DitObjective(Objective):
         self.model = DiT(**asdict(run.model), seed=run.train.seed).to(device)
         self.model.use_ops(self.impl)
         self.keys = keys
-        self.values, self.twins = map(_by_tensors, (values, twins))
+        self.values, self.twins = _by_tensors(values), None if twins is None else _by_tensors(twins)
         self.labels = labels
         self.latents = source
         self.order: BalancedOrder | None = None
@@ -116,6 +117,6 @@ class DitObjective(Objective):
         DiT(**asdict(config))(latent, torch.zeros(1), labels)
 
 
-def _by_tensors(values: np.ndarray | StoredLatents | None) -> Tensor | StoredLatents | None:
+def _by_tensors(values: np.ndarray | StoredLatents) -> Tensor | StoredLatents:
     """What takes and gives rows as tensors."""
     return torch.from_numpy(values) if isinstance(values, np.ndarray) else values

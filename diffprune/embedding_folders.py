@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,8 @@ class EmbeddingFolders:
     Raises InputError for folders of different models, and for a shard that is in two of them.
     """
 
-    def __init__(self, folders: str | Path | Sequence[str | Path]) -> None:
-        paths = [folders] if isinstance(folders, (str, Path)) else list(folders)
+    def __init__(self, folders: str | os.PathLike | Sequence[str | os.PathLike]) -> None:
+        paths = [folders] if isinstance(folders, (str, os.PathLike)) else list(folders)
         if not paths:
             raise InputError("expected at least one folder of embeddings, got none")
         self.opened = [ArrayFolder(path, kind="embeddings") for path in paths]

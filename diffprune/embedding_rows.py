@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ class EmbeddingRows:
     With several processes, ``talk``, each has the rows of its share of the shards: ``parts``, ``keys``, ``rows``.
     """
 
-    def __init__(self, folders: str | Path | Sequence[str | Path], talk: RankTalk = ALONE) -> None:
+    def __init__(self, folders: str | os.PathLike | Sequence[str | os.PathLike], talk: RankTalk = ALONE) -> None:
         self.folders = EmbeddingFolders(folders)
         self.metadata, self.stems = self.folders.metadata, self.folders.stems
         self.fingerprint = self.folders.fingerprint

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -35,8 +35,8 @@ from diffprune.unique_keys import told_twice
 
 def encode(
     shards: ShardSpec,
-    vqvae: str | Path,
-    out: str | Path,
+    vqvae: str | os.PathLike,
+    out: str | os.PathLike,
     *,
     flip_twins: bool = False,
     posterior_seed: int | None = None,
@@ -80,7 +80,7 @@ def encode(
 
 def embed(
     shards: ShardSpec,
-    out: str | Path,
+    out: str | os.PathLike,
     *,
     model: str,
     batch_size: int = 256,
@@ -125,13 +125,13 @@ def embed(
 
 
 def vqvae_network(
-    vqvae: str | Path, device: torch.device, scale: float | None = None, posterior_seed: int | None = None
+    vqvae: str | os.PathLike, device: torch.device, scale: float | None = None, posterior_seed: int | None = None
 ) -> Network:
     """Images -> latents, by an autoencoder as ``encode`` takes it; ``scale``: of its latents if its file has none."""
     model, state = load_vqvae(vqvae, device)
     is_kl = isinstance(model, KLAutoencoder)
     if posterior_seed is not None and not is_kl:
-        raise InputError(f"posterior_seed: {vqvae} is a VQ-VAE, which draws nothing")
+        raise InputError(f"posterior_seed: {as_path(vqvae)} is a VQ-VAE, which draws nothing")
     if posterior_seed is not None and not 0 <= posterior_seed < 2**32:
         raise InputError(f"posterior_seed: expected a number from 0 to 2**32 - 1, got {posterior_seed}")
     if scale is not None:
@@ -153,9 +153,8 @@ def vqvae_network(
             noise = draw_noise(posterior_seed, keys, draw, model.latent_shape, device)
             return model.scaled(model.drawn(images, noise))
 
-    return Network(
-        latents, model.image_size, model.in_channels, head, str(vqvae), device, keyed=posterior_seed is not None
-    )
+    name, keyed = str(as_path(vqvae)), posterior_seed is not None
+    return Network(latents, model.image_size, model.in_channels, head, name, device, keyed=keyed)
 
 
 def with_twins(network: Network) -> Network:
@@ -170,7 +169,7 @@ def with_twins(network: Network) -> Network:
 
 
 def _latents_network(
-    vqvae: str | Path, flip_twins: bool, device: str, scale: float | None, posterior_seed: int | None
+    vqvae: str | os.PathLike, flip_twins: bool, device: str, scale: float | None, posterior_seed: int | None
 ) -> Network:
     network = vqvae_network(vqvae, pick_device(device), scale, posterior_seed)
     return with_twins(network) if flip_twins else network

@@ -8,13 +8,13 @@ torchrun started (``rank_talk``), or in several runs of a part each; the files a
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -59,7 +59,7 @@ def no_failures(table: pa.Table) -> Made:
     return Made(table, [status == "ok" for status in table["status"].to_pylist()])
 
 
-Found = pa.Table | Made
+Found: TypeAlias = "pa.Table | Made"
 
 Work = Callable[[str, Progress], Found]
 
@@ -145,7 +145,7 @@ class TableWriter:
 
 def run_stage(
     name: str,
-    out: str | Path,
+    out: str | os.PathLike,
     config: dict[str, Any],
     shards: Sequence[str],
     work: Work,

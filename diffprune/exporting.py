@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,14 +18,14 @@ from diffprune.errors import InputError, short
 from diffprune.files import atomic_path, open_file
 from diffprune.outputs import KEY_LIST, NPY, Kind, check_output
 from diffprune.progress import progress
-from diffprune.shards import ShardIndex, ShardSpec, index_shards
+from diffprune.shards import ShardIndex, ShardSpec, index_shards, show_spec
 from diffprune.storage import AnyPath, as_path
 from diffprune.tables import read_table, selection_about
 
 
 def export(
-    kept: str | Path,
-    out: str | Path,
+    kept: str | os.PathLike,
+    out: str | os.PathLike,
     *,
     format: str,
     shards: ShardSpec | None = None,
@@ -61,7 +61,7 @@ def export(
     if needs_shards and shards is None:
         raise InputError(f"format {format!r} describes shards: give those that {needs_shards}")
     if shards is not None and not needs_shards:
-        raise InputError(f"format {format!r} needs no shards, got {shards}; leave them out")
+        raise InputError(f"format {format!r} needs no shards, got {show_spec(shards)}; leave them out")
     source = _Source(as_path(kept), index_shards(shards) if shards is not None else [], as_path(out), split)
     check_output(out, kind, [kept, *(index.path for index in source.indexes)])
     content = writes(source)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence, Set
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,7 +16,7 @@ from diffprune.tables import BASE_COLUMNS, STAGE_FILE, column_names, read_table,
 from diffprune.unique_keys import repeated_key
 
 
-def has_extra_columns(path: str | Path) -> bool:
+def has_extra_columns(path: str | os.PathLike) -> bool:
     """Whether this is a parquet file, or a folder of them that no stage wrote, such as img2dataset's."""
     path = as_path(path)
     if path.suffix == ".parquet":
@@ -26,7 +26,7 @@ def has_extra_columns(path: str | Path) -> bool:
     return bool(_files(path))
 
 
-def add_columns(table: pa.Table, paths: Sequence[str | Path], names: Set[str]) -> tuple[pa.Table, list[str]]:
+def add_columns(table: pa.Table, paths: Sequence[str | os.PathLike], names: Set[str]) -> tuple[pa.Table, list[str]]:
     """The table with those of the columns ``names`` that are in the files, and what identifies these columns.
 
     The files' column ``key`` holds sample keys; rows of other samples don't matter. Raises InputError for a file
@@ -35,7 +35,7 @@ def add_columns(table: pa.Table, paths: Sequence[str | Path], names: Set[str]) -
     """
     digests = []
     for path in map(as_path, paths):
-        found = _read(path, names.difference(BASE_COLUMNS))
+        found = _read(path, names - frozenset(BASE_COLUMNS))
         rows = pc.index_in(table["key"], value_set=found["key"].combine_chunks())
         lost = table["key"].filter(pc.and_(pc.is_null(rows), pc.equal(table["status"], "ok")))
         if len(lost):

@@ -31,7 +31,7 @@ def set_writer(name: str) -> None:
 
 
 @contextmanager
-def atomic_path(path: str | Path, *, sync_folder: bool = True) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike, *, sync_folder: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; it becomes ``path`` if the block ends without an exception.
 
     The temporary name is a function of ``path``, so a run that was killed leaves at most one such file, which
@@ -85,7 +85,7 @@ def atomic_file(path: AnyPath, *, buffering: int = -1, sync_folder: bool = True)
 
 
 @contextmanager
-def atomic_dir(path: str | Path, *, last: str | None = None) -> Iterator[Path]:
+def atomic_dir(path: str | os.PathLike, *, last: str | None = None) -> Iterator[Path]:
     """Yield a temporary folder beside ``path``; it becomes ``path`` if the block ends without an exception.
 
     A folder already at ``path`` is replaced. Of a URL the files become objects one by one, in place of those of their
@@ -119,14 +119,14 @@ def atomic_dir(path: str | Path, *, last: str | None = None) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_json(path: str | Path, value: Any) -> None:
+def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write ``value`` as indented JSON with sorted keys, atomically. NaN and infinity are refused."""
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_json(path: str | Path, *, unique: bool = False) -> Any:
+def read_json(path: str | os.PathLike, *, unique: bool = False) -> Any:
     """Read a JSON file; raises InputError that names it if it is missing or malformed (NaN and infinity are no JSON),
     or, where names have to be ``unique``, if an object has one twice."""
 
@@ -147,8 +147,9 @@ def read_json(path: str | Path, *, unique: bool = False) -> Any:
         return int(digits)
 
     hooks = {"object_pairs_hook": mapping if unique else None, "parse_constant": refuse, "parse_int": whole}
+    path = as_path(path)
     try:
-        return json.loads(as_path(path).read_text(encoding="utf-8"), **hooks)
+        return json.loads(path.read_text(encoding="utf-8"), **hooks)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except InputError:  # a ValueError too
@@ -182,7 +183,7 @@ def open_file(path: str | os.PathLike) -> BinaryIO:
     return open(path, "rb")
 
 
-def sha256_file(path: str | Path) -> str:
+def sha256_file(path: str | os.PathLike) -> str:
     """SHA-256 of a file's bytes, as 64 hex digits."""
     digest = hashlib.sha256()
     with open_file(path) as file:
@@ -197,7 +198,7 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _raise_named(error: OSError, path: str | Path) -> None:
+def _raise_named(error: OSError, path: str | os.PathLike) -> None:
     """Name ``path`` where a disk is full or a file too large: a write to an open file says that without a name."""
     if (is_disk_full(error) or error.errno == errno.EFBIG) and error.filename is None:
         raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error

@@ -74,7 +74,7 @@ _READ = {"norm_num_groups", "sample_size", "scaling_factor", "shift_factor"}
 _ONLY = {"act_fn": ("silu", "swish"), "norm_type": ("group",)}
 
 
-def is_foreign_autoencoder(path: str | Path) -> bool:
+def is_foreign_autoencoder(path: str | os.PathLike) -> bool:
     """Whether ``load_foreign_autoencoder`` is to read it: a file, or a folder with a ``config.json``."""
     path, _ = _split(path)
     if isinstance(path, RemotePath):  # which then says that it cannot be one
@@ -85,7 +85,7 @@ def is_foreign_autoencoder(path: str | Path) -> bool:
 
 
 def load_foreign_autoencoder(
-    path: str | Path, device: torch.device | str = "cpu"
+    path: str | os.PathLike, device: torch.device | str = "cpu"
 ) -> tuple[VQVAE | KLAutoencoder, dict[str, Any]]:
     """An autoencoder from another program, in float32 and eval mode, and {"sha256", "path", "format"} of it.
 

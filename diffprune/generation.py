@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -106,9 +106,9 @@ class Sampler:
     @classmethod
     def load(
         cls,
-        checkpoint: str | Path,
-        vqvae: str | Path,
-        coarse: str | Path | None,
+        checkpoint: str | os.PathLike,
+        vqvae: str | os.PathLike,
+        coarse: str | os.PathLike | None,
         coarse_until: float | None,
         weights: str,
         device: torch.device,

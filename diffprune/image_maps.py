@@ -78,7 +78,7 @@ class ImageMap:
     def batches(self, stem: str) -> Iterator[Batch]:
         """Read and decode one shard. Raises InputError if it is not there any more, or not as it was indexed."""
         size, channels, index = self.network.resize, self.network.channels, self.indexes[stem]
-        options = {"strict": self.reading.strict, "max_pixels": self.reading.max_pixels}
+        options: dict[str, Any] = {"strict": self.reading.strict, "max_pixels": self.reading.max_pixels}
         self._check_stamp(stem)
         try:
             yield from read_batches(index, size=size, channels=channels, batch_size=self.batch_size, **options)
@@ -171,7 +171,7 @@ class Network:
         return (self.resize, self.resize) if isinstance(self.resize, int) else self.resize.size
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
+def _stamp(path: AnyPath) -> tuple[int, int] | None:
     """Size and time of change of a file; None of what is no file of this machine's."""
     if not isinstance(path, Path):
         return None
@@ -179,7 +179,7 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     return about.st_size, about.st_mtime_ns
 
 
-def _gone(path: Path) -> InputError:
+def _gone(path: AnyPath) -> InputError:
     return InputError(
         f"{path}: no such shard any more; it was there when this run began. What is finished is kept: bring it back "
         "and run the same command again"
@@ -195,7 +195,7 @@ def spread_images(
     """
     total, start = sum(len(index.samples) for index in indexes), 0
     chosen = {row * total // min(total, count) for row in range(min(total, count))}
-    options = {"size": size, "channels": channels, "batch_size": batch_size}
+    options: dict[str, Any] = {"size": size, "channels": channels, "batch_size": batch_size}
     options |= {"strict": reading.strict, "max_pixels": reading.max_pixels}
     for index in indexes:
         keys = frozenset(key for row, key in enumerate(index.samples.keys, start) if row in chosen)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ class KeptRows:
     sizes: np.ndarray  # [N] int64, bytes
 
     @classmethod
-    def read(cls, kept: str | Path, sources: Sequence[AnyPath]) -> KeptRows:
+    def read(cls, kept: str | os.PathLike, sources: Sequence[AnyPath]) -> KeptRows:
         selection_about(kept)
         table = read_table(kept, ["key", "shard", "offset", "size"])
         if not table.num_rows:
@@ -97,7 +97,7 @@ class KeptRows:
             yield span
 
 
-def check_samples(kept: str | Path, selection: KeptRows, sources: Mapping[AnyPath, Stat]) -> list[int]:
+def check_samples(kept: str | os.PathLike, selection: KeptRows, sources: Mapping[AnyPath, Stat]) -> list[int]:
     """How many samples each shard has; InputError unless each key lies just where the selection says."""
     bounds = np.searchsorted(selection.shards, np.arange(len(sources) + 1))
     counts = []
@@ -131,7 +131,7 @@ def _first_misplaced(samples: SampleList, selection: KeptRows, own: slice) -> in
     return int(wrong.argmax()) if wrong.any() else len(wrong)
 
 
-def _misplaced(kept: str | Path, index: ShardIndex, selection: KeptRows, row: int) -> InputError:
+def _misplaced(kept: str | os.PathLike, index: ShardIndex, selection: KeptRows, row: int) -> InputError:
     key, offset, size = selection.keys[row], int(selection.offsets[row]), int(selection.sizes[row])
     path, samples = index.path, index.samples
     sample = next((other for other in samples if other.key == key), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from operator import index
 from pathlib import Path
@@ -134,7 +135,7 @@ class KMeans(Clusterer):
         weights: Tensor | np.ndarray | Sequence[float] | None = None,
         keys: Sequence[str] | None = None,
         talk: RankTalk = ALONE,
-        rounds: str | Path | None = None,
+        rounds: str | os.PathLike | None = None,
     ) -> KMeans:
         """Cluster ``points``; returns self.
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ def open_points(points: Any, *, metric: str, memory: int | None = None, name: st
     and paths of ``.npy`` files, each [n, D], is read by blocks of at most ``memory`` bytes, and held whole if it fits.
     Raises InputError for another kind, rank or dtype.
     """
-    if isinstance(points, (np.memmap, str, Path)):
+    if isinstance(points, (np.memmap, str, os.PathLike)):
         points = [points]
     if isinstance(points, (list, tuple)):
         parts = [_open_part(name, part) for part in points]
@@ -264,7 +264,7 @@ def refuse_rows(name: str, rows: Sequence[int], total: int, why: str, keys: Sequ
 def _open_part(name: str, part: Any) -> Part:
     if isinstance(part, Part):
         return part
-    if isinstance(part, (str, Path)):
+    if isinstance(part, (str, os.PathLike)):
         try:
             part = RowFile(part)
         except (OSError, ValueError, EOFError) as error:

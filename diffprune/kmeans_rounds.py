@@ -35,7 +35,7 @@ class Rounds:
         self._committed, self._took = time.monotonic(), 0.0
 
     def is_there(self) -> bool:
-        return self.talk.first([self.path.is_file()])[0]
+        return bool(self.talk.first([self.path.is_file()])[0])
 
     def load(self, device: torch.device) -> Round:
         """Raises InputError for a file that is damaged."""

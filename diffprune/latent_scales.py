@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from diffprune.errors import InputError
 from diffprune.foreign_autoencoders import is_foreign_autoencoder
 from diffprune.image_maps import Reading, spread_images
 from diffprune.models.autoencoder import Autoencoder
-from diffprune.shards import ShardSpec, index_shards
+from diffprune.shards import ShardSpec, index_shards, show_spec
 
 SCALE_IMAGES = 1000
 # Of the scale of a published autoencoder: another batch size or device, and the same latents folder goes on.
@@ -50,7 +50,9 @@ class LatentMoments:
         return variance**-0.5
 
 
-def missing_latent_scale(vqvae: str | Path, shards: ShardSpec, device: torch.device, reading: Reading) -> float | None:
+def missing_latent_scale(
+    vqvae: str | os.PathLike, shards: ShardSpec, device: torch.device, reading: Reading
+) -> float | None:
     """The scale of an autoencoder whose file has none, measured on these shards; None where it has one."""
     if not is_foreign_autoencoder(vqvae):
         return None
@@ -69,5 +71,7 @@ def measured_latent_scale(model: Autoencoder, shards: ShardSpec, device: torch.d
         with torch.inference_mode(), full_float32():
             moments.add(model.latents(torch.from_numpy(images).to(device).float() / 127.5 - 1))
     if not moments.number:
-        raise InputError(f"{shards}: expected images to measure the latents' scale on, found none that can be decoded")
+        raise InputError(
+            f"{show_spec(shards)}: expected images to measure the latents' scale on, found none that can be decoded"
+        )
     return float(f"{moments.scale:.{SCALE_DIGITS}g}")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from copy import copy
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,8 @@ from diffprune.prefetch import Prefetch
 from diffprune.progress import progress
 from diffprune.rank_talk import environment_number
 from diffprune.ranks import Ranks
-from diffprune.shards import ShardIndex, ShardSpec
+from diffprune.shards import ShardIndex, ShardSpec, show_spec
+from diffprune.storage import as_path
 from diffprune.tables import BASE_SCHEMA_IN_MEMORY, base_table, kept_keys
 
 _SHARDS_KEPT = 2  # in memory: the one that is scored and the one that is read ahead
@@ -49,7 +50,7 @@ class LiveLatents:
     def __init__(
         self,
         shards: ShardSpec,
-        vqvae: str | Path,
+        vqvae: str | os.PathLike,
         *,
         batch_size: int = 256,
         device: str = "auto",
@@ -59,7 +60,7 @@ class LiveLatents:
         reading = Reading(strict_decode, max_pixels)
         scale = missing_latent_scale(vqvae, shards, pick_device(device), reading)
         self._about = vqvae, device, scale, batch_size, reading
-        self.folder = shards if isinstance(shards, (str, Path)) else ", ".join(map(str, shards))  # for messages
+        self.folder = show_spec(shards)  # for messages
         self._begin(shards)
 
     def _begin(self, shards: ShardSpec | None, indexed: Sequence[Indexed] | None = None) -> None:
@@ -102,7 +103,7 @@ class LiveLatents:
         return {stem: self.identity(stem) for stem in self.stems}
 
     def load(
-        self, kept: str | Path | None = None, *, twins: bool = False, ranks: Ranks | None = None
+        self, kept: str | os.PathLike | None = None, *, twins: bool = False, ranks: Ranks | None = None
     ) -> tuple[pa.Table, np.ndarray, np.ndarray | None]:
         """All rows that are ok, in memory, in shard order: (table, float16 [N, C, H, W], with ``twins`` their mirrors).
 
@@ -112,6 +113,7 @@ class LiveLatents:
         ``kept`` is not here or fails, if the processes see different data, or if the rows do not fit into memory.
         """
         ranks = ranks or Ranks()
+        kept = None if kept is None else as_path(kept)
         images, wanted = copy(self._images), None if kept is None else kept_keys(kept)
         if wanted is not None:
             images.indexes = {stem: index.only(wanted) for stem, index in images.indexes.items()}

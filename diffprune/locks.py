@@ -28,7 +28,7 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 @contextmanager
-def folder_lock(out: str | Path, *, shared: bool = False) -> Iterator[int]:
+def folder_lock(out: str | os.PathLike, *, shared: bool = False) -> Iterator[int]:
     """Hold ``out``, which is made if it is not there; yields the lock's descriptor.
 
     Exclusive, or ``shared`` by the parts of one run, which then claim their shards one by one. A process that has a
@@ -57,7 +57,7 @@ def folder_lock(out: str | Path, *, shared: bool = False) -> Iterator[int]:
 
 
 @contextmanager
-def shard_claim(out: str | Path, stem: str) -> Iterator[None]:
+def shard_claim(out: str | os.PathLike, stem: str) -> Iterator[None]:
     """Hold one shard of ``out``; raises BusyError if another process does."""
     message = (
         f"{out}: shard {stem} is being done by %s: parts of one run must not overlap; what is finished is kept, and "

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,8 +49,8 @@ class PackedSample:
 
 
 def pack(
-    source: str | Path,
-    out: str | Path,
+    source: str | os.PathLike,
+    out: str | os.PathLike,
     *,
     prefix: str | None = None,
     shard_size: int = 1000,
@@ -177,7 +177,7 @@ def _write_all(packer: _Packer, tasks: list[Task], workers: int, lock: int) -> N
 
 def write_shards(
     samples: Iterable[PackedSample],
-    out: str | Path,
+    out: str | os.PathLike,
     *,
     prefix: str,
     shard_size: int = 1000,
@@ -208,7 +208,7 @@ def write_shards(
     return paths
 
 
-def write_shard(path: str | Path, samples: Iterable[PackedSample]) -> None:
+def write_shard(path: str | os.PathLike, samples: Iterable[PackedSample]) -> None:
     """Write one tar, atomically. Keys must differ: that is the caller's to check."""
     with atomic_file(as_path(path)) as file:
         for sample in samples:
@@ -222,7 +222,7 @@ def write_shard(path: str | Path, samples: Iterable[PackedSample]) -> None:
         file.write(bytes(2 * BLOCK))
 
 
-def shard_paths(out: str | Path, prefix: str, count: int, shard_size: int) -> list[AnyPath]:
+def shard_paths(out: str | os.PathLike, prefix: str, count: int, shard_size: int) -> list[AnyPath]:
     """The shards that ``count`` samples fill; raises InputError if the prefix or size cannot be used."""
     check_prefix(prefix)
     if shard_size < 1:
@@ -296,7 +296,7 @@ def _packed(image: SourceImage, decoding: Decoding, class_names: Sequence[str]) 
 
 
 def _checked(
-    samples: Iterable[PackedSample], out: str | Path, prefix: str, shard_size: int, count: int | None
+    samples: Iterable[PackedSample], out: str | os.PathLike, prefix: str, shard_size: int, count: int | None
 ) -> Iterator[PackedSample]:
     """The samples themselves; raises in their midst, so that the shard being written is not committed."""
     places: dict[str, int] = {}
@@ -321,7 +321,7 @@ def _encoder() -> str:
     return f"pillow {PIL.__version__}, zlib {zlib.ZLIB_RUNTIME_VERSION}"
 
 
-def _shard_path(out: str | Path, prefix: str, number: int) -> AnyPath:
+def _shard_path(out: str | os.PathLike, prefix: str, number: int) -> AnyPath:
     return as_path(out) / f"{prefix}-{number:06d}.tar"
 
 

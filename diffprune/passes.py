@@ -430,12 +430,11 @@ class Passes:
             return BatchSize.MINIMUM
         network, draws = self.surrogate.network(-1), self.plan.draws
         parameters = {name: p.detach() for name, p in network.model.named_parameters() if p.requires_grad}
-        costly = {"norms": "grand" in self.plan.methods}
-        costly |= {"direction": parameters if "moso" in self.plan.methods else None}
+        norms, direction = "grand" in self.plan.methods, parameters if "moso" in self.plan.methods else None
 
         def attempt(rows: int) -> None:
             places = torch.arange(max(1, rows // draws.count), device=some.hashes.device) % len(some)
-            visit(network, some.take(places), draws, BatchSize(rows, minimum=rows), **costly)
+            visit(network, some.take(places), draws, BatchSize(rows, minimum=rows), norms=norms, direction=direction)
 
         memory = self._memory
         if self.engine.workers and not memory:

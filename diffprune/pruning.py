@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -28,9 +29,9 @@ BESIDE = ("classes.json", "_info.json", "index.json", ".nv-meta")
 
 
 def prune(
-    kept: str | Path,
+    kept: str | os.PathLike,
     shards: ShardSpec,
-    out: str | Path,
+    out: str | os.PathLike,
     *,
     shard_size: int | None = None,
     prefix: str | None = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+import os
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from diffprune.models.kl import KLAutoencoder, normal_divergence
 from diffprune.models.vqvae import VQVAE
 from diffprune.outputs import PNG, Kind, check_output
 from diffprune.progress import progress
-from diffprune.shards import ShardSpec, index_shards
+from diffprune.shards import ShardSpec, index_shards, show_spec
 
 RECONSTRUCTION_IMAGES = 10_000
 # Without an encoder the Fréchet distance is that of pixels, averaged down to this many rows and columns.
@@ -35,12 +35,12 @@ GRID_PAIRS = 50
 
 def reconstruct(
     shards: ShardSpec,
-    vqvae: str | Path,
+    vqvae: str | os.PathLike,
     *,
     encoder: str | None = None,
     limit: int = RECONSTRUCTION_IMAGES,
-    out: str | Path | None = None,
-    grid: str | Path | None = None,
+    out: str | os.PathLike | None = None,
+    grid: str | os.PathLike | None = None,
     batch_size: int = 32,
     device: str = "auto",
     strict_decode: bool = True,
@@ -88,7 +88,7 @@ def reconstruct(
                 shown += [np.stack(pair) for pair in zip(images, reconstructions, strict=True)]
             bar.advance(len(images))
     if not measure.images:
-        raise InputError(f"{shards}: expected images to reconstruct, found none that can be decoded")
+        raise InputError(f"{show_spec(shards)}: expected images to reconstruct, found none that can be decoded")
     result = {**head, **measure.result(), "failed": asked - measure.images, "device": str(chosen)}
     if grid is not None:
         _write_pairs(grid, shown[:GRID_PAIRS])
@@ -107,7 +107,7 @@ class ReconstructionMeasure:
         self.images, self.squares, self.decibels, self.nats = 0, 0.0, 0.0, 0.0
         self.moments = LatentMoments()
         self.counts = torch.zeros(model.config.codebook_size, dtype=torch.int64)
-        self.gaussians: tuple[Gaussian, Gaussian] | None = None
+        self.gaussians: list[Gaussian] | None = None
 
     @torch.no_grad()
     def add(self, images: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ class ReconstructionMeasure:
         reconstructions = ((y + 1) * 127.5).round().to(torch.uint8)
         features = [self._features(batch) for batch in (images, reconstructions)]
         if self.gaussians is None:
-            self.gaussians = tuple(Gaussian(block.shape[1], block.device) for block in features)
+            self.gaussians = [Gaussian(block.shape[1], block.device) for block in features]
         for gaussian, block in zip(self.gaussians, features, strict=True):
             gaussian.add(block)
         self.images += len(images)
@@ -189,7 +189,7 @@ def _fitted(images: Tensor, embedder: Embedder) -> Tensor:
     return torch.from_numpy(fitted).permute(0, 3, 1, 2).contiguous().to(images.device)
 
 
-def _write_pairs(path: str | Path, pairs: list[np.ndarray]) -> None:
+def _write_pairs(path: str | os.PathLike, pairs: list[np.ndarray]) -> None:
     """Rows of 10 images, each above a row of their reconstructions."""
     from diffprune.sampling import write_grid
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
 from diffprune.errors import InputError
 from diffprune.expressions import By, parse_by
 from diffprune.files import read_json
+from diffprune.storage import as_path
 from diffprune.tables import BASE_COLUMNS, score_columns
 
 NEEDS = {  # what each order works on
@@ -126,11 +128,11 @@ class Request:
                     "give `per`"
                 )
             return
-        if self.by is None:
+        if (ranking := self.ranking) is None:
             if not ranked:
                 return
             raise InputError(f"order {self.order!r} ranks a score column: give `by`, one of {_columns_there(table)}")
-        for column in self.ranking.columns:
+        for column in ranking.columns:
             _check_column(table, column)
 
     def _check_groups(self, table: pa.Table) -> None:
@@ -146,8 +148,9 @@ class Request:
             raise InputError("quota and shares are of groups: give `per`, such as label or cluster")
 
 
-def read_quota(quota: str | Path | Mapping[str, int]) -> dict[str, int]:
+def read_quota(quota: str | os.PathLike | Mapping[str, int]) -> dict[str, int]:
     """A quota: a mapping, text such as "0=100,1=50,*=20", or the path of a JSON object; else InputError."""
+    given: Any
     if isinstance(quota, Mapping):
         given, where = quota, "quota"
     elif isinstance(quota, str) and "=" in quota:
@@ -157,7 +160,7 @@ def read_quota(quota: str | Path | Mapping[str, int]) -> dict[str, int]:
             raise InputError(f"quota {quota!r}: group {twice[0]!r} stands in it twice")
         given, where = {n: _whole(v.strip()) for n, (_, _, v) in zip(names, pairs, strict=True)}, f"quota {quota!r}"
     else:
-        given, where = read_json(quota, unique=True), f"{quota}"
+        given, where = read_json(quota, unique=True), f"{as_path(quota)}"
     if not isinstance(given, Mapping) or not given:
         raise InputError(f'{where}: expected numbers by group, such as 0=100,1=50 or {{"0": 100, "1": 50}}')
     for name, value in given.items():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ def select_rows(
     within: str = "nearest",
     per: str | None = None,
     shares: str = "proportional",
-    quota: str | Path | Mapping[str, int] | None = None,
+    quota: str | os.PathLike | Mapping[str, int] | None = None,
     dedup: float | None = None,
     dedup_keep: str = "farthest",
     device: str = "auto",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ class SampleGrids:
     """
 
     def __init__(
-        self, config: DitConfig, latents: Mapping[str, Any], vqvae: str | Path, device: torch.device, seed: int
+        self, config: DitConfig, latents: Mapping[str, Any], vqvae: str | os.PathLike, device: torch.device, seed: int
     ) -> None:
         with torch.device("meta"):
             dit = DiT(**asdict(config)).eval()

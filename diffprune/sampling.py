@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
@@ -37,9 +38,9 @@ GRID_IMAGES = 100
 
 
 def sample(
-    checkpoint: str | Path,
-    vqvae: str | Path,
-    out: str | Path | None,
+    checkpoint: str | os.PathLike,
+    vqvae: str | os.PathLike,
+    out: str | os.PathLike | None,
     *,
     count: int,
     steps: int | None = None,
@@ -48,7 +49,7 @@ def sample(
     atol: float | None = None,
     guidance: float = 1.0,
     guidance_channels: int | None = None,
-    coarse: str | Path | None = None,
+    coarse: str | os.PathLike | None = None,
     coarse_until: float | None = None,
     labels: str | Sequence[int] = "uniform",
     seed: int = 0,
@@ -56,7 +57,7 @@ def sample(
     shard_size: int = 1000,
     weights: Literal["ema", "model"] = "ema",
     precision: Literal["float32", "bf16"] = "float32",
-    grid: str | Path | None = None,
+    grid: str | os.PathLike | None = None,
     device: str = "auto",
     workers: int = 1,
     part: str | None = None,
@@ -164,7 +165,7 @@ def grid_columns(count: int, classes: int) -> int:
     return classes if 0 < classes <= 20 else math.ceil(math.sqrt(count))
 
 
-def write_grid(path: str | Path, images: np.ndarray, columns: int) -> None:
+def write_grid(path: str | os.PathLike, images: np.ndarray, columns: int) -> None:
     """Write uint8 [N, C, H, W] as one PNG, row by row, with a margin of 2 gray pixels."""
     count, channels, height, width = images.shape
     rows = -(-count // columns)

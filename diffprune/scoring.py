@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,9 +43,9 @@ METHODS = ("random", "loss", "el2n", "grand", "moso", "monotonicity")
 
 
 def score(
-    latents: str | Path | Latents,
-    checkpoints: str | Path | Sequence[str | Path],
-    out: str | Path,
+    latents: str | os.PathLike | Latents,
+    checkpoints: str | os.PathLike | Sequence[str | os.PathLike],
+    out: str | os.PathLike,
     *,
     methods: str | Sequence[str] = ("loss", "el2n", "grand"),
     seed: int = 0,

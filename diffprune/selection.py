@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,8 +32,8 @@ _PLACE = ("key", "shard", "index", "offset", "size", "uid")
 
 
 def select(
-    scores: str | Path | Sequence[str | Path],
-    out: str | Path,
+    scores: str | os.PathLike | Sequence[str | os.PathLike],
+    out: str | os.PathLike,
     *,
     by: str | None = None,
     order: str = "highest",
@@ -45,10 +44,10 @@ def select(
     within: str = "nearest",
     per: str | None = None,
     shares: str = "proportional",
-    quota: str | Path | Mapping[str, int] | None = None,
+    quota: str | os.PathLike | Mapping[str, int] | None = None,
     dedup: float | None = None,
     dedup_keep: str = "farthest",
-    embeddings: str | Path | Sequence[str | Path] | None = None,
+    embeddings: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
     device: str = "auto",
     dry_run: bool = False,
 ) -> dict[str, Any]:
@@ -83,7 +82,7 @@ def select(
             none, or an ``out`` that is no selection.
     """
     out = as_path(out)
-    given = [scores] if isinstance(scores, (str, Path)) else list(scores)
+    given = [scores] if isinstance(scores, (str, os.PathLike)) else list(scores)
     extra = [path for path in given if has_extra_columns(path)]
     folders = [path for path in given if path not in extra]
     quota = None if quota is None else read_quota(quota)
@@ -140,7 +139,7 @@ def _planned(table: pa.Table, request: Request, count: int | None, device: str) 
 
 def _settings(request: Request) -> dict[str, Any]:
     """The arguments that made a difference, for metadata and report."""
-    settings = {
+    settings: dict[str, Any] = {
         # of near-duplicates left out, and no more, there is none
         "order": request.order if request.by is not None or "by" not in NEEDS[request.order] else None,
         "by": request.by,
@@ -202,7 +201,9 @@ def resolve_count(
     return count
 
 
-def _open_embeddings(folders: str | Path | Sequence[str | Path] | None, request: Request) -> EmbeddingFolders | None:
+def _open_embeddings(
+    folders: str | os.PathLike | Sequence[str | os.PathLike] | None, request: Request
+) -> EmbeddingFolders | None:
     needed = request.needs_embeddings
     if folders is not None:
         if needed is None:

@@ -101,11 +101,11 @@ def find_shards(spec: ShardSpec, dangling: list[Path] | None = None) -> dict[Any
         paths = [path for one in specs for path in _expand(os.fspath(one))]
     except RecursionError:
         raise InputError(
-            f"{_show(specs)}: a list of shards that leads back to itself; expected .tar files in it"
+            f"{show_spec(specs)}: a list of shards that leads back to itself; expected .tar files in it"
         ) from None
     if not paths:
         raise InputError(
-            f"{_show(specs)}: no shards; expected a brace pattern, a glob, a folder with .tar files or a list file"
+            f"{show_spec(specs)}: no shards; expected a brace pattern, a glob, a folder with .tar files or a list file"
         )
     there = stats(paths)
     missing = [path for path in paths if path not in there]
@@ -114,7 +114,8 @@ def find_shards(spec: ShardSpec, dangling: list[Path] | None = None) -> dict[Any
         lost = set(dangling)
         missing, paths = ([path for path in some if path not in lost] for some in (missing, paths))
     if missing:
-        raise InputError(f"{missing[0]}: no such shard ({len(missing)} of {len(paths)} of {_show(specs)} are missing)")
+        where = f"{len(missing)} of {len(paths)} of {show_spec(specs)} are missing"
+        raise InputError(f"{missing[0]}: no such shard ({where})")
     seen: dict[str, AnyPath] = {}
     for path in paths:
         if (other := seen.get(path.stem)) is not None:
@@ -285,6 +286,13 @@ class ShardReader:
         return data
 
 
+def show_spec(spec: ShardSpec) -> str:
+    """For messages: the first three, without what may be a signature."""
+    specs = [spec] if isinstance(spec, (str, os.PathLike)) else spec
+    shown = [str(as_path(one)) if "?" in one and "://" in one else one for one in (os.fspath(s) for s in specs[:3])]
+    return ", ".join(shown) + (", …" if len(specs) > 3 else "")
+
+
 def index_shard(path: str | os.PathLike, about: Stat | None = None) -> ShardIndex:
     """Index one shard by its headers, see ``tar_index``. Damage is reported in the result, not raised.
 
@@ -394,8 +402,3 @@ def _read_list(path: AnyPath) -> list[AnyPath]:
 def _is_whole(name: str) -> bool:
     """Whether a list's line says by itself where the shard is."""
     return os.path.isabs(name) or "://" in name
-
-
-def _show(specs: list[str | os.PathLike]) -> str:
-    shown = [str(as_path(spec)) if "?" in spec and "://" in spec else spec for spec in map(os.fspath, specs[:3])]
-    return ", ".join(shown) + (", …" if len(specs) > 3 else "")

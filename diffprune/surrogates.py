@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ import torch
 from diffprune.checkpoints import list_checkpoints, load_dit, read_state
 from diffprune.errors import InputError
 from diffprune.scores.batches import PREDICTS, Network
+from diffprune.storage import AnyPath
 
 PRECISIONS = ("float32", "bf16")
 
@@ -30,7 +30,7 @@ class Surrogate:
 
     def __init__(
         self,
-        checkpoints: str | Path | Sequence[str | Path],
+        checkpoints: str | os.PathLike | Sequence[str | os.PathLike],
         weights: str,
         device: torch.device,
         *,
@@ -96,7 +96,7 @@ class Surrogate:
             return None
         return [[state["total_steps"], rate] for state, rate in zip(self.states, self.rates, strict=True)]
 
-    def _load(self, path: Path) -> tuple[Network, dict[str, Any]]:
+    def _load(self, path: AnyPath) -> tuple[Network, dict[str, Any]]:
         if self._loaded is None or self._loaded[1]["path"] != str(path):
             self._loaded = None  # before the next one is there
             model, state = load_dit(path, weights=self._weights, device=self.device)
@@ -112,7 +112,7 @@ class Surrogate:
         return found
 
 
-def _checked_rates(learning_rates: Sequence[float], paths: Sequence[Path]) -> list[float]:
+def _checked_rates(learning_rates: Sequence[float], paths: Sequence[AnyPath]) -> list[float]:
     rates = [float(rate) for rate in learning_rates]
     if len(rates) == 1:
         rates *= len(paths)

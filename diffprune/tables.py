@@ -89,7 +89,7 @@ def base_table(
     return pa.Table.from_arrays(arrays, schema=BASE_SCHEMA_IN_MEMORY)
 
 
-def write_table(path: str | Path, table: pa.Table, metadata: dict[str, Any]) -> None:
+def write_table(path: str | os.PathLike, table: pa.Table, metadata: dict[str, Any]) -> None:
     """Write a table atomically with ``metadata`` (JSON) in its schema; field metadata is kept."""
     encoded = json.dumps(metadata, sort_keys=True, allow_nan=False).encode()
     table = _in_file(table)
@@ -107,14 +107,14 @@ def _in_file(table: pa.Table) -> pa.Table:
         return pa.concat_tables([piece.take(pa.array(range(len(piece)), pa.int64())).cast(schema) for piece in pieces])
 
 
-def table_metadata(table: pa.Table | str | Path) -> dict[str, Any]:
+def table_metadata(table: pa.Table | str | os.PathLike) -> dict[str, Any]:
     """The metadata that ``write_table`` stored; InputError if there is none."""
     if isinstance(table, pa.Table):
         return _metadata(table.schema, "table")
     return _metadata(_schema(table), table)
 
 
-def _metadata(schema: pa.Schema, where: str | Path) -> dict[str, Any]:
+def _metadata(schema: pa.Schema, where: str | os.PathLike) -> dict[str, Any]:
     raw = (schema.metadata or {}).get(METADATA_KEY)
     if raw is None:
         raise InputError(f"{where}: not a table of diffprune's (its schema metadata has no 'diffprune')")
@@ -128,7 +128,7 @@ def _metadata(schema: pa.Schema, where: str | Path) -> dict[str, Any]:
 
 
 def read_table(
-    path: str | Path, columns: list[str] | None = None, *, threads: bool = True, foreign: bool = False
+    path: str | os.PathLike, columns: list[str] | None = None, *, threads: bool = True, foreign: bool = False
 ) -> pa.Table:
     """Read one parquet file; InputError that names it if it is missing, malformed or lacks a column.
 
@@ -148,7 +148,7 @@ def read_table(
         return table
 
 
-def _check_columns(path: str | Path, schema: pa.Schema, foreign: bool) -> None:
+def _check_columns(path: str | os.PathLike, schema: pa.Schema, foreign: bool) -> None:
     twice = [name for name, count in Counter(schema.names).items() if count > 1]
     if twice:
         raise InputError(f"{as_path(path)}: column {twice[0]!r} stands in it twice")
@@ -160,12 +160,12 @@ def _check_columns(path: str | Path, schema: pa.Schema, foreign: bool) -> None:
             raise InputError(f"{as_path(path)}: {field.name}: expected {what}, found {found}")
 
 
-def column_names(path: str | Path) -> list[str]:
+def column_names(path: str | os.PathLike) -> list[str]:
     """The columns of one parquet file, of diffprune's or not; InputError as ``read_table``."""
     return _schema(path).names
 
 
-def read_folder(folder: str | Path, columns: list[str] | None = None, *, seen: Seen | None = None) -> pa.Table:
+def read_folder(folder: str | os.PathLike, columns: list[str] | None = None, *, seen: Seen | None = None) -> pa.Table:
     """The tables of one folder, concatenated in shard order. All its shards must be finished.
 
     ``seen`` is told each shard's table, as what else is asked of it is another request.
@@ -203,7 +203,7 @@ def check_finished(folder: AnyPath, stems: Sequence[str]) -> None:
         )
 
 
-def _stage_fingerprint(folder: str | Path, inputs: Sequence[Mapping[str, Any]]) -> str | None:
+def _stage_fingerprint(folder: str | os.PathLike, inputs: Sequence[Mapping[str, Any]]) -> str | None:
     """What tells a folder of tables from others: its run's fingerprint, and what its shards were, if the tables say so.
 
     Of a folder of clip-retrieval its content; None where it says nothing of itself.
@@ -251,9 +251,7 @@ def _first_schema(folder: AnyPath) -> pa.Schema:
     return _schema(folder / f"{stems[0]}.parquet") if stems else BASE_SCHEMA
 
 
-def _read_shards(
-    folder: AnyPath, columns: Sequence[str] | Set[str] | None = None, seen: Seen | None = None
-) -> pa.Table:
+def _read_shards(folder: AnyPath, columns: list[str] | Set[str] | None = None, seen: Seen | None = None) -> pa.Table:
     """Of a set of ``columns`` those that are there."""
     if isinstance(columns, Set):
         columns = [name for name in _first_schema(folder).names if name in columns]
@@ -276,13 +274,13 @@ def _read_shards(
     return table.replace_schema_metadata(tables[0].schema.metadata)
 
 
-def _check_unique(table: pa.Table, folder: str | Path) -> None:
+def _check_unique(table: pa.Table, folder: str | os.PathLike) -> None:
     if "key" in table.column_names and (twice := repeated_key(table["key"])) is not None:
         raise InputError(f"{folder}: key {twice!r} stands in it twice; keys must be unique over all shards")
 
 
 def read_tables(
-    folders: str | Path | Sequence[str | Path],
+    folders: str | os.PathLike | Sequence[str | os.PathLike],
     columns: list[str] | None = None,
     *,
     fingerprints: list[str | None] | None = None,
@@ -300,7 +298,7 @@ def read_tables(
         raise InputError(f"{', '.join(map(str, paths))}: no column {missing[0]!r}; there are {there}")
     wanted = None if columns is None else {*BASE_COLUMNS, *columns}
 
-    def read(path: str | Path) -> pa.Table:
+    def read(path: str | os.PathLike) -> pa.Table:
         inputs: list[dict[str, Any]] = []
 
         def seen(stem: str, table: pa.Table) -> None:
@@ -321,13 +319,13 @@ def read_tables(
     return result
 
 
-def table_header(folders: str | Path | Sequence[str | Path]) -> pa.Table:
+def table_header(folders: str | os.PathLike | Sequence[str | os.PathLike]) -> pa.Table:
     """What ``read_tables`` gives, without a row. Raises InputError if two folders hold the same column."""
     paths = [folders] if isinstance(folders, (str, os.PathLike)) else list(folders)
     if not paths:
         raise InputError("expected at least one folder of score tables, got none")
     fields: dict[str, pa.Field] = {}
-    holder: dict[str, str | Path] = {}
+    holder: dict[str, str | os.PathLike] = {}
     for path in paths:
         for field in _first_schema(as_path(path)):
             if field.name not in BASE_COLUMNS and field.name in fields:
@@ -343,7 +341,7 @@ def score_columns(table: pa.Table) -> list[str]:
     return [name for name in table.column_names if name not in BASE_COLUMNS]
 
 
-def read_stage(folder: str | Path) -> dict[str, Any]:
+def read_stage(folder: str | os.PathLike) -> dict[str, Any]:
     """What a stage wrote about itself into its folder: stage, version, fingerprint, config, shards."""
     path = as_path(folder) / STAGE_FILE
     if not path.is_file():
@@ -360,7 +358,7 @@ def read_stage(folder: str | Path) -> dict[str, Any]:
     return stage
 
 
-def selection_about(path: str | Path) -> dict[str, Any]:
+def selection_about(path: str | os.PathLike) -> dict[str, Any]:
     """What a selection's metadata says; {} of one made by hand. InputError for a table in the folder of its stage."""
     if METADATA_KEY not in (_schema(path).metadata or {}):
         return {}
@@ -373,20 +371,20 @@ def selection_about(path: str | Path) -> dict[str, Any]:
     return {}  # rows of such a table that were chosen by hand
 
 
-def kept_keys(path: str | Path) -> frozenset[str]:
+def kept_keys(path: str | os.PathLike) -> frozenset[str]:
     """The keys of a selection (kept.parquet)."""
     selection_about(path)
     return frozenset(read_table(path, ["key"])["key"].to_pylist())
 
 
-def _clip_retrieval(folder: str | Path) -> ClipRetrievalFolder | None:
+def _clip_retrieval(folder: str | os.PathLike) -> ClipRetrievalFolder | None:
     """The folder as clip-retrieval wrote it, if it did."""
     from diffprune.clip_retrieval import ClipRetrievalFolder, is_clip_retrieval
 
     return ClipRetrievalFolder(folder) if is_clip_retrieval(folder) else None
 
 
-def _join(left: pa.Table, right: pa.Table, left_path: str | Path, right_path: str | Path) -> pa.Table:
+def _join(left: pa.Table, right: pa.Table, left_path: str | os.PathLike, right_path: str | os.PathLike) -> pa.Table:
     if not left["key"].equals(right["key"]):
         _check_unique(right, right_path)
         rows = pc.index_in(left["key"], value_set=right["key"].combine_chunks())

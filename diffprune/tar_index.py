@@ -67,6 +67,7 @@ _MAX_EXTENDED_HEADER = 1 << 20
 _REGULAR, _OLD_REGULAR, _CONTIGUOUS, _FOLDER = b"0\x0075"
 _WITHOUT_DATA = frozenset(b"123456")  # links, devices, folders, FIFOs, whatever their size field says
 _EXTENDED = frozenset(b"LKxXg")
+_NUMBERS: tuple[tuple[str, int, int], ...]
 _NUMBERS = (("mode", 100, 108), ("uid", 108, 116), ("gid", 116, 124), ("mtime", 136, 148))
 _NUMBERS += (("devmajor", 329, 337), ("devminor", 337, 345))
 _DECIMAL = re.compile(r"[0-9]{1,19}")

@@ -69,7 +69,11 @@ class SampleList(Sequence[Sample]):
     """Samples in file order, each made when it is asked for. Equal to any sequence of the same samples."""
 
     def __init__(
-        self, keys: Sequence[str], first: Sequence[int], extensions: Sequence[str], members: Sequence[Sequence[int]]
+        self,
+        keys: Sequence[str],
+        first: Sequence[int] | np.ndarray,
+        extensions: Sequence[str],
+        members: Sequence[Sequence[int] | np.ndarray] | np.ndarray,
     ) -> None:
         """``first`` [n]: the number of each sample's first member, from 0.
 
@@ -185,8 +189,8 @@ class SampleList(Sequence[Sample]):
         own = slice(first[0], first[-1])
         codes = self._codes[own].tolist()
         lengths = np.diff(first).tolist()
-        names = [f"{key}." for key, length in zip(keys, lengths, strict=True) for _ in range(length)]
-        names = map(add, names, map(self._spelt.__getitem__, codes))
+        begins = [f"{key}." for key, length in zip(keys, lengths, strict=True) for _ in range(length)]
+        names = map(add, begins, map(self._spelt.__getitem__, codes))
         extensions = map(self._extensions.__getitem__, codes)
         # Straight to tuple's: a class' own call would be half of the time that an index takes to become objects.
         new_member = partial(tuple.__new__, Member)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -33,9 +33,9 @@ from diffprune.training_loop import run_training
 def train_vqvae(
     config: VqvaeRun,
     shards: ShardSpec,
-    out: str | Path,
+    out: str | os.PathLike,
     *,
-    kept: str | Path | None = None,
+    kept: str | os.PathLike | None = None,
     frechet_encoder: str | None = None,
     strict_decode: bool = True,
     max_pixels: int = MAX_PIXELS,
@@ -81,7 +81,7 @@ def train_vqvae(
     ranks, device = training_ranks(config.train.device, config.train.batch_size)
     embedder = None if frechet_encoder is None else load_embedder(frechet_encoder, device)
     size, channels = config.model.image_size, config.model.in_channels
-    options = {"kept": kept, "strict": strict_decode, "max_pixels": max_pixels, "ranks": ranks}
+    options: dict[str, Any] = {"kept": kept, "strict": strict_decode, "max_pixels": max_pixels, "ranks": ranks}
     images = training_images(shards, size=size, channels=channels, **options)
     objective = AutoencoderObjective(config, ranks, device, images, embedder)
     report = run_training(objective, config, out, resume=resume, dry_run=dry_run)
@@ -90,14 +90,14 @@ def train_vqvae(
 
 def train_dit(
     config: DitRun,
-    latents: str | Path | LiveLatents,
-    out: str | Path,
+    latents: str | os.PathLike | LiveLatents,
+    out: str | os.PathLike,
     *,
-    kept: str | Path | None = None,
-    oversample_balanced: str | Path | None = None,
-    group_weights: str | Path | Mapping[str, int] | None = None,
-    start_from: str | Path | None = None,
-    decode_with: str | Path | None = None,
+    kept: str | os.PathLike | None = None,
+    oversample_balanced: str | os.PathLike | None = None,
+    group_weights: str | os.PathLike | Mapping[str, int] | None = None,
+    start_from: str | os.PathLike | None = None,
+    decode_with: str | os.PathLike | None = None,
     resume: bool = True,
     dry_run: bool = False,
 ) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def _group_weights(given: Mapping[str, int], groups: Tensor) -> dict[int, int]:
     return weights
 
 
-def _groups(by: str | Path, table: pa.Table, latents: str | Path) -> Tensor:
+def _groups(by: str | os.PathLike, table: pa.Table, latents: str | os.PathLike) -> Tensor:
     """[N] int64: the label or the cluster of each row of ``table``."""
     if str(by) == "label":
         values, where = table["label"], latents
@@ -185,7 +185,9 @@ def _groups(by: str | Path, table: pa.Table, latents: str | Path) -> Tensor:
     return torch.tensor(values.to_pylist(), dtype=torch.int64)
 
 
-def _checked_labels(keys: list[str], labels: list[int | None], num_classes: int, where: str | Path) -> Tensor | None:
+def _checked_labels(
+    keys: list[str], labels: list[int | None], num_classes: int, where: str | os.PathLike
+) -> Tensor | None:
     """[N] int64; None for an unconditional model."""
     if not num_classes:
         return None

@@ -6,10 +6,10 @@ Both ways give the same images under the same row numbers, so the same run.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ from diffprune.memory import free_bytes
 from diffprune.progress import progress
 from diffprune.rank_talk import environment_number
 from diffprune.ranks import Ranks
-from diffprune.shards import ShardIndex, ShardReader, ShardSpec, index_shards
+from diffprune.shards import ShardIndex, ShardReader, ShardSpec, index_shards, show_spec
+from diffprune.storage import as_path
 from diffprune.tables import kept_keys
 
 
@@ -40,7 +41,7 @@ def training_images(
     *,
     size: int,
     channels: int,
-    kept: str | Path | None,
+    kept: str | os.PathLike | None,
     strict: bool = True,
     max_pixels: int = MAX_PIXELS,
     ranks: Ranks,
@@ -51,6 +52,7 @@ def training_images(
 
     Raises: InputError for a damaged shard, a kept key that is in none of them, or no image that can be decoded.
     """
+    kept = None if kept is None else as_path(kept)
     wanted = None if kept is None else kept_keys(kept)
     indexes = index_shards(shards)
     found = [key for index in indexes for key in index.samples.keys if wanted is None or key in wanted]
@@ -60,7 +62,13 @@ def training_images(
     decoding = Decoding(size, channels, strict, max_pixels)
     room = free_bytes() // 2 // environment_number("LOCAL_WORLD_SIZE", 1)
     in_memory = all(ranks.gathered_objects(len(found) * channels * size * size <= room))
-    options = {"size": size, "channels": channels, "keys": wanted, "strict": strict, "max_pixels": max_pixels}
+    options: dict[str, Any] = {
+        "size": size,
+        "channels": channels,
+        "keys": wanted,
+        "strict": strict,
+        "max_pixels": max_pixels,
+    }
     pixels = np.empty((len(found) if in_memory else 0, *decoding.shape), dtype=np.uint8)
     seen: dict[int, tuple[list[str], str]] = {}  # shard number -> its images' keys, and a digest
     count = 0
@@ -85,11 +93,12 @@ def training_images(
     ordered = [seen[number] for number in range(len(indexes))]
     keys = [key for part, _ in ordered for key in part]
     if not keys:
-        raise InputError(f"{shards}: expected images to train on, found {len(found)} samples and none usable")
+        told = f"{len(found)} samples and none usable"
+        raise InputError(f"{show_spec(shards)}: expected images to train on, found {told}")
     shape = (len(keys), *decoding.shape)
-    digest = hashlib.sha256(f"{shape} {' '.join(of_shard for _, of_shard in ordered)}".encode()).hexdigest()
-    images = torch.from_numpy(pixels[:count]) if in_memory else StreamedImages(indexes, keys, decoding)
-    return TrainingImages(images, keys, len(found) - len(keys), digest)
+    sha256 = hashlib.sha256(f"{shape} {' '.join(of_shard for _, of_shard in ordered)}".encode()).hexdigest()
+    every = torch.from_numpy(pixels[:count]) if in_memory else StreamedImages(indexes, keys, decoding)
+    return TrainingImages(every, keys, len(found) - len(keys), sha256)
 
 
 class StreamedImages:

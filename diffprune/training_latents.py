@@ -6,9 +6,9 @@ Both ways give the same latents under the same row numbers, so the same run.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -48,7 +48,7 @@ class TrainingLatents(NamedTuple):
 
 def training_latents(
     folder: ArrayFolder | LiveLatents,
-    kept: str | Path | None,
+    kept: str | os.PathLike | None,
     *,
     twins: bool,
     shape: Sequence[int],

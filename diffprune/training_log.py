@@ -91,7 +91,8 @@ class TrainingLog:
     """
 
     def __init__(self, out: AnyPath | None, first_step: int, tensorboard: bool) -> None:
-        self.path, self.last, self.writer = None, {}, None
+        self.path, self.writer = None, None
+        self.last: dict[str, float] = {}
         if out is None:
             return
         self.path = out / LOG_FILE

@@ -6,9 +6,9 @@ run would have done that was never stopped.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ _FREE |= {"loss.lpips_linear", "loss.lpips_vgg16"}  # where files lie; what is i
 def run_training(
     objective: Objective,
     run: Run,
-    out: str | Path,
+    out: str | os.PathLike,
     *,
     resume: bool,
     dry_run: bool,

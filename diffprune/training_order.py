@@ -37,7 +37,7 @@ class BalancedOrder:
             together. A group of weight 0 is never seen, any other at least once per epoch.
     """
 
-    def __init__(self, groups: Sequence[int], seed: int, weights: Mapping[int, int] | None = None) -> None:
+    def __init__(self, groups: Sequence[int] | Tensor, seed: int, weights: Mapping[int, int] | None = None) -> None:
         values, group = torch.unique(torch.as_tensor(groups), return_inverse=True)
         self.rows = [torch.nonzero(group == number).flatten() for number in range(len(values))]
         self.places = [-(-len(group) // len(values))] * len(values)

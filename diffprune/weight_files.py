@@ -22,11 +22,17 @@ DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 # Lightning's .ckpt files have its callbacks' classes as keys of a dictionary beside the state dict, and in their state
 # numbers of NumPy's.
-_LIGHTNING = ("pytorch_lightning.", "lightning.", "numpy.dtype")
-_LIGHTNING += ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+_LIGHTNING = (
+    "pytorch_lightning.",
+    "lightning.",
+    "numpy.dtype",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+)
 
 
 # What torch.load raises for bytes that are no checkpoint, or half of one (EINVAL, for a seek before the file's start).
+_DAMAGED: tuple[type[Exception], ...]
 _DAMAGED = (pickle.UnpicklingError, struct.error, RuntimeError, EOFError, ValueError, KeyError, TypeError)
 _DAMAGED += (AttributeError, OSError)
 
@@ -69,7 +75,7 @@ def read_weights(path: Path, under: Sequence[str] = (), name: AnyPath | None = N
     return dict(tensors)
 
 
-def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
+def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: AnyPath) -> None:
     """Raise InputError, naming the file and tensor, unless names, shapes and dtypes are those of ``expected``."""
     for name, want in expected.items():
         if name not in tensors:

@@ -16,7 +16,7 @@ pytest.importorskip("fsspec")
 
 from diffprune.errors import InputError, RemoteError
 from diffprune.files import atomic_file, atomic_path, read_json, write_json
-from diffprune.shards import _show, index_shard, index_shards, list_shards
+from diffprune.shards import index_shard, index_shards, list_shards, show_spec
 from diffprune.storage import RemotePath, Stat, as_path, existing, is_remote, local_path, stats
 from diffprune.storage.retries import judge
 
@@ -227,7 +227,7 @@ def test_versions_that_a_listing_lacks_are_asked_for(memory, monkeypatch):
 
 
 def test_signatures_are_not_told():
-    assert _show(["https://host/a.tar?sig=secret", Path("b.tar")]) == "https://host/a.tar?…, b.tar"
+    assert show_spec(["https://host/a.tar?sig=secret", Path("b.tar")]) == "https://host/a.tar?…, b.tar"
     error = RuntimeError("403, message='Forbidden', url='https://host/a.tar?X-Signature=secret&b=1'")
     for status in (403, None):
         error.status = status

@@ -13,6 +13,8 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 pytest.importorskip("s3fs")
@@ -23,16 +25,19 @@ from test_packing import encoded, write_parquet
 from test_training_ranks import dit, torchrun
 
 import diffprune
+from diffprune.arrays import ArrayFolder
 from diffprune.config import load_config
 from diffprune.decode import read_batches
 from diffprune.errors import InputError, RemoteError, ResumeError
 from diffprune.files import atomic_dir, atomic_file
 from diffprune.learner import Learner, Stopped
+from diffprune.ranks import Ranks
 from diffprune.shards import ShardReader, find_shards, index_each, index_shard, index_shards, list_shards
 from diffprune.sources import open_source
 from diffprune.storage import as_path, clients, folders, reading, retries, writing
 from diffprune.storage.s3 import S3Client
 from diffprune.tables import read_folder, read_table
+from diffprune.training_images import training_images
 
 METHODS = ("loss", "el2n", "grand", "moso", "monotonicity", "random")
 
@@ -586,6 +591,46 @@ def test_pack_writes_the_same_shards_from_parquet_in_storage(s3, tmp_path, monke
     assert result["source"] == f"{web}?…" and "secret" not in (tmp_path / "web/pack.json").read_text()
     shard = Path(result["shards"][0]).name
     assert (tmp_path / "web" / shard).read_bytes() == (tmp_path / "one" / shard).read_bytes()
+
+
+def test_what_signs_a_url_is_neither_told_nor_kept(s3, small_run, tmp_path):
+    diffprune.select(small_run.scores, tmp_path / "in/kept.parquet", by="grand", prune=0.5)
+    table = pq.read_table(tmp_path / "in/kept.parquet")
+    pq.write_table(
+        table.set_column(0, "key", pa.array([f"no-{i}" for i in range(len(table))])), tmp_path / "in/other.parquet"
+    )
+    (tmp_path / "in/broken").write_text("{")
+    upload(s3, tmp_path / "in", "in")
+    s3.anonymous = True
+    kept, other, broken = (
+        f"{s3.environment['AWS_ENDPOINT_URL']}/bucket/in/{name}?X-Signature=secret"
+        for name in ("kept.parquet", "other.parquet", "broken")
+    )
+    diffprune.report(tmp_path / "page.html", scores=[small_run.scores], selections={"grand": kept})
+    page = (tmp_path / "page.html").read_text()
+    assert "kept.parquet?…" in page and "secret" not in page
+    live = diffprune.LiveLatents(small_run.shards, small_run.vqvae)
+    for call in (
+        lambda: diffprune.report(tmp_path / "no.html", metrics=[broken]),
+        lambda: diffprune.report(tmp_path / "no.html", scores=[small_run.scores], selections={"grand": other}),
+        lambda: diffprune.select_rows({"label": [1, 2]}, count=1, quota=as_path(broken)),
+        lambda: load_config(broken, "dit"),
+        lambda: ArrayFolder(small_run.latents).load(other),
+        lambda: live.load(other),
+        lambda: training_images(small_run.shards, size=16, channels=1, kept=other, ranks=Ranks()),
+        lambda: diffprune.prune(other, small_run.shards, tmp_path / "no"),
+        lambda: diffprune.evaluate(small_run.embeddings, small_run.embeddings, tmp_path / "no.json", kept=other),
+    ):
+        with pytest.raises(InputError, match=r"(broken|other\.parquet)\?…") as error:
+            call()
+        assert "secret" not in str(error.value)
+
+
+def test_a_config_may_lie_in_storage(s3):
+    s3.objects["bucket/c.toml"] = Object(b"[train]\nsteps = 7\n")
+    assert load_config("s3://bucket/c.toml", "dit").train.steps == 7
+    with pytest.raises(InputError, match=r"s3://bucket/none.toml: no such config file"):
+        load_config("s3://bucket/none.toml", "dit")
 
 
 def test_parquet_in_storage_that_cannot_be_packed(s3, tmp_path):

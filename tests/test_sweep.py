@@ -496,6 +496,12 @@ def test_torchrun_is_refused(tiny, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_in_storage_is_refused(tiny):
+    for out in ("s3://bucket/out", Path("s3://bucket/out")):  # as in a program, and as the command line gives it
+        with pytest.raises(InputError, match=r"s3://bucket/out: a sweep's folder cannot be a URL yet"):
+            diffprune.sweep(tiny, out, listing=True)
+
+
 def test_gpus_are_taken_in_turn():
     assert [worker_device("auto", number, 2) for number in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
     assert worker_device("auto", 1, 1) == "auto" and worker_device("auto", 1, 0) == "auto"

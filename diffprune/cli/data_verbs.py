@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -36,7 +36,12 @@ def pack(
         source, out = named_source, Path(source)
     elif named_source is not None or out is None:
         raise typer.BadParameter("expected SOURCE OUT, or --source SOURCE OUT")
-    options = {"prefix": prefix, "shard_size": shard_size, "resize": resize, "shuffle_seed": seed if shuffle else None}
+    options: dict[str, Any] = {
+        "prefix": prefix,
+        "shard_size": shard_size,
+        "resize": resize,
+        "shuffle_seed": seed if shuffle else None,
+    }
     options |= {"strict_decode": strict_decode, "max_pixels": max_pixels, "workers": workers}
     run(diffprune.pack, source, out, **options, dry_run=dry_run, as_json=as_json)
 
@@ -79,7 +84,7 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Write the kept samples into new shards, byte for byte."""
-    options = {"shard_size": shard_size, "prefix": prefix, "workers": workers, "verify": verify}
+    options: dict[str, Any] = {"shard_size": shard_size, "prefix": prefix, "workers": workers, "verify": verify}
     run(diffprune.prune, kept, shards, out, **options, dry_run=dry_run, as_json=as_json)
 
 
@@ -96,5 +101,5 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a selection in another tool's format."""
-    options = {"format": format, "shards": shards or None, "split": split}
+    options: dict[str, Any] = {"format": format, "shards": shards or None, "split": split}
     run(diffprune.export, kept, out, **options, writes=out, dry_run=dry_run, as_json=as_json)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -54,7 +54,12 @@ def encode(
     as_json: Json = False,
 ) -> None:
     """Write the latents of every image, one fp16 .npy per shard."""
-    options = {"batch_size": batch_size, "device": device, "strict_decode": strict_decode, "max_pixels": max_pixels}
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "device": device,
+        "strict_decode": strict_decode,
+        "max_pixels": max_pixels,
+    }
     options |= {"workers": workers, "part": part, "ray": ray, "max_failures": max_failures}
     options |= {"flip_twins": flip_twins, "posterior_seed": posterior_seed}
     run(diffprune.encode, shards, vqvae, out, **options, dry_run=dry_run, as_json=as_json)
@@ -83,7 +88,7 @@ def embed(
     as_json: Json = False,
 ) -> None:
     """Write an L2-normalised embedding of every image, one fp16 .npy per shard."""
-    options = {"model": model, "batch_size": batch_size, "device": device, "precision": precision}
+    options: dict[str, Any] = {"model": model, "batch_size": batch_size, "device": device, "precision": precision}
     options |= {"strict_decode": strict_decode, "max_pixels": max_pixels}
     options |= {"workers": workers, "part": part, "ray": ray, "max_failures": max_failures}
     run(diffprune.embed, shards, out, **options, dry_run=dry_run, as_json=as_json)

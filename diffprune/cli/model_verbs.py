@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -49,12 +49,12 @@ def train_vqvae(
 ) -> None:
     """Train a VQ-VAE, or a KL autoencoder, on the images of shards."""
 
-    def call(**options: object) -> dict:
+    def call(**options: Any) -> dict:
         from diffprune.config import load_config
 
         return diffprune.train_vqvae(load_config(config, "vqvae", overrides or []), shards, out, **options)
 
-    options = {"kept": kept, "frechet_encoder": frechet_encoder}
+    options: dict[str, Any] = {"kept": kept, "frechet_encoder": frechet_encoder}
     options |= {"strict_decode": strict_decode, "max_pixels": max_pixels}
     run(call, **options, resume=resume, dry_run=dry_run, as_json=as_json)
 
@@ -90,7 +90,7 @@ def train_dit(
 ) -> None:
     """Train a DiT by flow matching: on latents or shards, all of them or those of a kept.parquet."""
 
-    def call(**options: object) -> dict:
+    def call(**options: Any) -> dict:
         from diffprune.config import load_config
 
         settings = load_config(config, "dit", overrides or [])
@@ -102,7 +102,7 @@ def train_dit(
         source = latents_source(latents, vqvae, **decoding)
         return diffprune.train_dit(settings, source, out, **options)
 
-    options = {"oversample_balanced": oversample_balanced, "group_weights": group_weights}
+    options: dict[str, Any] = {"oversample_balanced": oversample_balanced, "group_weights": group_weights}
     options |= {"start_from": start_from, "decode_with": decode_with}
     run(call, kept=kept, **options, resume=resume, dry_run=dry_run, as_json=as_json)
 
@@ -127,7 +127,7 @@ def convert(
 ) -> None:
     """Make a checkpoint of a published DiT or SiT: scores without training a surrogate."""
 
-    def call(**options: object) -> dict:
+    def call(**options: Any) -> dict:
         from diffprune.config import load_config
 
         return diffprune.convert(weights, latents, out, config=load_config(config, "dit", overrides or []), **options)
@@ -155,7 +155,7 @@ def reconstruct(
     as_json: Json = False,
 ) -> None:
     """What an autoencoder loses: reconstruction error, Fréchet distance, codebook use; and its latents' scale."""
-    options = {"encoder": encoder, "limit": limit, "out": out, "grid": grid, "batch_size": batch_size}
+    options: dict[str, Any] = {"encoder": encoder, "limit": limit, "out": out, "grid": grid, "batch_size": batch_size}
     options |= {"device": device, "strict_decode": strict_decode, "max_pixels": max_pixels}
     run(diffprune.reconstruct, shards, vqvae, **options, writes=[out, grid], dry_run=dry_run, as_json=as_json)
 
@@ -191,7 +191,14 @@ def sample(
     as_json: Json = False,
 ) -> None:
     """Generate images into shards of 1,000, and a grid PNG."""
-    options = {"count": count, "steps": steps, "method": method, "rtol": rtol, "atol": atol, "labels": labels}
+    options: dict[str, Any] = {
+        "count": count,
+        "steps": steps,
+        "method": method,
+        "rtol": rtol,
+        "atol": atol,
+        "labels": labels,
+    }
     options |= {"guidance": guidance, "guidance_channels": guidance_channels}
     options |= {"coarse": coarse, "coarse_until": coarse_until}
     options |= {"weights": weights, "precision": precision, "grid": grid}

@@ -30,7 +30,13 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Compare pruning methods × ratios × seeds: select, train, sample, measure; one table and one page."""
-    options = {"cells": cell, "jobs": jobs, "device": device, "listing": listing, "shared_only": shared_only}
+    options: dict[str, Any] = {
+        "cells": cell,
+        "jobs": jobs,
+        "device": device,
+        "listing": listing,
+        "shared_only": shared_only,
+    }
     run(diffprune.sweep, config, out, **options, dry_run=dry_run, as_json=as_json, display=_show)
 
 
@@ -63,7 +69,14 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Fréchet and kernel distance, precision, recall, F-score, Vendi score, memorization, class balance."""
-    options = {"kept": kept, "training": training or None, "same_seed": same_seed, "name": name, "split": split, "k": k}
+    options: dict[str, Any] = {
+        "kept": kept,
+        "training": training or None,
+        "same_seed": same_seed,
+        "name": name,
+        "split": split,
+        "k": k,
+    }
     options |= {"limit": limit, "seed": seed, "device": device}
     options |= {"vendi_orders": vendi_order} if vendi_order else {}
     run(
@@ -100,7 +113,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write one self-contained HTML page of everything that is given."""
-    options = {"title": title, "shards": shards or None, "scores": scores or [], "clusters": clusters}
+    options: dict[str, Any] = {"title": title, "shards": shards or None, "scores": scores or [], "clusters": clusters}
     options |= {
         "selections": _named(selection),
         "samples": _named(samples),

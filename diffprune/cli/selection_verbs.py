@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -136,14 +136,20 @@ def score(
         raise typer.BadParameter(
             f"expected numbers with commas, got {learning_rates!r}", param_hint="--learning-rates"
         ) from None
-    options = {"methods": methods, "seed": seed, "draws": draws, "antithetic": antithetic, "normalise_t": normalise_t}
+    options: dict[str, Any] = {
+        "methods": methods,
+        "seed": seed,
+        "draws": draws,
+        "antithetic": antithetic,
+        "normalise_t": normalise_t,
+    }
     options |= {"moso_mode": mode, "trials": trials, "support_fraction": support_fraction, "one_pass": one_pass}
     options |= {"group_size": group_size, "learning_rates": rates, "weights": weights, "precision": precision}
     options |= {"compile": compile_, "batch_size": batch_size if batch_size in (None, "auto") else int(batch_size)}
     options |= {"memory": memory, "device": device}
     options |= {"workers": workers, "part": part, "ray": ray, "max_failures": max_failures}
 
-    def call(**options: object) -> dict:
+    def call(**options: Any) -> dict:
         decoding = {"device": device, "strict_decode": strict_decode, "max_pixels": max_pixels}
         return diffprune.score(latents_source(latents, vqvae, **decoding), checkpoint, out, **options)
 
@@ -187,7 +193,7 @@ def cluster(
         raise typer.BadParameter("expected one of -k, --choose-k and --like")
     if choose_k is not None:
         refuse_given(context, _ONE_CLUSTERING, "--choose-k tries numbers of clusters, and takes none")
-        options = {"seed": seed, "max_iter": max_iter, "metric": metric, "sample": sample}
+        options: dict[str, Any] = {"seed": seed, "max_iter": max_iter, "metric": metric, "sample": sample}
         run(diffprune.choose_k, embeddings, out, ks=choose_k, **options, dry_run=dry_run, as_json=as_json)
         return
     refuse_given(context, ["sample"], "it is what --choose-k looks at; -k clusters and --like assigns all")
@@ -252,7 +258,7 @@ def select(
     as_json: Json = False,
 ) -> None:
     """Choose which samples to keep, to the exact count; ties go by key."""
-    options = {"order": order, "by": by, "prune": prune, "keep": keep, "count": count, "within": within}
+    options: dict[str, Any] = {"order": order, "by": by, "prune": prune, "keep": keep, "count": count, "within": within}
     options |= {"per": per, "shares": shares, "dedup": dedup, "dedup_keep": dedup_keep}
     options |= {"embeddings": embeddings, "device": device, "seed": seed}
     run(diffprune.select, scores, out, quota=quota, **options, dry_run=dry_run, as_json=as_json)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ class FeatureFolder:
     alike raise one at once.
     """
 
-    def __init__(self, folders: str | Path | Sequence[str | Path], device: torch.device) -> None:
+    def __init__(self, folders: str | os.PathLike | Sequence[str | os.PathLike], device: torch.device) -> None:
         self.arrays, self.device = EmbeddingFolders(folders), device
         self.folder = self.arrays.folder
         self.name = ", ".join(folder.folder.name for folder in self.arrays.opened)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
+import os
 
 import numpy as np
 import pyarrow as pa
@@ -14,14 +14,16 @@ from torch import Tensor
 from diffprune.errors import InputError
 from diffprune.evaluation.context import common_embedder
 from diffprune.evaluation.folders import FeatureFolder
+from diffprune.storage import as_path
 from diffprune.tables import kept_keys
 
 
-def training_rows(seen: FeatureFolder, kept: str | Path | None) -> np.ndarray:
+def training_rows(seen: FeatureFolder, kept: str | os.PathLike | None) -> np.ndarray:
     """Which rows [M] bool the generator was trained on."""
     rows = seen.rows
     if kept is None:
         return np.ones(len(rows), dtype=bool)
+    kept = as_path(kept)
     keys = kept_keys(kept)
     if not keys:
         raise InputError(f"{kept}: an empty selection; there is nothing the generator could be trained on")

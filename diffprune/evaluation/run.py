@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,13 @@ VENDI_ORDERS = (0.1, 0.5, 1.0, 2.0, math.inf)
 
 
 def evaluate(
-    samples: str | Path,
-    reference: str | Path | Sequence[str | Path],
-    out: str | Path,
+    samples: str | os.PathLike,
+    reference: str | os.PathLike | Sequence[str | os.PathLike],
+    out: str | os.PathLike,
     *,
-    kept: str | Path | None = None,
-    training: str | Path | Sequence[str | Path] | None = None,
-    same_seed: str | Path | None = None,
+    kept: str | os.PathLike | None = None,
+    training: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
+    same_seed: str | os.PathLike | None = None,
     name: str | None = None,
     split: str | None = None,
     k: int = 3,

@@ -28,6 +28,11 @@ class Autoencoder(nn.Module):
 
     latents_per_channel: ClassVar[int]
     """Numbers that the encoder gives for each channel of a latent."""
+    latent_scale: Tensor
+    encoder: CompactEncoder | TamingEncoder
+    decoder: CompactDecoder | TamingDecoder
+    quant_conv: nn.Module
+    post_quant_conv: nn.Module
 
     def __init__(self, config: VqvaeConfig, *, seed: int = 0) -> None:
         super().__init__()

@@ -6,6 +6,7 @@ takes them from Inception.
 
 from __future__ import annotations
 
+import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from diffprune.device import full_float32, pick_device
 from diffprune.errors import InputError
 from diffprune.files import atomic_dir, read_json, sha256_file, write_json
 from diffprune.progress import progress
-from diffprune.shards import ShardSpec, index_shards
+from diffprune.shards import ShardSpec, index_shards, show_spec
 from diffprune.tensor_files import write_tensors
 from diffprune.training_order import batch_rows, step_generator
 
@@ -62,7 +63,7 @@ class Classifier(nn.Module):
 
 def train_classifier(
     shards: ShardSpec,
-    out: str | Path,
+    out: str | os.PathLike,
     *,
     image_size: int | None = None,
     epochs: int = EPOCHS,
@@ -87,8 +88,8 @@ def train_classifier(
     ok = [status == "ok" and label is not None for status, label in zip(statuses, told, strict=True)]
     labels = [label for label, good in zip(told, ok, strict=True) if good]
     classes = max(labels, default=-1) + 1
-    if len(set(labels)) < 2:
-        raise InputError(f"{shards}: a classifier needs images of two classes or more, found {len(set(labels))}")
+    if (count := len(set(labels))) < 2:
+        raise InputError(f"{show_spec(shards)}: a classifier needs images of two classes or more, found {count}")
     pixels, target = torch.from_numpy(images[np.array(ok)]), torch.tensor(labels)
     model = _initialised(size, channels, classes, seed).to(chosen)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=1e-4)
@@ -113,7 +114,7 @@ def train_classifier(
     return {**about, "out": str(out)}
 
 
-def load_classifier(folder: str | Path, device: torch.device) -> tuple[Classifier, dict[str, Any], str]:
+def load_classifier(folder: str | os.PathLike, device: torch.device) -> tuple[Classifier, dict[str, Any], str]:
     """The classifier of a folder, what is written about it, and the sha256 of its weights; InputError otherwise."""
     folder = Path(folder)
     about = read_json(folder / ABOUT_FILE)

@@ -21,7 +21,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -109,7 +108,7 @@ def network_embedder(
     network: Callable[[Tensor], Tensor],
     preprocessing: Preprocessing,
     head: dict[str, Any],
-    path: str | Path,
+    path: str | os.PathLike,
     device: torch.device,
     precision: str,
 ) -> Embedder:

@@ -7,6 +7,7 @@ mean. Modules and parameters bear the names of the published conversion of its w
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -75,7 +76,7 @@ class FidInception(nn.Module):
         return features @ self.fc.weight.T
 
 
-def load_inception(path: str | Path, device: torch.device | str = "cpu") -> tuple[FidInception, dict[str, Any]]:
+def load_inception(path: str | os.PathLike, device: torch.device | str = "cpu") -> tuple[FidInception, dict[str, Any]]:
     """FID's Inception with the weights of a local ``.pth`` or ``.safetensors`` file, and {"sha256", "path"} of it.
 
     Raises InputError that says which file to put where if there is none, or which tensor is wrong. A ``.pth`` is a

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -70,7 +71,9 @@ class LPIPS(nn.Module):
         return distance
 
 
-def load_lpips(linear: str | Path, vgg16: str | Path, device: torch.device | str = "cpu") -> tuple[LPIPS, list[str]]:
+def load_lpips(
+    linear: str | os.PathLike, vgg16: str | os.PathLike, device: torch.device | str = "cpu"
+) -> tuple[LPIPS, list[str]]:
     """LPIPS with the published weights, frozen, and the sha256 of both files.
 
     Args:
@@ -104,7 +107,7 @@ def _unit(features: Tensor) -> Tensor:
     return features / (features.square().sum(dim=1, keepdim=True).sqrt() + _EPSILON)
 
 
-def _found(path: str | Path, name: str, source: str) -> Path:
+def _found(path: str | os.PathLike, name: str, source: str) -> Path:
     path = Path(path)
     path = path / name if path.is_dir() else path
     if not path.is_file():

@@ -35,6 +35,9 @@ class VQVAE(Autoencoder):
     """
 
     latents_per_channel = 1
+    codebook: Tensor
+    code_sums: Tensor
+    code_counts: Tensor
 
     def __init__(self, config: VqvaeConfig | None = None, *, seed: int = 0) -> None:
         super().__init__(config or VqvaeConfig(), seed=seed)

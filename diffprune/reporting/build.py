@@ -32,10 +32,11 @@ from diffprune.reporting.inputs import (
 from diffprune.reporting.palette import Palette
 from diffprune.reporting.tables import flatten
 from diffprune.shards import ShardSpec
+from diffprune.storage import as_path
 
 
 def report(
-    out: str | Path,
+    out: str | os.PathLike,
     *,
     title: str = "diffprune report",
     shards: ShardSpec | None = None,
@@ -128,9 +129,9 @@ def render(template: str, **values: Any) -> str:
 def _named_folders(scores: Sequence[PathLike] | Mapping[str, PathLike]) -> dict[str, PathLike]:
     if isinstance(scores, Mapping):
         return dict(scores)
-    folders = [scores] if isinstance(scores, (str, Path)) else list(scores)
-    names = [Path(folder).name for folder in folders]
-    return {n if names.count(n) == 1 else str(f): f for n, f in zip(names, folders, strict=True)}
+    folders = [scores] if isinstance(scores, (str, os.PathLike)) else list(scores)
+    names = [as_path(folder).name for folder in folders]
+    return {n if names.count(n) == 1 else str(as_path(f)): f for n, f in zip(names, folders, strict=True)}
 
 
 def _palette(
@@ -187,4 +188,4 @@ def _origin(step: str, name: str, path: PathLike, settings: Mapping[str, Any]) -
     first = {key: settings[key] for key in ("fingerprint", "version") if settings.get(key)}
     elsewhere = (*first, "stage", "config", "metadata", "inputs", "diffprune", "samples", "flags")
     rest = {key: value for key, value in settings.items() if key not in elsewhere}
-    return {"step": step, "name": name, "path": str(path), "settings": flatten(first) + flatten(rest)}
+    return {"step": step, "name": name, "path": str(as_path(path)), "settings": flatten(first) + flatten(rest)}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffprune._version import __version__
 from diffprune.files import atomic_path
 from diffprune.reporting.build import render
 from diffprune.reporting.figures import curve_over_k
+from diffprune.storage import AnyPath
 
 if TYPE_CHECKING:
     from diffprune.cluster_count import Advice, Trial
@@ -36,7 +36,7 @@ CURVES = (  # field, title, meaning, colour
 )
 
 
-def write_page(path: Path, trials: Sequence[Trial], advice: Advice, facts: Mapping[str, Any]) -> None:
+def write_page(path: AnyPath, trials: Sequence[Trial], advice: Advice, facts: Mapping[str, Any]) -> None:
     """Write one HTML file that needs nothing else. The same values give the same bytes."""
     ks = [trial.k for trial in trials]
     curves = []

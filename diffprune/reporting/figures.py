@@ -56,7 +56,7 @@ def loss_curves(logs: Sequence[Log], colors: Sequence[str], width: int, alt: str
     def draw(axes: Axes, ink: Callable[[str], str]) -> None:
         for log, color in zip(logs, colors, strict=True):
             steps, losses = _averaged(log)
-            line = {"color": ink(color), "solid_capstyle": "round", "solid_joinstyle": "round"}
+            line: dict[str, Any] = {"color": ink(color), "solid_capstyle": "round", "solid_joinstyle": "round"}
             axes.plot(steps, losses, linewidth=1.8, **line)
             if len(steps) == 1:  # a line of one point is not drawn
                 axes.plot([*steps, *steps], [*losses, *losses], linewidth=6, **line)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import os
 from collections.abc import Collection
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def sample_grid(source: ShardSpec) -> tuple[str, int, int | None]:
     ``source`` is a PNG, shown as it is, or shards: then one column per class in label order (up to 12 classes), or
     eight columns; which images is drawn by a hash of their keys, none is chosen by how it looks.
     """
-    if isinstance(source, (str, Path)) and Path(source).suffix.lower() == ".png":
+    if isinstance(source, (str, os.PathLike)) and Path(source).suffix.lower() == ".png":
         try:
             data = as_path(source).read_bytes()
         except OSError as error:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from diffprune.shards import ShardSpec, list_shards
 from diffprune.storage import AnyPath, as_path
 from diffprune.tables import METADATA_KEY, read_folder, read_stage, read_table, score_columns, table_metadata
 
-PathLike = str | Path
+PathLike = str | os.PathLike
 
 _NUMBER, _NONE = (int, float), type(None)
 _NEEDED: dict[str, type | tuple[type, ...]] = {  # of an evaluation, and what it is
@@ -122,7 +122,8 @@ def read_selections(paths: Mapping[str, PathLike], scores: Scores | None) -> lis
     """Read kept.parquet files; with scores at hand, every key must be in them."""
     known = frozenset(scores.keys) if scores else None
     selections = []
-    for name, path in paths.items():
+    for name, given in paths.items():
+        path = as_path(given)
         table = read_table(path)
         keys = frozenset(read_table(path, ["key"])["key"].to_pylist())
         if known is not None and not keys <= known:
@@ -137,7 +138,7 @@ def read_selections(paths: Mapping[str, PathLike], scores: Scores | None) -> lis
 def read_evaluations(paths: Sequence[PathLike]) -> list[dict[str, Any]]:
     """Read what ``evaluate`` wrote, in the given order."""
     evaluations = []
-    for path in paths:
+    for path in map(as_path, paths):
         evaluation = read_json(path)
         for name in _NEEDED:
             if _found(evaluation, name) is _MISSING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -275,7 +276,7 @@ def _picture(pixels: np.ndarray | None) -> dict[str, Any]:
 
 
 def _is_png(source: ShardSpec) -> bool:
-    return isinstance(source, (str, Path)) and Path(source).suffix.lower() == ".png"
+    return isinstance(source, (str, os.PathLike)) and Path(source).suffix.lower() == ".png"
 
 
 def _how(metadata: dict[str, Any]) -> str:

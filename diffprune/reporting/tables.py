@@ -90,7 +90,7 @@ def metric_table(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for e in evaluations:
         training = e["context"].get("training_images")
         rows.append({"name": e["name"], "images": "–" if training is None else f"{training:,}", "cells": []})
-    real = [] if comparable else None
+    real: list[str] | None = [] if comparable else None
     for metric in columns:
         values = [e["metrics"].get(metric.key) for e in evaluations]
         told = real_value(metric.key, evaluations[0])
@@ -102,8 +102,8 @@ def metric_table(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any]:
             row["cells"].append({"text": text, "mark": "best" if value is not None and value == target else ""})
         if real is not None:
             real.append(texts[-1])
-    told = {"columns": columns, "parts": column_parts(columns), "rows": rows, "real": real}
-    return {**told, "comparable": comparable, "flags": told_flags((e["name"], e["context"]) for e in evaluations)}
+    table = {"columns": columns, "parts": column_parts(columns), "rows": rows, "real": real}
+    return {**table, "comparable": comparable, "flags": told_flags((e["name"], e["context"]) for e in evaluations)}
 
 
 def column_parts(metrics: Sequence[Metric]) -> list[list[int]]:

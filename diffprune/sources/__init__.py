@@ -7,6 +7,7 @@ memory stays bounded by the listing and, for parquet, one pool of row groups.
 from __future__ import annotations
 
 import glob
+import os
 from pathlib import Path
 
 from diffprune.errors import InputError
@@ -18,7 +19,7 @@ from diffprune.storage import RemotePath, as_path
 from diffprune.storage.paths import READ_ONLY
 
 
-def open_source(source: str | Path) -> Source:
+def open_source(source: str | os.PathLike) -> Source:
     """The source that a path, a URL, a glob or the word "mnist5k" means; InputError if it holds nothing to pack."""
     if source == "mnist5k":
         return MnistSource()

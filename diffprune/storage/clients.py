@@ -21,7 +21,8 @@ SLOWEST = 1 << 20  # bytes a second; an answer that comes more slowly is asked f
 PATIENCE = 60.0  # seconds that any answer may take
 _PACKAGES = {"s3": "fsspec and s3fs", "gs": "fsspec and gcsfs", "memory": "fsspec"}
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Client:
@@ -50,6 +51,10 @@ class Client:
             return _stat(about)
 
         return retrying(str(path), request)
+
+    def first(self, path: RemotePath, size: int) -> tuple[bytes, Stat]:
+        """The first ``size`` bytes, fewer of a smaller object, and what ``head`` tells; only where reads are tied."""
+        raise NotImplementedError
 
     def get(self, path: RemotePath, offset: int, size: int, version: str) -> bytes:
         """``size`` bytes from ``offset``, exactly."""

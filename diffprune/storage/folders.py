@@ -75,7 +75,12 @@ def _spool_folder(process: int) -> _Locked:
     lock = open(folder / "lock.new", "w")  # noqa: SIM115
     fcntl.flock(lock, fcntl.LOCK_EX)
     os.rename(folder / "lock.new", folder / "lock")
-    atexit.register(lambda: os.getpid() == process and shutil.rmtree(folder, ignore_errors=True))
+
+    def remove() -> None:
+        if os.getpid() == process:  # not at the end of a fork
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
     return _Locked(folder, lock)
 
 

@@ -111,7 +111,7 @@ class RemotePath(os.PathLike):
         return isinstance(folder, RemotePath) and f"{self._url}/".startswith(f"{folder._url}/")
 
     def relative_to(self, folder: AnyPath) -> str:
-        if not self.is_relative_to(folder):
+        if not (isinstance(folder, RemotePath) and self.is_relative_to(folder)):
             raise ValueError(f"{self} is not below {folder}")
         return self._url[len(folder._url) + 1 :]
 
@@ -223,6 +223,7 @@ def stats(paths: Iterable[AnyPath]) -> dict[AnyPath, Stat]:
     Many objects of one folder cost one listing, not a request each.
     """
     paths = list(paths)
+    found: dict[AnyPath, Stat]
     found = {path: about for path in paths if isinstance(path, Path) and (about := _stat_on_disk(path)) is not None}
     folders: dict[RemotePath, list[RemotePath]] = {}
     for path in paths:

@@ -13,11 +13,14 @@ from bisect import bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from diffprune.errors import RemoteError
 from diffprune.storage.clients import client_of
 from diffprune.storage.paths import RemotePath, Stat
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 BLOCK = 8 << 20  # bytes of a request where all of a file is wanted
 GAP = 256 << 10
@@ -228,9 +231,10 @@ class _Stream(io.RawIOBase):
         self._at = offset + (0, self._at, self._file.size)[whence]
         return self._at
 
-    def readinto(self, buffer: memoryview) -> int:
-        data = self._file.read_at(self._at, len(buffer))
-        buffer[: len(data)] = data
+    def readinto(self, buffer: Buffer) -> int:
+        target = memoryview(buffer).cast("B")
+        data = self._file.read_at(self._at, len(target))
+        target[: len(data)] = data
         self._at += len(data)
         return len(data)
 

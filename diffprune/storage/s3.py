@@ -109,7 +109,12 @@ class S3Client(Client):
         bucket, key = self._place(path)
 
         def request() -> None:
-            about = {"Bucket": bucket, "Key": key, "UploadId": upload, "MultipartUpload": {"Parts": parts}}
+            about: dict[str, Any] = {
+                "Bucket": bucket,
+                "Key": key,
+                "UploadId": upload,
+                "MultipartUpload": {"Parts": parts},
+            }
             try:
                 self._s3("complete_multipart_upload", **about)
             except Exception as error:

@@ -29,7 +29,7 @@ class Method:
     per: str = ""
     shares: str = ""
 
-    def arguments(self) -> dict[str, str]:
+    def arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``select``."""
         return {field.name: value for field in fields(self) if (value := getattr(self, field.name))}
 

@@ -21,7 +21,7 @@ from diffprune.files import is_begun, read_json, write_json
 from diffprune.locks import folder_lock
 from diffprune.progress import progress, quiet
 from diffprune.shards import find_shards, index_found
-from diffprune.storage import AnyPath, Stat
+from diffprune.storage import AnyPath, Stat, local_path
 from diffprune.sweeping.cells import Cell, find_cell, list_cells, read_result, run_cell
 from diffprune.sweeping.estimates import estimate
 from diffprune.sweeping.results import write_results
@@ -33,8 +33,8 @@ SWEEP_FILE = "sweep.json"
 
 
 def sweep(
-    config: str | Path | SweepConfig,
-    out: str | Path,
+    config: str | os.PathLike | SweepConfig,
+    out: str | os.PathLike,
     *,
     cells: Sequence[str | int] | None = None,
     jobs: int = 1,
@@ -78,7 +78,7 @@ def sweep(
         raise InputError(f"jobs: expected 1 or more, got {jobs}")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise InputError("sweep: one process trains a cell: start it without torchrun, with jobs or a cell per job")
-    out, every = Path(out), list_cells(settings)
+    out, every = local_path(out, "a sweep's folder"), list_cells(settings)
     _check_folder(settings, out)
     chosen = every if cells is None else [find_cell(every, str(cell)) for cell in cells]
     done = {cell for cell in every if read_result(settings, cell, out) is not None}

@@ -16,14 +16,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from diffprune.config import DitRun, VqvaeRun, read_toml, run_from_tables, section_from_table, to_dict
 from diffprune.errors import InputError
 from diffprune.generation import check_guidance, label_sequence
+from diffprune.storage import AnyPath, as_path
 from diffprune.sweeping.methods import METHODS, Method, check_methods, own_methods
 
 
@@ -158,12 +159,13 @@ _SECTIONS = {
 }
 
 
-def load_sweep(path: str | Path) -> SweepConfig:
+def load_sweep(path: str | os.PathLike) -> SweepConfig:
     """Read a sweep's TOML file.
 
     Raises InputError, naming the file and the key, for anything unknown, missing, of another type or out of range; for
     an unknown method it lists the known ones.
     """
+    path = as_path(path)
     document, where = read_toml(path), str(path)
     known = [*_SECTIONS, "vqvae", "dit", "surrogate", "methods"]
     for name in document:
@@ -173,7 +175,7 @@ def load_sweep(path: str | Path) -> SweepConfig:
         name: section_from_table(section, document.get(name, {}), f"{where}: [{name}]")
         for name, section in _SECTIONS.items()
     }
-    beside = Path(path).parent
+    beside = path.parent
     dit_tables = _run_tables(document.get("dit", {}), {}, beside, f"{where}: [dit]")
     config = SweepConfig(
         **parts,
@@ -192,7 +194,7 @@ def _tables(value: Any, where: str) -> dict[str, Any]:
     return dict(value)
 
 
-def _run_or_path(kind: str, value: Any, defaults: Mapping[str, Any], beside: Path, where: str) -> Any:
+def _run_or_path(kind: str, value: Any, defaults: Mapping[str, Any], beside: AnyPath, where: str) -> Any:
     """A run whose missing keys are those of ``defaults``, or the text of ``path``."""
     tables = _tables(value, where)
     if "path" in tables:
@@ -202,7 +204,7 @@ def _run_or_path(kind: str, value: Any, defaults: Mapping[str, Any], beside: Pat
     return run_from_tables(kind, _run_tables(tables, defaults, beside, where), where)
 
 
-def _run_tables(value: Any, defaults: Mapping[str, Any], beside: Path, where: str) -> dict[str, Any]:
+def _run_tables(value: Any, defaults: Mapping[str, Any], beside: AnyPath, where: str) -> dict[str, Any]:
     """The tables of a run: those of ``defaults``, over them the file's that ``config`` names, over them its own."""
     own = _tables(value, where)
     name = own.pop("config", None)

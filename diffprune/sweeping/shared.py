@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -56,11 +57,11 @@ class Shared:
         return self.config.data.held_out_shards or None
 
     @property
-    def vqvae(self) -> str | Path:
+    def vqvae(self) -> str | os.PathLike:
         return self.config.vqvae if isinstance(self.config.vqvae, str) else self.root / "vqvae"
 
     @property
-    def surrogate(self) -> str | Path:
+    def surrogate(self) -> str | os.PathLike:
         return self.config.surrogate if isinstance(self.config.surrogate, str) else self.root / "surrogate"
 
     @property
@@ -143,7 +144,7 @@ def _steps(shared: Shared, device: str) -> Iterator[Step]:
         yield "embeddings", lambda: embed(shared.train_shards, shared.embeddings, model=model, device=device)
     if clustered:
         c = config.cluster
-        options = {"k": c.k, "seed": c.seed, "init": c.init, "metric": c.metric}
+        options: dict[str, Any] = {"k": c.k, "seed": c.seed, "init": c.init, "metric": c.metric}
         yield "clusters", lambda: cluster(shared.embeddings, shared.clusters, **options)
     for split, shards in (("train", shared.train_shards), ("held-out", shared.held_out_shards)):
         if split in ("train", config.evaluate.reference):
@@ -172,7 +173,7 @@ def _features(shared: Shared, split: str, shards: ShardSpec | None, device: str)
 
 def _scores(shared: Shared, group: str, device: str) -> Callable[[], Any]:
     s = shared.config.score
-    options = {"seed": s.seed, "draws": s.draws, "antithetic": s.antithetic, "weights": s.weights}
+    options: dict[str, Any] = {"seed": s.seed, "draws": s.draws, "antithetic": s.antithetic, "weights": s.weights}
     options |= {"normalise_t": s.normalise_t, "moso_mode": s.moso_mode, "precision": s.precision}
     options |= {"batch_size": s.batch_size, "device": device, "methods": _GROUPS[group]}
     return lambda: score(shared.latents, shared.surrogate, shared.scores(group), **options)

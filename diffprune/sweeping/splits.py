@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,13 @@ from diffprune.tables import base_table, write_table
 
 
 def split_samples(
-    shards: ShardSpec, train: str | Path, held_out: str | Path, *, share: float, skew: float = 1.0, seed: int = 0
+    shards: ShardSpec,
+    train: str | os.PathLike,
+    held_out: str | os.PathLike,
+    *,
+    share: float,
+    skew: float = 1.0,
+    seed: int = 0,
 ) -> tuple[int, int]:
     """Write two selections of ``shards``: what may be trained on, and what is held out; return their counts.
 
