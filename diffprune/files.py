@@ -146,10 +146,10 @@ def read_json(path: str | os.PathLike, *, unique: bool = False) -> Any:
             refuse(f"a number of {len(digits):,} digits")
         return int(digits)
 
-    hooks = {"object_pairs_hook": mapping if unique else None, "parse_constant": refuse, "parse_int": whole}
-    path = as_path(path)
+    path, hook = as_path(path), mapping if unique else None
     try:
-        return json.loads(path.read_text(encoding="utf-8"), **hooks)
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text, object_pairs_hook=hook, parse_constant=refuse, parse_int=whole)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except InputError:  # a ValueError too
