@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from diffprune._version import __version__
 from diffprune.config import DitConfig, from_dict
 from diffprune.errors import DiskFullError, InputError
-from diffprune.files import atomic_dir, read_json, sha256_file, write_json
+from diffprune.files import atomic_dir, check_fields, read_json, sha256_file, write_json
 from diffprune.foreign_dits import check_diffusers_config, diffusers_dit_folder, published_names
 from diffprune.models.dit import DiT
 from diffprune.models.kl import KLAutoencoder, build_autoencoder
@@ -245,9 +245,7 @@ def read_state(checkpoint: AnyPath) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION:
         found = state.get("format_version") if isinstance(state, dict) else type(state).__name__
         raise InputError(f"{path}: expected a checkpoint of format_version {FORMAT_VERSION}, found {found!r}")
-    for name, expected in _STATE_TYPES.items():
-        if type(state.get(name)) is not expected:
-            raise InputError(f"{path}: {name}: expected {expected.__name__}, found {state.get(name)!r}")
+    check_fields(path, state, _STATE_TYPES)
     return state
 
 

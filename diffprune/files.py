@@ -8,12 +8,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from diffprune.errors import InputError, ResumeError
+from diffprune.errors import InputError, ResumeError, short
 from diffprune.outputs import copy_to_stream, is_stdout, is_stream
 from diffprune.storage import AnyPath, RemotePath, as_path
 
@@ -156,6 +156,13 @@ def read_json(path: str | os.PathLike, *, unique: bool = False) -> Any:
         raise
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from error
+
+
+def check_fields(path: AnyPath, found: Mapping[str, Any], types: Mapping[str, type], remedy: str = "") -> None:
+    """InputError, with the ``remedy``, unless an object of a JSON file has these fields, each of its type."""
+    for name, expected in types.items():
+        if type(found.get(name)) is not expected:
+            raise InputError(f"{path}: {name}: expected {expected.__name__}, found {short(found.get(name))}{remedy}")
 
 
 def is_begun(out: AnyPath, manifest: str) -> bool:

@@ -16,9 +16,9 @@ import pyarrow.compute as pc
 from diffprune._version import __version__
 from diffprune.checkpoints import find_checkpoints, keep_weights
 from diffprune.encoding import embed
-from diffprune.errors import InputError, ResumeError, short
+from diffprune.errors import InputError, ResumeError
 from diffprune.evaluation import evaluate
-from diffprune.files import fingerprint, read_json, write_json
+from diffprune.files import check_fields, fingerprint, read_json, write_json
 from diffprune.reporting.tables import METRICS, real_value
 from diffprune.sampling import sample
 from diffprune.selection import select
@@ -73,12 +73,7 @@ def read_result(config: SweepConfig, cell: Cell, out: Path) -> dict[str, Any] | 
     result = read_json(path)
     if not isinstance(result, dict) or result.get("fingerprint") != cell_fingerprint(config, cell):
         raise ResumeError(f"{path}: of a cell with another config; give another --out, or delete its folder")
-    for name, kind in _RESULT_TYPES.items():
-        if not isinstance(result.get(name), kind):
-            raise InputError(
-                f"{path}: {name}: expected {kind.__name__}, found {short(result.get(name))}; delete its folder and run "
-                "again"
-            )
+    check_fields(path, result, _RESULT_TYPES, "; delete its folder and run again")
     return result
 
 

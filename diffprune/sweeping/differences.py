@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 LEVEL = 0.95
 
@@ -40,6 +41,7 @@ def paired_difference(values: Mapping[int, float], others: Mapping[int, float]) 
     return Difference(statistics.fmean(found), error, len(found))
 
 
+@cache
 def student_t(freedom: int) -> float:
     """The t that Student's distribution of so many degrees of freedom stays within, up or down, 95 times of 100."""
     low, high = 0.0, 16.0

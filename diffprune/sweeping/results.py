@@ -20,6 +20,9 @@ from diffprune.sweeping.settings import SweepConfig
 from diffprune.sweeping.shared import Shared
 from diffprune.tables import write_table
 
+Against = dict[str, tuple[int, str, bool]]
+"""By metric, of how many seeds a difference to random selection is, its text, and whether it is clear."""
+
 
 def write_results(config: SweepConfig, out: Path) -> dict[str, Any]:
     """Write what the finished cells say; the same cells give the same bytes, whoever ran them and in what order."""
@@ -46,15 +49,13 @@ def texts(groups: list[Group], metric: Metric, *, unit: bool = True) -> list[str
     return [mean if spread == "–" else f"{mean} ± {spread}" for mean, spread in pairs]
 
 
-def difference_texts(differences: list[Difference | None], metric: Metric, *, unit: bool = True) -> list[str]:
+def difference_texts(differences: list[Difference], metric: Metric, *, unit: bool = True) -> list[str]:
     """Difference ± half of its interval of each, as text; shares in percentage points."""
-    means = [None if found is None else found.mean for found in differences]
-    halves = [None if found is None else found.half_width for found in differences]
+    means, halves = [found.mean for found in differences], [found.half_width for found in differences]
     shown = format_column([*means, *halves], percent=metric.percent, unit=unit)
     pairs = zip(differences, shown[: len(means)], shown[len(means) :], strict=True)
     return [
-        ("+" if found and found.mean > 0 else "") + mean + ("" if half == "–" else f" ± {half}")
-        for found, mean, half in pairs
+        ("+" if found.mean > 0 else "") + mean + ("" if half == "–" else f" ± {half}") for found, mean, half in pairs
     ]
 
 
@@ -62,6 +63,7 @@ def markdown(groups: list[Group], missing: list[str], real: list[str] | None = N
     """Per ratio a table, full data its first row, ``real`` images its last; and one of differences to random."""
     metrics = shown_metrics(groups)
     columns = {metric.key: dict(zip(map(id, groups), texts(groups, metric), strict=True)) for metric in metrics}
+    differences = _against_texts(groups, metrics)
     lines = []
     full = [group for group in groups if group.method == FULL]
     for ratio in sorted({group.prune for group in groups if group.method != FULL}) or [0.0]:
@@ -74,24 +76,23 @@ def markdown(groups: list[Group], missing: list[str], real: list[str] | None = N
             cells = " | ".join(columns[metric.key][id(group)] for metric in metrics)
             lines.append(f"| {group.method} | {group.training_images:,} | {cells} |")
         lines += [f"| real images | | {' | '.join(real)} |"] if real else []
-        lines += ["", *_difference_table(groups, ratio, metrics)]
+        against = {method: told for (method, prune), told in differences.items() if prune == ratio}
+        lines += ["", *_difference_table(against, ratio, metrics)]
     if missing:
         lines += [f"Missing, {len(missing)} cells: {', '.join(missing)}.", ""]
     return "\n".join(lines)
 
 
-def _difference_table(groups: list[Group], ratio: float, metrics: list[Metric]) -> list[str]:
-    """The lines of a table in Markdown, none without random selection to compare with."""
-    found = {method: pairs for (method, prune), pairs in against_random(groups).items() if prune == ratio}
-    shown = [metric for metric in metrics if any(metric.key in pairs for pairs in found.values())]
+def _difference_table(against: dict[str, Against], ratio: float, metrics: list[Metric]) -> list[str]:
+    """The lines of a table in Markdown, by method; none without random selection to compare with."""
+    shown = [metric for metric in metrics if any(metric.key in told for told in against.values())]
     if not shown:
         return []
-    columns = []
-    for metric in shown:
-        differences = [pairs.get(metric.key) for pairs in found.values()]
-        told = zip(differences, difference_texts(differences, metric), strict=True)
-        columns.append([f"**{text}**" if one and one.is_clear else text for one, text in told])
-    seeds = seeds_told(pair.seeds for pairs in found.values() for pair in pairs.values())
+    rows = []
+    for method, told in against.items():
+        cells = [told.get(metric.key, (0, "–", False)) for metric in shown]
+        rows.append([method, *(f"**{text}**" if is_clear else text for _, text, is_clear in cells)])
+    seeds = seeds_told(seeds for told in against.values() for seeds, *_ in told.values())
     return [
         f"#### Difference to random selection at {100 * ratio:.10g}%",
         "",
@@ -101,7 +102,7 @@ def _difference_table(groups: list[Group], ratio: float, metrics: list[Metric]) 
         "",
         "| method | " + " | ".join(f"{m.title} {m.arrow}" for m in shown) + " |",
         "|---" * (1 + len(shown)) + "|",
-        *("| " + " | ".join(row) + " |" for row in zip(found, *columns, strict=True)),
+        *("| " + " | ".join(row) + " |" for row in rows),
         "",
     ]
 
@@ -132,7 +133,7 @@ def _material(
 ) -> SweepMaterial:
     metrics, shared = shown_metrics(groups), Shared(config, out / "shared")
     told = {metric.key: texts(groups, metric, unit=False) for metric in metrics}
-    against = _against_texts(groups, metrics)
+    against = _against_texts(groups, metrics, unit=False)
     lines = [
         Line(
             group.method,
@@ -180,14 +181,16 @@ def _other_baselines(cells: list[tuple[Cell, dict[str, Any]]]) -> list[str]:
     ]
 
 
-def _against_texts(groups: list[Group], metrics: list[Metric]) -> dict[tuple[str, float], dict[str, Any]]:
-    """By method and ratio, of each metric: seeds, text and clearness of the difference; a ratio has one form."""
+def _against_texts(
+    groups: list[Group], metrics: list[Metric], *, unit: bool = True
+) -> dict[tuple[str, float], Against]:
+    """By method and ratio, how far each is from random selection; the numbers of a ratio have one form."""
     found = against_random(groups)
-    told: dict[tuple[str, float], dict[str, Any]] = {place: {} for place in found}
+    told: dict[tuple[str, float], Against] = {place: {} for place in found}
     for ratio in {prune for _, prune in found}:
         for metric in metrics:
             pairs = {at: pair[metric.key] for at, pair in found.items() if at[1] == ratio and metric.key in pair}
-            shown = difference_texts(list(pairs.values()), metric, unit=False)
+            shown = difference_texts(list(pairs.values()), metric, unit=unit)
             for (at, pair), text in zip(pairs.items(), shown, strict=True):
                 told[at][metric.key] = (pair.seeds, text, pair.is_clear)
     return told
